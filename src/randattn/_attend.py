@@ -1,0 +1,136 @@
+"""The one average and the one merge that every estimator is made of.
+
+Pure array-API code on checked arrays in float32 or float64; the public, checking `attend` and
+`merge` stand in `_primitives.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ._inputs import namespace, placement
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Array = Any
+    PairBias = Callable[[slice], Array]
+
+# Logits held at a time, over all leading axes: 16 MiB in float32. No N x M array is ever whole.
+_BLOCK_LOGITS = 1 << 22
+# The fewest keys that a block is cut to: below it the products are too thin to be fast.
+_MIN_BLOCK_KEYS = 1024
+
+
+class Average(NamedTuple):
+    """A softmax-weighted average and the logarithm of the weights' sum.
+
+    Attributes
+    ----------
+    out : array, shape (..., N, E)
+        The average of the values. Zeros where no key is left.
+    log_norm : array, shape (..., N)
+        Log-sum-exp of the logits, in nats. ``-inf`` where no key is left.
+    """
+
+    out: Array
+    log_norm: Array
+
+
+def average(logits: Array, v: Array) -> Average:
+    """Average `v` (..., M, E) with weights ``exp(logits)`` (..., N, M), rows without weight included."""
+    xp = namespace(logits)
+    top = finite(xp.max(logits, axis=-1, keepdims=True))
+    weights = xp.exp(logits - top)
+    total = xp.sum(weights, axis=-1, keepdims=True)
+    out = xp.matmul(weights, v) / nonzero(total)
+    return Average(out, _log_norm(top, total)[..., 0])
+
+
+def merge(a: Average, b: Average) -> Average:
+    """The same average over the union of two disjoint key sets. Associative."""
+    (out_a, log_a), (out_b, log_b) = a, b
+    xp = namespace(log_a)
+    top = finite(xp.maximum(log_a, log_b))
+    weight_a, weight_b = xp.exp(log_a - top), xp.exp(log_b - top)
+    total = weight_a + weight_b
+    safe = nonzero(total)
+    out = (weight_a / safe)[..., None] * out_a + (weight_b / safe)[..., None] * out_b
+    return Average(out, _log_norm(top, total))
+
+
+def attend(
+    q: Array,
+    k: Array,
+    v: Array,
+    bias: Array | None = None,
+    *,
+    pair_bias: PairBias | None = None,
+    is_causal: bool = False,
+) -> Average:
+    """Average `v` with weights ``exp(q . k + bias)``, in blocks of queries and keys.
+
+    `bias` (..., M) belongs to a key. `pair_bias` gives, for a slice of the queries, what belongs
+    to a query and a key: (..., n, M). It is a function so that it is never whole in memory.
+    """
+    n, m = q.shape[-2], k.shape[-2]
+    lead = math.prod(map(max, q.shape[:-2], k.shape[:-2]))
+    cols = min(m, max(_MIN_BLOCK_KEYS, _BLOCK_LOGITS // max(1, lead * n)))
+    blocks = []
+    for queries in query_blocks(n, lead * cols):
+        q_block = q[..., queries, :]
+        pairs = None if pair_bias is None else pair_bias(queries)
+        last = min(queries.stop, m) if is_causal else m
+        done = None
+        for first in range(0, last, cols):
+            keys = slice(first, min(first + cols, last))
+            logits = _logits(q_block, k[..., keys, :])
+            if bias is not None:
+                logits = logits + bias[..., None, keys]
+            if pairs is not None:
+                logits = logits + pairs[..., keys]
+            if is_causal and keys.stop > queries.start + 1:
+                logits = _hide_future(logits, queries, keys)
+            part = average(logits, v[..., keys, :])
+            done = part if done is None else merge(done, part)
+        blocks.append(done)
+    if len(blocks) == 1:
+        return blocks[0]
+    xp = namespace(q)
+    outs, log_norms = zip(*blocks, strict=True)
+    return Average(xp.concat(outs, axis=-2), xp.concat(log_norms, axis=-1))
+
+
+def query_blocks(n: int, logits_per_query: int) -> list[slice]:
+    """Slices of the queries that keep the logits of one block within bounds."""
+    rows = max(1, _BLOCK_LOGITS // max(1, logits_per_query))
+    return [slice(start, min(start + rows, n)) for start in range(0, n, rows)]
+
+
+def finite(top: Array) -> Array:
+    """A maximum to subtract: 0 for a row of nothing but ``-inf``, which then has no weight at all."""
+    return namespace(top).where(top == -math.inf, 0.0, top)
+
+
+def nonzero(total: Array) -> Array:
+    """A sum to divide by. `where`, not `maximum`, whose gradient is halved at the tie total = 1."""
+    return namespace(total).where(total == 0, 1.0, total)
+
+
+def _log_norm(top: Array, total: Array) -> Array:
+    xp = namespace(total)
+    return xp.where(total == 0, -math.inf, top + xp.log(nonzero(total)))
+
+
+def _logits(q: Array, k: Array) -> Array:
+    xp = namespace(q)
+    return xp.matmul(q, xp.matrix_transpose(k))
+
+
+def _hide_future(logits: Array, queries: slice, keys: slice) -> Array:
+    xp, device = namespace(logits), placement(logits)
+    n = xp.arange(queries.start, queries.stop, device=device)
+    m = xp.arange(keys.start, keys.stop, device=device)
+    lag = xp.expand_dims(n, axis=-1) - xp.expand_dims(m, axis=0)
+    return xp.where(lag >= 0, logits, -math.inf)

@@ -1,0 +1,164 @@
+"""Random draws: from the caller's `rng` or `noise` to standard normal (and uniform) arrays.
+
+An int seed is drawn by NumPy's Philox in float64 and moved to the device, so that it gives the same
+draws on every library; a library's own generator draws on its own device.
+"""
+
+from __future__ import annotations
+
+import numbers
+import operator
+import sys
+from typing import TYPE_CHECKING, Any, Literal
+
+import array_api_compat as compat
+
+from ._inputs import broadcast_shapes, check_broadcast
+from ._static import plain, static
+
+if TYPE_CHECKING:
+    from ._inputs import Inputs
+
+    Array = Any
+    Namespace = Any
+    Kind = Literal["normal", "orthogonal", "uniform"]
+
+_EXPECTED = (
+    "expected an int seed, or a generator of the arrays' own library (numpy.random.Generator, "
+    "torch.Generator, cupy.random.Generator or a JAX key)"
+)
+
+
+def normal_draws(
+    x: Inputs,
+    shape: tuple[int, ...],
+    *,
+    rng: Any,
+    noise: Array | None,
+    axes: str,
+    orthogonal: bool = False,
+) -> Array | None:
+    """Standard normal draws (..., *shape), named `axes`, from `rng`, or the caller's own; None with neither.
+
+    Drawn for every leading axis of the result: no two heads or sequences share a draw. With
+    `orthogonal`, the rows of each D x D block are orthogonal, each still standard normal.
+    """
+    if noise is not None:
+        if rng is not None:
+            raise ValueError("noise: expected either rng or noise, got both")
+        return _given("noise", noise, x, shape, axes)
+    if rng is None:
+        return None
+    return _drawn(rng, x, "orthogonal" if orthogonal else "normal", (*x.lead, *shape))
+
+
+def uniform_draws(
+    x: Inputs, shape: tuple[int, ...], *, rng: Any, components: Array | None, axes: str
+) -> Array:
+    """Uniform draws (..., *shape) in [0, 1), independent of the normal ones, or the caller's own."""
+    if components is not None:
+        return _given("components", components, x, shape, axes)
+    return _drawn(rng, x, "uniform", (*x.lead, *shape))
+
+
+def no_draws(estimator: str) -> ValueError:
+    """The error for an estimator that cannot do without."""
+    return ValueError(f"rng: {estimator} needs draws: expected rng or noise, got neither")
+
+
+def _given(name: str, draws: Array, x: Inputs, shape: tuple[int, ...], axes: str) -> Array:
+    got = tuple(draws.shape) if compat.is_array_api_obj(draws) else ()
+    draws = x.match(name, draws, len(shape))
+    ours = tuple(draws.shape[draws.ndim - len(shape) :])
+    try:
+        fits = broadcast_shapes(ours, shape) == shape and ours[-1] == shape[-1]
+    except ValueError:
+        fits = False
+    if not fits:
+        wanted = ", ".join(map(str, shape))
+        raise ValueError(f"{name}: expected shape (..., {axes}) = (..., {wanted}), got {got}")
+    check_broadcast(q=(x.q, 2), k=(x.k, 2), v=(x.v, 2), **{name: (draws, len(shape))})
+    return x.xp.broadcast_to(draws, (*draws.shape[: draws.ndim - len(shape)], *shape))
+
+
+def _drawn(rng: Any, x: Inputs, kind: Kind, shape: tuple[int, ...]) -> Array:
+    xp = x.xp
+    if isinstance(rng, numbers.Integral) and not isinstance(rng, bool):
+        if rng < 0:
+            raise ValueError(f"rng: expected a seed of at least 0, got {rng}")
+        host = _philox(operator.index(rng), kind, plain(shape))
+        return xp.asarray(host, dtype=x.q.dtype, device=x.device)
+    if compat.is_torch_namespace(xp):
+        draws = _torch(rng, x, kind, shape)
+    elif compat.is_jax_namespace(xp):
+        draws = _jax(rng, x, kind, shape)
+    else:
+        draws = _numpy_like(rng, x, kind, shape)
+    return _orthogonal(xp, draws) if kind == "orthogonal" else draws
+
+
+@static
+def _philox(seed: int, kind: Kind, shape: tuple[int, ...]) -> Any:
+    import numpy as np
+
+    bits = np.random.Philox(seed)
+    if kind == "uniform":
+        return np.random.Generator(bits.jumped()).random(shape)
+    draws = np.random.Generator(bits).standard_normal(shape)
+    return _orthogonal(np, draws) if kind == "orthogonal" else draws
+
+
+def _numpy_like(rng: Any, x: Inputs, kind: Kind, shape: tuple[int, ...]) -> Array:
+    """CuPy's generator for CuPy's arrays; NumPy's for all that live on the host and have no own."""
+    library = "cupy" if compat.is_cupy_namespace(x.xp) else "numpy"
+    if not isinstance(rng, sys.modules[library].random.Generator):
+        raise _wrong(rng)
+    draws = rng.random(shape) if kind == "uniform" else rng.standard_normal(shape)
+    return x.xp.asarray(draws, dtype=x.q.dtype, device=x.device)
+
+
+def _torch(rng: Any, x: Inputs, kind: Kind, shape: tuple[int, ...]) -> Array:
+    torch = sys.modules["torch"]
+    if not isinstance(rng, torch.Generator):
+        raise _wrong(rng)
+    if x.device.type not in (rng.device.type, "meta"):
+        raise ValueError(f"rng: expected a generator on the device of q, {x.device}, got one on {rng.device}")
+    draw = torch.rand if kind == "uniform" else torch.randn
+    return draw(shape, generator=rng, dtype=x.q.dtype, device=x.device)
+
+
+def _jax(rng: Any, x: Inputs, kind: Kind, shape: tuple[int, ...]) -> Array:
+    jax = sys.modules["jax"]
+    typed = isinstance(rng, jax.Array) and jax.dtypes.issubdtype(rng.dtype, jax.dtypes.prng_key)
+    legacy = isinstance(rng, jax.Array) and rng.dtype == jax.numpy.uint32 and rng.shape == (2,)
+    if not (typed and rng.shape == ()) and not legacy:
+        raise _wrong(rng)
+    normal, uniform = jax.random.split(rng)
+    if kind == "uniform":
+        return jax.random.uniform(uniform, shape, dtype=x.q.dtype)
+    return jax.random.normal(normal, shape, dtype=x.q.dtype)
+
+
+def _orthogonal(xp: Namespace, draws: Array) -> Array:
+    """Turn the rows of each D x D block orthogonal and keep their lengths.
+
+    Gram-Schmidt sees a row's direction alone, of which its length is independent: each row stays
+    standard normal (Choromanski et al. 2021, section 3).
+    """
+    features = draws.shape[-1]
+    blocks = []
+    for start in range(0, draws.shape[-2], features):
+        block = draws[..., start : start + features, :]
+        basis, triangle = xp.linalg.qr(xp.matrix_transpose(block))
+        diagonal = xp.linalg.diagonal(triangle)
+        # QR leaves the signs open; those of Gram-Schmidt make the basis uniform.
+        signs = xp.where(diagonal < 0, -xp.ones_like(diagonal), xp.ones_like(diagonal))
+        lengths = xp.linalg.vector_norm(block, axis=-1)
+        blocks.append(xp.matrix_transpose(basis) * (signs * lengths)[..., None])
+    return xp.concat(blocks, axis=-2) if len(blocks) > 1 else blocks[0]
+
+
+def _wrong(rng: Any) -> TypeError:
+    kind = type(rng)
+    hint = "; an integer array or tracer is no seed" if compat.is_array_api_obj(rng) else ""
+    return TypeError(f"rng: {_EXPECTED}, got {kind.__module__.split('.')[0]}.{kind.__qualname__}{hint}")

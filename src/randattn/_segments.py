@@ -1,0 +1,309 @@
+"""Pooling, grouping and windows on a grid of tokens.
+
+Tokens lie in row-major order on a grid of one, two or three sizes; segments, groups and windows are
+blocks of it. The plans are plain NumPy indices, made once for each shape; NumPy is imported late,
+so that `import randattn` stays light.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import numbers
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from ._attend import Average, average
+from ._inputs import check_broadcast, check_count, hide, namespace, placement
+from ._static import plain, static
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from ._inputs import Inputs
+
+    Array = Any
+    Sizes = tuple[int, ...]
+    How = Literal["segments", "cells", "tiles"]
+
+
+class Blocks(NamedTuple):
+    """Blocks of tokens, each filled up to one length by repeating a token of its own.
+
+    Attributes
+    ----------
+    index : ndarray of int, shape (B, L)
+        The tokens of each block.
+    valid : ndarray of bool, shape (B, L), or None
+        False where a block is filled up; None where none is.
+    place : ndarray of int, shape (N,)
+        Where each token stands among the B x L (the last place, where it stands in several).
+    in_order : bool
+        The blocks are the tokens as they stand: a reshape will do.
+    """
+
+    index: Any
+    valid: Any
+    place: Any
+    in_order: bool
+
+
+class Cuts(NamedTuple):
+    """How windows cut groups of keys, by their common refinement into atoms.
+
+    Attributes
+    ----------
+    atoms : Blocks
+        A atoms of tokens: what a window and a group share.
+    group_of_atom : ndarray of int, shape (A,)
+    members, is_member : ndarrays of int and bool, shape (C, r)
+        The atoms of each group, filled up.
+    rest, is_rest : ndarrays of int and bool, shape (B, R, r)
+        For each window the groups that it cuts, less the atom inside it.
+    rest_group : ndarray of int, shape (B, R)
+    outside : ndarray of bool, shape (B, C)
+        Whether a group has no token in a window.
+    window_of_token : ndarray of int, shape (N,)
+    """
+
+    atoms: Blocks
+    group_of_atom: Any
+    members: Any
+    is_member: Any
+    rest: Any
+    is_rest: Any
+    rest_group: Any
+    outside: Any
+    window_of_token: Any
+
+
+@static
+def blocks(grid: Sizes, how: How, sizes: Sizes) -> Blocks:
+    """Lay blocks over a grid.
+
+    "segments": so many on each axis, of equal sizes, or the last ones by one token longer.
+    "cells": so many on each axis, overlapping by a token where they do not divide it, repeating
+    tokens where they are more; those of adaptive pooling.
+    "tiles": of that size on each axis, the last one cut off by the border.
+    """
+    return _blocks(grid, how, sizes)
+
+
+@functools.lru_cache(maxsize=64)
+def _blocks(grid: Sizes, how: How, sizes: Sizes) -> Blocks:
+    import numpy as np
+
+    rank = len(grid)
+    index = np.zeros((1,) * 2 * rank, dtype=np.int64)
+    valid = np.ones((1,) * 2 * rank, dtype=bool)
+    for axis, (n, size) in enumerate(zip(grid, sizes, strict=True)):
+        starts, stops = _borders(n, how, size)
+        steps = np.arange(np.max(stops - starts))
+        tokens = starts[:, None] + steps
+        shape = [1] * (2 * rank)
+        shape[axis], shape[rank + axis] = tokens.shape
+        inside = tokens < stops[:, None]
+        tokens = np.where(inside, tokens, starts[:, None])
+        index = index * n + tokens.reshape(shape)
+        valid = valid & inside.reshape(shape)
+    count = math.prod(index.shape[:rank])
+    return _finish_blocks(index.reshape(count, -1), valid.reshape(count, -1), math.prod(grid))
+
+
+def _borders(n: int, how: How, size: int) -> tuple[Any, Any]:
+    import numpy as np
+
+    if how == "tiles":
+        starts = np.arange(0, n, size)
+        return starts, np.minimum(starts + size, n)
+    i = np.arange(size)
+    if how == "cells":
+        return i * n // size, -((i + 1) * -n // size)
+    short, longer = divmod(n, size)
+    stops = np.cumsum(short + (i >= size - longer))
+    return np.concatenate([[0], stops[:-1]]), stops
+
+
+def _finish_blocks(index: Any, valid: Any, n: int) -> Blocks:
+    import numpy as np
+
+    place = np.zeros(n, dtype=np.int64)
+    place[index[valid]] = np.flatnonzero(valid)
+    in_order = index.size == n and bool(np.all(index.ravel() == np.arange(n)))
+    return Blocks(index, None if valid.all() else valid, place, in_order)
+
+
+@static
+def cuts(grid: Sizes, groups: tuple[How, Sizes], window: Sizes) -> Cuts:
+    """How windows of a size cut groups of keys."""
+    return _cuts(grid, groups, window)
+
+
+@functools.lru_cache(maxsize=64)
+def _cuts(grid: Sizes, groups: tuple[How, Sizes], window: Sizes) -> Cuts:
+    import numpy as np
+
+    (by_group, by_window), n = (_blocks(grid, *groups), _blocks(grid, "tiles", window)), math.prod(grid)
+    group_count, window_count = len(by_group.index), len(by_window.index)
+    group = by_group.place // by_group.index.shape[1]
+    window_of_token = by_window.place // by_window.index.shape[1]
+
+    pairs, atom = np.unique(window_of_token * group_count + group, return_inverse=True)
+    atom_window, atom_group = pairs // group_count, pairs % group_count
+    atoms = _finish_blocks(*_list_by(atom, len(pairs)), n)
+    members, is_member = _list_by(atom_group, group_count)
+
+    cut = np.flatnonzero(np.bincount(atom) < np.bincount(group)[atom_group])
+    of_window, is_cut = _list_by(atom_window[cut], window_count)
+    inside = cut[of_window] if cut.size else np.zeros_like(of_window)
+    rest_group = atom_group[inside]
+    rest = members[rest_group]
+    is_rest = is_member[rest_group] & (rest != inside[..., None]) & is_cut[..., None]
+
+    outside = np.ones((window_count, group_count), dtype=bool)
+    outside[atom_window, atom_group] = False
+    return Cuts(
+        atoms, atom_group, members, is_member, rest, is_rest, rest_group, outside, window_of_token
+    )
+
+
+def _list_by(label: Any, count: int) -> tuple[Any, Any]:
+    """The positions (count, L) at which each label stands, filled up, and where they are real."""
+    import numpy as np
+
+    sizes = np.bincount(label, minlength=count)
+    length = int(sizes.max(initial=0))
+    starts = np.cumsum(sizes) - sizes
+    step = np.arange(length)
+    valid = step < sizes[:, None]
+    order = np.append(np.argsort(label, kind="stable"), 0)
+    return order[starts[:, None] + np.where(valid, step, 0)], valid
+
+
+def pool(x: Array, at: Blocks, mask: Array | None) -> Average:
+    """The mean token (..., B, D) of each block and the logarithm of its size, padding left out.
+
+    A block of padding alone has a mean of zero and the size's logarithm -inf.
+    """
+    bias = gather_bias(x, mask, at)
+    mean, log_size = average(bias[..., None, :], gather(hide(x, mask), at))
+    return Average(mean[..., 0, :], log_size[..., 0])
+
+
+def gather(x: Array, at: Blocks) -> Array:
+    """(..., N, D) -> (..., B, L, D)."""
+    xp = namespace(x)
+    if not at.in_order:
+        x = take(x, at.index, axis=-2)
+    *lead, _, d = x.shape
+    return xp.reshape(x, (*lead, *at.index.shape, d))
+
+
+def gather_bias(x: Array, mask: Array | None, at: Blocks) -> Array:
+    """0 for the tokens of each block, -inf for padding and what fills it up: (..., B, L)."""
+    xp, device = namespace(x), placement(x)
+    shape = (1,) * (x.ndim - 2) + at.index.shape
+    bias = xp.zeros(shape, dtype=x.dtype, device=device)
+    if mask is not None:
+        tokens = gather(mask[..., None], at)[..., 0]
+        bias = xp.where(tokens, xp.zeros(tokens.shape, dtype=x.dtype, device=device), -math.inf)
+    if at.valid is not None:
+        bias = xp.where(xp.asarray(at.valid, device=device), bias, -math.inf)
+    return bias
+
+
+def scatter(x: Array, at: Blocks) -> Array:
+    """(..., B, L, E) -> (..., N, E)."""
+    *lead, b, length, e = x.shape
+    x = namespace(x).reshape(x, (*lead, b * length, e))
+    return x if at.in_order else take(x, at.place, axis=-2)
+
+
+def take(x: Array, index: Any, axis: int) -> Array:
+    """`x` at a NumPy index of any shape, which is flattened into the axis."""
+    xp = namespace(x)
+    return xp.take(x, xp.asarray(index.reshape(-1), device=placement(x)), axis=axis)
+
+
+def blocks_of_queries(x: Inputs, keys: Blocks, grid: Sizes, how: How, sizes: Sizes) -> Blocks:
+    """As many blocks of queries as of keys, the very same ones where N = M."""
+    n, m = plain((x.q.shape[-2], x.k.shape[-2]))
+    if n == m:
+        return keys
+    count = keys.index.shape[0]
+    return blocks((n,), "segments" if n >= count else "cells", (count,))
+
+
+def given_landmarks(x: Inputs, landmarks: Any, count: int) -> tuple[Array, Array]:
+    """The caller's own landmarks (..., C, D), scaled as the inputs are."""
+    if not isinstance(landmarks, tuple | list) or len(landmarks) != 2:
+        raise TypeError(f"landmarks: expected a pair (q_landmarks, k_landmarks), got {type(landmarks).__name__}")
+    pair = []
+    for which, array in zip(("landmarks[0]", "landmarks[1]"), landmarks, strict=True):
+        ours = x.match(which, array, 2)
+        if array.ndim < 2 or tuple(ours.shape[-2:]) != (count, x.q.shape[-1]):
+            raise ValueError(
+                f"{which}: expected shape (..., {count}, {x.q.shape[-1]}), got {tuple(array.shape)}"
+            )
+        check_broadcast(q=(x.q, 2), k=(x.k, 2), v=(x.v, 2), **{which: (ours, 2)})
+        pair.append(x.root_scale * ours)
+    return pair[0], pair[1]
+
+
+def resolve_query_mask(x: Inputs, query_mask: Array | None) -> Array | None:
+    """The queries that take part in pooling; those of the key mask where N = M."""
+    n, m = x.q.shape[-2], x.k.shape[-2]
+    if query_mask is None:
+        return x.key_mask if n == m else None
+    return x.match_mask("query_mask", query_mask, n)
+
+
+def check_grid(grid: Any, n: int, m: int) -> Sizes:
+    """The caller's grid, or a row of all keys."""
+    if grid is None:
+        return plain((m,))
+    if not isinstance(grid, tuple | list) or not 1 <= len(grid) <= 3:
+        raise ValueError(f"grid: expected one, two or three sizes, got {grid!r}")
+    sizes = tuple(check_count("grid", size) for size in grid)
+    if not math.prod(sizes) == n == m:
+        raise ValueError(f"grid: expected as many places as queries ({n}) and keys ({m}), got {sizes}")
+    return sizes
+
+
+def check_sizes(name: str, value: Any, grid: Sizes) -> Sizes:
+    """A number on the grid as sizes on its axes: the caller's own, or those nearest to cubes."""
+    if isinstance(value, numbers.Integral):
+        return _factors(grid, check_count(name, value), name in ("window", "group_size"))
+    if not isinstance(value, tuple | list):
+        raise TypeError(f"{name}: expected an integer or one for each axis of the grid, got {value!r}")
+    sizes = tuple(check_count(name, size) for size in value)
+    if len(sizes) != len(grid) or any(size > n for size, n in zip(sizes, grid, strict=False)):
+        raise ValueError(f"{name}: expected a size for each axis that fits the grid {grid}, got {sizes}")
+    return sizes
+
+
+@static
+def _factors(grid: Sizes, total: int, cubes: bool) -> Sizes:
+    """Sizes that fit the grid with the largest product up to `total`.
+
+    Of several, those that are nearest to cubes themselves (`cubes`) or that cut the grid into
+    blocks nearest to cubes.
+    """
+    return _best_factors(grid, total, cubes)
+
+
+@functools.lru_cache(maxsize=256)
+def _best_factors(grid: Sizes, total: int, cubes: bool) -> Sizes:
+    def preference(sizes: Sizes) -> tuple[int, float]:
+        edges = sizes if cubes else [n / size for n, size in zip(grid, sizes, strict=True)]
+        return math.prod(sizes), -max(edges) / min(edges)
+
+    return max(_sizes_within(grid, total), key=preference)
+
+
+def _sizes_within(grid: Sizes, total: int) -> Iterator[Sizes]:
+    *others, last = grid
+    for sizes in itertools.product(*(range(1, min(n, total) + 1) for n in others)):
+        rest = total // math.prod(sizes)
+        if rest:
+            yield (*sizes, min(last, rest))
