@@ -1,9 +1,20 @@
 """Softmax attention and its Monte Carlo estimators, on any array library."""
 
+from ._attend import Average
 from ._eva import eva
 from ._lara import lara
+from ._primitives import attend, merge
 from ._ra import ra
 from ._rfa import rfa
 from ._softmax import softmax_attention
 
-__all__ = ["eva", "lara", "ra", "rfa", "softmax_attention"]
+__all__ = [
+    "Average",
+    "attend",
+    "eva",
+    "lara",
+    "merge",
+    "ra",
+    "rfa",
+    "softmax_attention",
+]

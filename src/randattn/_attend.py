@@ -75,7 +75,7 @@ def attend(
     to a query and a key: (..., n, M). It is a function so that it is never whole in memory.
     """
     n, m = q.shape[-2], k.shape[-2]
-    lead = math.prod(map(max, q.shape[:-2], k.shape[:-2]))
+    lead = math.prod([max(pair) for pair in zip(q.shape[:-2], k.shape[:-2], strict=True)])
     cols = min(m, max(_MIN_BLOCK_KEYS, _BLOCK_LOGITS // max(1, lead * n)))
     blocks = []
     for queries in query_blocks(n, lead * cols):

@@ -33,6 +33,7 @@ from ._segments import (
     gather_bias,
     given_landmarks,
     pool,
+    pooling_ranks,
     resolve_query_mask,
     scatter,
     take,
@@ -69,10 +70,100 @@ def eva(
     is_causal: bool = False,
     enable_gqa: bool = False,
 ) -> Array:
+    r"""EVA: a window of keys exactly, every group of other keys by one control variate.
+
+    Parameters
+    ----------
+    q : array, shape (..., N, D)
+        Queries, real floating, heads first. Leading axes of all arrays broadcast.
+    k : array, shape (..., M, D)
+        Keys.
+    v : array, shape (..., M, E)
+        Values.
+    num_groups : int or tuple of int, optional
+        Groups C of consecutive keys, by default 64, or as many as `landmarks` or `noise` has; at most
+        M. On a `grid` a tuple gives the number on each axis, an int is laid out with blocks as square
+        as can be.
+    group_size : int or tuple of int, optional
+        Groups by their tokens instead of their number; the last one may be smaller.
+    window : int or tuple of int, default 64
+        Tokens of the window of keys that a query sees exactly: blocks of so many tokens, the last one
+        smaller where it does not divide. Of a `grid`, the block's size on each axis, or its number of
+        tokens. 0: none, and the only choice where N is not M.
+    landmarks : tuple of arrays, shapes (..., C, D), optional
+        ``(q_landmarks, k_landmarks)`` of the caller's own, in the units of `q` and `k`, instead of the
+        groups' means.
+    group_weight : {"size", "unit"}, default "size"
+        A group weighs ``exp(q . kt)`` times its number of keys: calibrated, right without training; or
+        without it, as the published models were trained.
+    disjoint : bool, default True
+        Leave out of the groups the keys that the window has. False counts them twice, as published.
+    noise_scale : float, default 1.0
+        Factor of the draws. The authors' code has ``D ** -0.25``.
+    rng : int, numpy.random.Generator, torch.Generator, cupy.random.Generator or JAX key, optional
+        Where the draws come from. One int gives the same draws on every library. With neither `rng` nor
+        `noise` the frequencies are the means of the proposals: deterministic, for inference.
+    noise : array, shape (..., C, D), optional
+        The standard normal draws themselves; broadcasts.
+    query_mask : boolean array, shape (..., N), optional
+        False keeps a query out of the landmarks; by default `key_mask` where N = M.
+    grid : tuple of int, optional
+        One, two or three sizes of the grid, in row-major order, that the tokens lie on; N = M.
+    scale : float, optional
+        Factor of the logits, by default ``D ** -0.5``.
+    key_mask : boolean array, shape (..., M), optional
+        True = attend. What lies under False is never read, whatever it holds; a group of padding alone
+        has no weight. Padding may move the borders of the groups, nothing else.
+    is_causal : bool, default False
+        Not there yet.
+    enable_gqa : bool, default False
+        Let `q` have a multiple of the heads (axis -3) of `k` and `v`.
+
+    Returns
+    -------
+    array, shape (..., N, E)
+        Of the inputs' library, dtype and device; half precision is summed in float32. A query with
+        no key left gets zeros.
+
+    Raises
+    ------
+    TypeError
+        Not arrays, or of different libraries or dtypes, or not floating; a generator of another library.
+    ValueError
+        Shapes, devices, counts or options that do not fit; both `rng` and `noise`.
+    NotImplementedError
+        ``is_causal=True``.
+
+    Notes
+    -----
+    Softmax attention over the keys E of the window and one key :math:`\tilde k_c` for each group
+    :math:`P_c`, its mean, with the value :math:`\beta_c = f(w_c)`, the f of `rfa` over the group's keys
+    alone, at :math:`w_c \sim N((\tilde q_c + \tilde k_c)/2, I)` ([1]_, section 4). Exact where every
+    group is one key, or the window is the whole sequence. In O(N (C + W)) time.
+
+    Where a window cuts a group, the part outside the window is a group of its own for its queries.
+
+    References
+    ----------
+    .. [1] L. Zheng, J. Yuan, C. Wang, L. Kong, "Efficient Attention via Control Variates", ICLR 2023,
+       arXiv 2302.04542.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from randattn import eva, softmax_attention
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 2, 36, 4))
+    >>> eva(q, k, v, num_groups=9, window=4, rng=0).shape
+    (2, 36, 4)
+    >>> np.allclose(eva(q, k, v, num_groups=36, window=(2, 2), grid=(6, 6)), softmax_attention(q, k, v))
+    True
+    """
     check_option("group_weight", group_weight, ("size", "unit"))
     noise_scale = check_real("noise_scale", noise_scale)
     refuse_causal("eva", is_causal)
-    x = prepare(q, k, v, scale=scale, key_mask=key_mask, enable_gqa=enable_gqa)
+    x = prepare(
+        q, k, v, scale=scale, key_mask=key_mask, enable_gqa=enable_gqa, also=pooling_ranks(landmarks, noise, query_mask)
+    )
     tokens = check_grid(grid, x.q.shape[-2], x.k.shape[-2])
     tile = _check_window(x, window, tokens)
     how, sizes = _check_groups(tokens, num_groups, group_size, landmarks, noise)

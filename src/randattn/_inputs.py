@@ -80,10 +80,15 @@ class Inputs:
 
     def finish(self, out: Array) -> Array:
         """The result as the caller expects it: heads in one axis again, in the inputs' dtype."""
-        if self.heads is not None:
-            *lead, heads, groups, n, e = out.shape
-            out = self.xp.reshape(out, (*lead, heads * groups, n, e))
-        return self.xp.astype(out, self.dtype, copy=False)
+        return self.xp.astype(self.merge_heads(out, 2), self.dtype, copy=False)
+
+    def merge_heads(self, x: Array, trailing: int) -> Array:
+        """Split heads in one axis again."""
+        if self.heads is None:
+            return x
+        axis = x.ndim - trailing - 2
+        lead, (heads, groups), rest = x.shape[:axis], x.shape[axis : axis + 2], x.shape[axis + 2 :]
+        return self.xp.reshape(x, (*lead, heads * groups, *rest))
 
     def match(self, name: str, x: Array, trailing: int) -> Array:
         """Bring a further array of the caller's to these dtypes, ranks and split heads."""
@@ -114,8 +119,12 @@ def prepare(
     scale: float | None,
     key_mask: Array | None,
     enable_gqa: bool,
+    also: Sequence[tuple[Any, int]] = (),
 ) -> Inputs:
-    """Check the arguments that every estimator has, fold the scale into q and k, hide masked keys."""
+    """Check the arguments that every estimator has, fold the scale into q and k, hide masked keys.
+
+    `also` names further arrays, with the number of their trailing axes, whose leading axes the result has.
+    """
     check_arrays(q=q, k=k, v=v)
     check_attention_shapes(q, k, v)
     heads = _key_heads(q, k, v) if enable_gqa else None
@@ -126,14 +135,16 @@ def prepare(
         check_mask("key_mask", key_mask, q, k.shape[-2])
 
     dtype = q.dtype
-    q, k, v = (_working_precision(x) for x in (q, k, v))
+    q, k, v = (working_precision(x) for x in (q, k, v))
     if heads is not None:
         q, k, v = (_split_heads(name, x, 2, heads) for name, x in (("q", q), ("k", k), ("v", v)))
         if key_mask is not None:
             key_mask = _split_heads("key_mask", key_mask, 1, heads)
-    rank = max(q.ndim, k.ndim, v.ndim, 0 if key_mask is None else key_mask.ndim + 1)
+    more = [getattr(x, "ndim", 0) - trailing + (heads is not None) for x, trailing in also]
+    rank = max(q.ndim, k.ndim, v.ndim, getattr(key_mask, "ndim", 0) + 1, *[axes + 2 for axes in more])
     q, k, v = (with_rank(x, rank) for x in (q, k, v))
-    q, k = root * q, root * k
+    if root != 1:
+        q, k = root * q, root * k
     if key_mask is not None:
         key_mask = with_rank(key_mask, rank - 1)
         check_broadcast(q=(q, 2), k=(k, 2), v=(v, 2), key_mask=(key_mask, 1))
@@ -294,6 +305,13 @@ def check_option(name: str, value: Any, options: Sequence[str]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, options))}, got {value!r}")
 
 
+def check_causal(x: Inputs, is_causal: bool) -> None:
+    """With another number of keys than queries, which of them is a query's past has no one answer."""
+    n, m = x.q.shape[-2], x.k.shape[-2]
+    if is_causal and n != m:
+        raise ValueError(f"is_causal: expected as many keys as queries ({n}), got {m}")
+
+
 def refuse_causal(estimator: str, is_causal: bool) -> None:
     if is_causal:
         raise NotImplementedError(
@@ -301,7 +319,7 @@ def refuse_causal(estimator: str, is_causal: bool) -> None:
         )
 
 
-def _working_precision(x: Array) -> Array:
+def working_precision(x: Array) -> Array:
     """Half precision is summed in float32: sums of exponentials do not survive fewer bits."""
     xp = namespace(x)
     return xp.astype(x, xp.float32) if xp.finfo(x.dtype).bits < 32 else x

@@ -27,6 +27,7 @@ from ._segments import (
     check_sizes,
     given_landmarks,
     pool,
+    pooling_ranks,
     resolve_query_mask,
 )
 
@@ -63,11 +64,107 @@ def lara(
     is_causal: bool = False,
     enable_gqa: bool = False,
 ) -> Array:
+    r"""LARA, linear randomized attention: linear time, consistent, near RA with few samples.
+
+    Parameters
+    ----------
+    q : array, shape (..., N, D)
+        Queries, real floating, heads first. Leading axes of all arrays broadcast.
+    k : array, shape (..., M, D)
+        Keys.
+    v : array, shape (..., M, E)
+        Values.
+    num_landmarks : int or tuple of int, optional
+        Proposals C, by default 64, or as many as `landmarks` or `noise` has; at most M. On a `grid`
+        a tuple gives the number on each axis, an int is laid out with blocks as square as can be.
+    landmarks : tuple of arrays, shapes (..., C, D), optional
+        ``(q_landmarks, k_landmarks)`` of the caller's own, in the units of `q` and `k`. By default the
+        means of C segments (the last ones longer by one token where C does not divide; on a grid of
+        two or three axes those of adaptive pooling, which overlap there).
+    weighting : {"optimal", "balance", "biased"}, default "optimal"
+        How the proposals share the work for a query: the balance heuristic; moved from there towards
+        the landmarks near the query; or the balance heuristic times ``exp(q . mu)``.
+    alpha : float, default 1.0
+        How far "optimal" moves.
+    normalize : {"queries", "landmarks"}, default "queries"
+        What the query's nearness to landmarks, in "optimal", adds up to one over. Over the queries, as
+        in the published results, an output depends on the other queries; over landmarks it does not.
+    mix_keys : bool, default False
+        Mix the key landmarks by softmax attention among themselves first.
+    antithetic : bool, default False
+        Use both ``mu + eps`` and ``mu - eps``: 2 C frequencies.
+    noise_scale : float, default 1.0
+        Factor of the draws. The authors' code has ``D ** -0.25``, which is not what the weights assume
+        but trains well.
+    rng : int, numpy.random.Generator, torch.Generator, cupy.random.Generator or JAX key, optional
+        Where the draws come from. One int gives the same draws on every library. With neither `rng` nor
+        `noise` the frequencies are the means of the proposals: deterministic, for inference.
+    noise : array, shape (..., C, D), optional
+        The standard normal draws themselves; broadcasts.
+    query_mask : boolean array, shape (..., N), optional
+        False keeps a query out of the landmarks; by default `key_mask` where N = M.
+    grid : tuple of int, optional
+        One, two or three sizes of the grid, in row-major order, that the tokens lie on; N = M.
+    scale : float, optional
+        Factor of the logits, by default ``D ** -0.5``.
+    key_mask : boolean array, shape (..., M), optional
+        True = attend. What lies under False is never read, whatever it holds; a landmark of padding
+        alone has no weight. Padding may move the borders of the segments, nothing else.
+    is_causal : bool, default False
+        Not there yet.
+    enable_gqa : bool, default False
+        Let `q` have a multiple of the heads (axis -3) of `k` and `v`.
+
+    Returns
+    -------
+    array, shape (..., N, E)
+        Of the inputs' library, dtype and device; half precision is summed in float32. A query with
+        no key left gets zeros.
+
+    Raises
+    ------
+    TypeError
+        Not arrays, or of different libraries or dtypes, or not floating; a generator of another library.
+    ValueError
+        Shapes, devices, counts or options that do not fit; both `rng` and `noise`.
+    NotImplementedError
+        ``is_causal=True``.
+
+    Notes
+    -----
+    With f and Z as in `rfa`, :math:`w_c \sim N(\mu_c, I)` and :math:`r_c` its density over that of
+    N(0, I), the self-normalized multiple importance sampler ([1]_, section 4)
+
+    .. math::
+
+        \mathrm{out}_n = \frac{\sum_c h_{nc}\, f(w_c)}{\sum_c h_{nc}}, \qquad
+        h_{nc} = \frac{\alpha_{nc}}{r_c}\, \xi(q_n, w_c)\, Z(w_c), \qquad
+        \mu_c = \tilde q_c + \tilde k_c,
+
+    in O(C (N + M)) time.
+
+    References
+    ----------
+    .. [1] L. Zheng, C. Wang, L. Kong, "Linear Complexity Randomized Self-attention Mechanism",
+       ICML 2022, arXiv 2204.04667.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from randattn import lara
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 2, 36, 4))
+    >>> lara(q, k, v, num_landmarks=9, rng=0).shape
+    (2, 36, 4)
+    >>> lara(q, k, v, num_landmarks=(3, 3), grid=(6, 6), weighting="balance").shape
+    (2, 36, 4)
+    """
     check_option("weighting", weighting, ("optimal", "balance", "biased"))
     check_option("normalize", normalize, ("queries", "landmarks"))
     alpha, noise_scale = check_real("alpha", alpha), check_real("noise_scale", noise_scale)
     refuse_causal("lara", is_causal)
-    x = prepare(q, k, v, scale=scale, key_mask=key_mask, enable_gqa=enable_gqa)
+    x = prepare(
+        q, k, v, scale=scale, key_mask=key_mask, enable_gqa=enable_gqa, also=pooling_ranks(landmarks, noise, query_mask)
+    )
     query_mask = resolve_query_mask(x, query_mask)
     qt, kt, there = _landmarks(x, num_landmarks, landmarks, noise, query_mask, grid)
     eps = normal_draws(x, tuple(qt.shape[-2:]), rng=rng, noise=noise, axes="C, D")

@@ -30,8 +30,80 @@ def ra(
     is_causal: bool = False,
     enable_gqa: bool = False,
 ) -> Array:
+    r"""Randomized attention: unbiased, at quadratic cost.
+
+    Parameters
+    ----------
+    q : array, shape (..., N, D)
+        Queries, real floating, heads first. Leading axes of all arrays broadcast.
+    k : array, shape (..., M, D)
+        Keys.
+    v : array, shape (..., M, E)
+        Values.
+    num_samples : int, optional
+        Frequencies S for each query, by default 1, or as many as `noise` has.
+    rng : int, numpy.random.Generator, torch.Generator, cupy.random.Generator or JAX key, optional
+        Where the draws come from. One int gives the same draws on every library. One of `rng` and
+        `noise` is needed.
+    noise : array, shape (..., S, N, D), optional
+        The standard normal draws themselves; broadcasts. Goes with `components`.
+    components : array, shape (..., S, N), optional
+        Uniform draws in [0, 1) that choose the key whose proposal is drawn from, by inversion of the
+        softmax's distribution function. Goes with `noise`.
+    scale : float, optional
+        Factor of the logits, by default ``D ** -0.5``.
+    key_mask : boolean array, shape (..., M), optional
+        True = attend. What lies under False is never read, whatever it holds; any amount of it
+        leaves the other outputs unchanged to rounding.
+    is_causal : bool, default False
+        Not there yet.
+    enable_gqa : bool, default False
+        Let `q` have a multiple of the heads (axis -3) of `k` and `v`.
+
+    Returns
+    -------
+    array, shape (..., N, E)
+        Of the inputs' library, dtype and device; half precision is summed in float32. A query with
+        no key left gets zeros.
+
+    Raises
+    ------
+    TypeError
+        Not arrays, or of different libraries or dtypes, or not floating; a generator of another library.
+    ValueError
+        Shapes, devices, counts or options that do not fit; both or neither of `rng` and `noise`.
+    NotImplementedError
+        ``is_causal=True``.
+
+    Notes
+    -----
+    .. math::
+
+        \mathrm{out}_n = \frac1S \sum_s f(w_{ns}), \qquad w_{ns} = q_n + k_{m'} + \epsilon, \quad
+        m' \sim \mathrm{softmax}(q_n \cdot k), \quad \epsilon \sim N(0, I),
+
+    with f as in `rfa`: softmax attention is the expectation of f under this mixture ([1]_, section 3).
+    Time is O(S N M), memory O(S N D) for the draws and a block of queries. A gradient takes the chosen
+    keys as they fell.
+
+    References
+    ----------
+    .. [1] L. Zheng, C. Wang, L. Kong, "Linear Complexity Randomized Self-attention Mechanism",
+       ICML 2022, arXiv 2204.04667.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from randattn import ra, softmax_attention
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 2, 5, 4))
+    >>> estimate = ra(q, k, v, num_samples=4096, rng=0)
+    >>> bool(np.max(np.abs(estimate - softmax_attention(q, k, v))) < 0.1)
+    True
+    """
     refuse_causal("ra", is_causal)
-    x = prepare(q, k, v, scale=scale, key_mask=key_mask, enable_gqa=enable_gqa)
+    x = prepare(
+        q, k, v, scale=scale, key_mask=key_mask, enable_gqa=enable_gqa, also=[(noise, 3), (components, 2)]
+    )
     count = resolve_count("num_samples", num_samples, 1, noise=(noise, -3), components=(components, -2))
     n, d = x.q.shape[-2:]
     if (noise is None) != (components is None):

@@ -234,6 +234,12 @@ def blocks_of_queries(x: Inputs, keys: Blocks, grid: Sizes, how: How, sizes: Siz
     return blocks((n,), "segments" if n >= count else "cells", (count,))
 
 
+def pooling_ranks(landmarks: Any, noise: Any, query_mask: Any) -> list[tuple[Any, int]]:
+    """The further arrays of an estimator that pools, with the number of their trailing axes."""
+    pair = landmarks if isinstance(landmarks, tuple | list) else ()
+    return [(noise, 2), (query_mask, 1), *[(array, 2) for array in pair]]
+
+
 def given_landmarks(x: Inputs, landmarks: Any, count: int) -> tuple[Array, Array]:
     """The caller's own landmarks (..., C, D), scaled as the inputs are."""
     if not isinstance(landmarks, tuple | list) or len(landmarks) != 2:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ._attend import attend
-from ._inputs import prepare
+from ._inputs import check_causal, prepare
 
 if TYPE_CHECKING:
     Array = Any
@@ -22,10 +22,52 @@ def softmax_attention(
     is_causal: bool = False,
     enable_gqa: bool = False,
 ) -> Array:
+    r"""Exact softmax attention, never with the N x M logits whole in memory.
+
+    Parameters
+    ----------
+    q : array, shape (..., N, D)
+        Queries, real floating, heads first. Leading axes of all arrays broadcast.
+    k : array, shape (..., M, D)
+        Keys.
+    v : array, shape (..., M, E)
+        Values.
+    scale : float, optional
+        Factor of the logits, by default ``D ** -0.5``.
+    key_mask : boolean array, shape (..., M), optional
+        True = attend. What lies under False is never read, whatever it holds.
+    is_causal : bool, default False
+        Query n sees the keys up to n; N = M.
+    enable_gqa : bool, default False
+        Let `q` have a multiple of the heads (axis -3) of `k` and `v`.
+
+    Returns
+    -------
+    array, shape (..., N, E)
+        Of the inputs' library, dtype and device; half precision is summed in float32. A query with
+        no key left gets zeros.
+
+    Raises
+    ------
+    TypeError
+        Not arrays, or of different libraries or dtypes, or not of a real floating dtype.
+    ValueError
+        Shapes, devices or a scale that do not fit.
+
+    Notes
+    -----
+    :math:`\mathrm{out}_n = \sum_m \mathrm{softmax}_m(s\, q_n \cdot k_m)\, v_m`, in O(N M D) time and
+    O(N E) memory.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from randattn import softmax_attention
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 2, 5, 4))
+    >>> softmax_attention(q, k, v).shape
+    (2, 5, 4)
+    """
     x = prepare(q, k, v, scale=scale, key_mask=key_mask, enable_gqa=enable_gqa)
-    if is_causal and x.q.shape[-2] != x.k.shape[-2]:
-        raise ValueError(
-            f"is_causal: expected as many keys as queries, {x.q.shape[-2]}, got {x.k.shape[-2]}"
-        )
+    check_causal(x, is_causal)
     out, _ = attend(x.q, x.k, x.v, x.key_bias, is_causal=is_causal)
     return x.finish(out)
