@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ._inputs import namespace, placement
+from ._inputs import namespace, placement, with_rank
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -133,4 +133,4 @@ def _hide_future(logits: Array, queries: slice, keys: slice) -> Array:
     n = xp.arange(queries.start, queries.stop, device=device)
     m = xp.arange(keys.start, keys.stop, device=device)
     lag = xp.expand_dims(n, axis=-1) - xp.expand_dims(m, axis=0)
-    return xp.where(lag >= 0, logits, -math.inf)
+    return xp.where(with_rank(lag >= 0, logits.ndim), logits, -math.inf)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ._attend import attend, finite, query_blocks
 from ._draws import no_draws, normal_draws, uniform_draws
-from ._inputs import namespace, prepare, refuse_causal, resolve_count
+from ._inputs import namespace, prepare, refuse_causal, resolve_count, with_rank
 
 if TYPE_CHECKING:
     from ._inputs import Inputs
@@ -137,7 +137,7 @@ def _sample_keys(x: Inputs, q: Array, u: Array) -> Array:
         _count(passed <= u[..., None] * total), _count(passed < total)
     )
     index = xp.arange(x.k.shape[-2], dtype=first.dtype, device=x.device)
-    one_hot = xp.astype(first[..., None] == index, q.dtype)
+    one_hot = xp.astype(first[..., None] == with_rank(index, first.ndim + 1), q.dtype)
     return xp.matmul(one_hot, x.k[..., None, :, :])
 
 

@@ -1,0 +1,128 @@
+"""The array libraries that the suite runs on."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from array_api_compat import array_namespace, device
+
+
+@dataclass(frozen=True)
+class Library:
+    """How the tests make, read and compare one library's arrays."""
+
+    name: str
+    xp: Any
+    device: Any = None
+    half: tuple[str, ...] = ()
+    """Names of the half precision dtypes."""
+
+    def asarray(self, x: Any, dtype: str | None = None) -> Any:
+        """A copy of NumPy data on this library's device; read-only where the library can."""
+        x = np.array(x)
+        if self.name == "numpy":
+            x = x if dtype is None else x.astype(dtype)
+            x.flags.writeable = False
+            return x
+        if self.name == "dask":
+            # Several blocks on the token axis: what works on one block alone is not supported.
+            x = x if dtype is None else x.astype(dtype)
+            chunks = tuple(-1 if axis != x.ndim - 2 else max(1, -(-x.shape[axis] // 2)) for axis in range(x.ndim))
+            return self.xp.asarray(x).rechunk(chunks)
+        kind = None if dtype is None else getattr(self.xp, dtype)
+        return self.xp.asarray(x, dtype=kind, device=self.device)
+
+    def arrays(self, *data: Any, dtype: str | None = None) -> list[Any]:
+        return [self.asarray(x, dtype) for x in data]
+
+    def numpy(self, x: Any) -> np.ndarray:
+        """The values in NumPy, half precision as float32."""
+        if self.name == "torch":
+            x = x.detach()
+            return (x.float() if x.dtype.itemsize < 4 and x.dtype.is_floating_point else x).cpu().numpy()
+        if self.name == "cupy":
+            return x.get()
+        if self.name == "strict":
+            x = x.to_device(self.xp.Device("CPU_DEVICE"))
+        x = np.asarray(x)
+        return x.astype(np.float32) if x.dtype.itemsize == 2 else x
+
+    def generator(self, seed: int) -> Any:
+        """A native source of draws."""
+        if self.name == "torch":
+            return self.xp.Generator(self.device or "cpu").manual_seed(seed)
+        if self.name == "jax":
+            return importlib.import_module("jax").random.key(seed)
+        if self.name == "cupy":
+            return self.xp.random.default_rng(seed)
+        return np.random.default_rng(seed)
+
+    def check(self, x: Any, like: Any, shape: tuple[int, ...]) -> np.ndarray:
+        """The values of a result that must be of the library, device and dtype of an input."""
+        assert array_namespace(x) is array_namespace(like)
+        assert x.dtype == like.dtype
+        assert device(x) == device(like)
+        assert tuple(x.shape) == shape
+        return self.numpy(x)
+
+    def close(self, actual: Any, expected: Any, rtol: float = 1e-11) -> None:
+        """Equal to rounding, in relative norm."""
+        actual, expected = self.numpy(actual), np.asarray(expected)
+        assert actual.shape == expected.shape
+        assert np.all(np.isfinite(actual))
+        error = np.linalg.norm(actual - expected) / max(np.linalg.norm(expected), 1e-300)
+        assert error <= rtol, f"relative error {error:.3g} > {rtol:g}"
+
+
+def _numpy(_: str | None) -> Library:
+    return Library("numpy", np, half=("float16",))
+
+
+def _torch(device: str | None) -> Library:
+    torch = importlib.import_module("torch")
+    torch.set_num_threads(1)
+    return Library("torch", torch, torch.device(device or "cpu"), ("float16", "bfloat16"))
+
+
+def _jax(device: str | None) -> Library:
+    jax = importlib.import_module("jax")
+    jax.config.update("jax_enable_x64", True)
+    jax.config.update("jax_default_matmul_precision", "float32")
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    found = jax.devices("gpu" if device == "cuda" else device)[0] if device else None
+    return Library("jax", jax.numpy, found, ("float16", "bfloat16"))
+
+
+def _cupy(_: str | None) -> Library:
+    return Library("cupy", importlib.import_module("cupy"), half=("float16",))
+
+
+def _strict(_: str | None) -> Library:
+    strict = importlib.import_module("array_api_strict")
+    strict.set_array_api_strict_flags(
+        boolean_indexing=False, data_dependent_shapes=False, enabled_extensions=()
+    )
+    # Not the default device: an array made without device= meets the others and fails.
+    return Library("strict", strict, strict.Device("device1"))
+
+
+def _dask(_: str | None) -> Library:
+    importlib.import_module("dask").config.set(scheduler="synchronous")
+    return Library("dask", importlib.import_module("dask.array"))
+
+
+LIBRARIES = {
+    "numpy": _numpy,
+    "torch": _torch,
+    "jax": _jax,
+    "cupy": _cupy,
+    "strict": _strict,
+    "dask": _dask,
+}
+
+
+def open_library(name: str, device: str | None) -> Library:
+    return LIBRARIES[name](device)
