@@ -92,8 +92,12 @@ def _drawn(rng: Any, x: Inputs, kind: Kind, shape: tuple[int, ...]) -> Array:
         draws = _torch(rng, x, kind, shape)
     elif compat.is_jax_namespace(xp):
         draws = _jax(rng, x, kind, shape)
+    elif compat.is_cupy_namespace(xp):
+        draws = _numpy_like(rng, sys.modules["cupy"], kind, shape)
     else:
-        draws = _numpy_like(rng, x, kind, shape)
+        # The libraries that live on the host and have no draws of their own: strict, Dask.
+        return xp.asarray(_host(rng, kind, shape), dtype=x.q.dtype, device=x.device)
+    draws = xp.astype(draws, x.q.dtype, copy=False)
     return _orthogonal(xp, draws) if kind == "orthogonal" else draws
 
 
@@ -102,19 +106,21 @@ def _philox(seed: int, kind: Kind, shape: tuple[int, ...]) -> Any:
     import numpy as np
 
     bits = np.random.Philox(seed)
-    if kind == "uniform":
-        return np.random.Generator(bits.jumped()).random(shape)
-    draws = np.random.Generator(bits).standard_normal(shape)
+    # Independent of the normal draws of the same seed.
+    return _host(np.random.Generator(bits.jumped() if kind == "uniform" else bits), kind, shape)
+
+
+def _host(rng: Any, kind: Kind, shape: tuple[int, ...]) -> Any:
+    import numpy as np
+
+    draws = _numpy_like(rng, np, kind, shape)
     return _orthogonal(np, draws) if kind == "orthogonal" else draws
 
 
-def _numpy_like(rng: Any, x: Inputs, kind: Kind, shape: tuple[int, ...]) -> Array:
-    """CuPy's generator for CuPy's arrays; NumPy's for all that live on the host and have no own."""
-    library = "cupy" if compat.is_cupy_namespace(x.xp) else "numpy"
-    if not isinstance(rng, sys.modules[library].random.Generator):
+def _numpy_like(rng: Any, library: Any, kind: Kind, shape: tuple[int, ...]) -> Any:
+    if not isinstance(rng, library.random.Generator):
         raise _wrong(rng)
-    draws = rng.random(shape) if kind == "uniform" else rng.standard_normal(shape)
-    return x.xp.asarray(draws, dtype=x.q.dtype, device=x.device)
+    return rng.random(shape) if kind == "uniform" else rng.standard_normal(shape)
 
 
 def _torch(rng: Any, x: Inputs, kind: Kind, shape: tuple[int, ...]) -> Array:

@@ -67,12 +67,16 @@ def tiles(n, size):
     return [np.arange(start, min(start + size, n)) for start in range(0, n, size)]
 
 
-@pytest.mark.parametrize("disjoint", [True, False])
-@pytest.mark.parametrize("group_weight", ["size", "unit"])
-@pytest.mark.parametrize("window", [1, 4, 5, 16, 17, 40])
-@pytest.mark.parametrize("groups", [{"num_groups": 5}, {"group_size": 2}, {"group_size": 8}])
+GROUPS, WINDOWS = ({"num_groups": 5}, {"group_size": 2}, {"group_size": 8}), (1, 4, 5, 17, 40)
+EVA_CASES = [
+    # Windows inside groups, groups inside windows, and either cut by the other's borders.
+    *[(groups, window, "size", True) for groups in GROUPS for window in WINDOWS],
+    *[(groups, 5, "unit", disjoint) for groups in GROUPS for disjoint in (True, False)],
+]
+
+
+@pytest.mark.parametrize(("groups", "window", "group_weight", "disjoint"), EVA_CASES, ids=str)
 def test_eva_on_a_line(lib, groups, window, group_weight, disjoint):
-    """Windows inside groups, groups inside windows, and either cut by the other's borders."""
     (q, k, v), rng = inputs(5)
     size = groups.get("group_size")
     listed = tiles(17, size) if size else reference.segments(17, 5)
