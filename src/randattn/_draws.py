@@ -71,9 +71,11 @@ def _given(name: str, draws: Array, x: Inputs, shape: tuple[int, ...], axes: str
     draws = x.match(name, draws, len(shape))
     ours = tuple(draws.shape[draws.ndim - len(shape) :])
     try:
-        fits = broadcast_shapes(ours, shape) == shape and ours[-1] == shape[-1]
+        fits = broadcast_shapes(ours, shape) == shape
     except ValueError:
         fits = False
+    # A draw shared by all features is a mistake, not a broadcast.
+    fits = fits and len(got) >= len(shape) and (name != "noise" or ours[-1] == shape[-1])
     if not fits:
         wanted = ", ".join(map(str, shape))
         raise ValueError(f"{name}: expected shape (..., {axes}) = (..., {wanted}), got {got}")

@@ -182,7 +182,8 @@ def lara(
     f, log_z = attend(w, x.k, x.v, x.kappa)
     log_r, log_mixture = _log_densities(w, mu, there)
     if weighting == "optimal":
-        log_alpha = _optimal(x, qt, there, query_mask, x.xp.exp(log_r - log_mixture), alpha, normalize)
+        balance = _probability(log_r - log_mixture)
+        log_alpha = _optimal(x, qt, there, query_mask, balance, alpha, normalize)
         out, _ = attend(x.q, w, f, _only(there, log_z - log_r), pair_bias=log_alpha)
     else:
         # The balance heuristic over r_c: the proposal's own density cancels.
@@ -250,7 +251,7 @@ def _optimal(
             log_t = log_t - finite(over_queries)[..., None, :]
             if query_mask is not None:
                 log_t = xp.where(query_mask[..., rows, None], log_t, -math.inf)
-            t = xp.exp(log_t)
+            t = _probability(log_t)
         else:
             t = xp.exp(log_t - finite(xp.max(log_t, axis=-1, keepdims=True)))
             t = t / nonzero(xp.sum(t, axis=-1, keepdims=True))
@@ -266,6 +267,12 @@ def _optimal(
         return xp.log(xp.where(weights > _SMALLEST_ALPHA, weights, _SMALLEST_ALPHA))
 
     return log_alpha
+
+
+def _probability(log_p: Array) -> Array:
+    """At most one, also where the terms of `log_p` are so large that rounding alone says otherwise."""
+    xp = namespace(log_p)
+    return xp.exp(xp.where(log_p > 0, 0.0, log_p))
 
 
 def _only(there: Array | None, log_weight: Array) -> Array:

@@ -104,9 +104,10 @@ def attend(
         # Not a sum: what the caller's bias holds under the mask may be NaN.
         bias = x.key_bias if bias is None else xp.where(x.key_mask, bias, -math.inf)
     if pair_bias is not None:
+        shape = tuple(getattr(pair_bias, "shape", ()))
         pair_bias = x.match("pair_bias", pair_bias, 2)
-        if pair_bias.shape[-2] not in (1, n) or pair_bias.shape[-1] not in (1, m):
-            raise ValueError(f"pair_bias: expected shape (..., {n}, {m}), got {tuple(pair_bias.shape)}")
+        if len(shape) < 2 or shape[-2] not in (1, n) or shape[-1] not in (1, m):
+            raise ValueError(f"pair_bias: expected shape (..., {n}, {m}), got {shape}")
         check_broadcast(q=(x.q, 2), k=(x.k, 2), pair_bias=(pair_bias, 2))
         pairs = xp.broadcast_to(pair_bias, (*pair_bias.shape[:-2], n, m))
         if x.key_mask is not None:

@@ -244,16 +244,13 @@ def given_landmarks(x: Inputs, landmarks: Any, count: int) -> tuple[Array, Array
     """The caller's own landmarks (..., C, D), scaled as the inputs are."""
     if not isinstance(landmarks, tuple | list) or len(landmarks) != 2:
         raise TypeError(f"landmarks: expected a pair (q_landmarks, k_landmarks), got {type(landmarks).__name__}")
-    pair = []
-    for which, array in zip(("landmarks[0]", "landmarks[1]"), landmarks, strict=True):
-        ours = x.match(which, array, 2)
+    names = ("landmarks[0]", "landmarks[1]")
+    pair = [x.match(name, array, 2) for name, array in zip(names, landmarks, strict=True)]
+    for name, array, ours in zip(names, landmarks, pair, strict=True):
         if array.ndim < 2 or tuple(ours.shape[-2:]) != (count, x.q.shape[-1]):
-            raise ValueError(
-                f"{which}: expected shape (..., {count}, {x.q.shape[-1]}), got {tuple(array.shape)}"
-            )
-        check_broadcast(q=(x.q, 2), k=(x.k, 2), v=(x.v, 2), **{which: (ours, 2)})
-        pair.append(x.root_scale * ours)
-    return pair[0], pair[1]
+            raise ValueError(f"{name}: expected shape (..., {count}, {x.q.shape[-1]}), got {tuple(array.shape)}")
+        check_broadcast(q=(x.q, 2), k=(x.k, 2), v=(x.v, 2), **{name: (ours, 2)})
+    return x.root_scale * pair[0], x.root_scale * pair[1]
 
 
 def resolve_query_mask(x: Inputs, query_mask: Array | None) -> Array | None:

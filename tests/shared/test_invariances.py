@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import randattn._attend
-from randattn import attend, eva, lara, merge, ra, rfa, softmax_attention
+from tests.calls import attend, eva, lara, merge, ra, rfa, softmax_attention
 
 N, M, D, E, S = 12, 10, 4, 3, 6
 

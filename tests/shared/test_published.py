@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from randattn import eva, lara, ra
+from tests.calls import eva, lara, ra
 
 DATA = Path(__file__).parent.parent / "data"
 SCALE = 8**-0.25

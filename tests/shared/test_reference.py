@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from randattn import eva, lara, ra, rfa, softmax_attention
+from tests.calls import eva, lara, ra, rfa, softmax_attention
 from tests import reference
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from randattn import lara, ra, rfa
+from tests.calls import lara, ra, rfa
 from tests import reference
 
 
