@@ -6,6 +6,7 @@ shows that eager calls give the same. On every other library these are the funct
 
 from __future__ import annotations
 
+import numbers
 from functools import partial, wraps
 from typing import Any
 
@@ -17,6 +18,8 @@ _compiled: dict[Any, Any] = {}
 
 
 def _is_dynamic(option: Any) -> bool:
+    if isinstance(option, numbers.Number):
+        return False
     return all(map(is_array_api_obj, option)) if isinstance(option, tuple) else is_array_api_obj(option)
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import array_api_compat as compat
 
-from ._inputs import broadcast_shapes, check_broadcast
+from ._inputs import broadcast_shapes, check_broadcast, is_array
 from ._static import plain, static
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def no_draws(estimator: str) -> ValueError:
 
 
 def _given(name: str, draws: Array, x: Inputs, shape: tuple[int, ...], axes: str) -> Array:
-    got = tuple(draws.shape) if compat.is_array_api_obj(draws) else ()
+    got = tuple(draws.shape) if is_array(draws) else ()
     draws = x.match(name, draws, len(shape))
     ours = tuple(draws.shape[draws.ndim - len(shape) :])
     try:
@@ -168,5 +168,5 @@ def _orthogonal(xp: Namespace, draws: Array) -> Array:
 
 def _wrong(rng: Any) -> TypeError:
     kind = type(rng)
-    hint = "; an integer array or tracer is no seed" if compat.is_array_api_obj(rng) else ""
+    hint = "; an integer array or tracer is no seed" if is_array(rng) else ""
     return TypeError(f"rng: {_EXPECTED}, got {kind.__module__.split('.')[0]}.{kind.__qualname__}{hint}")

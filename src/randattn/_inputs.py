@@ -8,7 +8,7 @@ import operator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from array_api_compat import array_namespace, device, is_array_api_obj
+from array_api_compat import array_namespace, is_array_api_obj
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 
 # Looked up by type: `array_namespace` asks every library in turn, on every call.
 _namespaces: dict[type, Namespace] = {}
+
+
+def is_array(x: Any) -> bool:
+    """Whether this is an array of any library that array-api-compat knows."""
+    return type(x) in _namespaces or (x is not None and is_array_api_obj(x))
 
 
 def namespace(x: Array) -> Namespace:
@@ -30,8 +35,8 @@ def namespace(x: Array) -> Namespace:
 
 def placement(x: Array) -> Any:
     """The device to create arrays on beside `x`; None where the library places them itself."""
-    where = device(x)
-    return None if hasattr(where, "device_set") else where
+    device = getattr(x, "device", None)
+    return None if hasattr(device, "device_set") else device
 
 
 @dataclass(frozen=True)
@@ -201,7 +206,7 @@ def check_arrays(**arrays: Array) -> None:
 
 def check_like(name: str, x: Any, like: Array, like_name: str = "q") -> None:
     """An array of the same library and device as another."""
-    if not is_array_api_obj(x):
+    if not is_array(x):
         raise TypeError(
             f"{name}: expected an array (NumPy, PyTorch, JAX, CuPy, ...), got {_type_name(x)}"
         )
@@ -209,9 +214,11 @@ def check_like(name: str, x: Any, like: Array, like_name: str = "q") -> None:
         raise TypeError(
             f"{name}: expected an array of the library of {like_name}, {_type_name(like)}, got {_type_name(x)}"
         )
-    here, there = device(x), device(like)
+    here, there = (getattr(array, "device", None) for array in (x, like))
+    if here is None or there is None:
+        return
     # Arrays laid out differently over the same devices mix well.
-    if getattr(here, "device_set", here) != getattr(there, "device_set", there) and None not in (here, there):
+    if getattr(here, "device_set", here) != getattr(there, "device_set", there):
         raise ValueError(f"{name}: expected an array on the device of {like_name}, {there}, got {here}")
 
 
@@ -295,7 +302,7 @@ def resolve_count(name: str, value: Any, default: int, **given: tuple[Array | No
     if value is not None:
         return check_count(name, value)
     for array, axis in given.values():
-        if is_array_api_obj(array) and array.ndim >= -axis and array.shape[axis] > 0:
+        if is_array(array) and array.ndim >= -axis and array.shape[axis] > 0:
             return array.shape[axis]
     return default
 
