@@ -10,7 +10,10 @@ from numpydoc.validate import validate
 import randattn
 
 # A docstring, its sections and their order, every parameter with type and description, what is returned.
-CHECKS = "GL01 GL06 GL07 GL08 PR01 PR02 PR03 PR04 PR07 PR10 RT01 RT03 SS01 SS02 SS04 YD01".split()
+CHECKS = (
+    *("GL01", "GL06", "GL07", "GL08", "SS01", "SS02", "SS04"),
+    *("PR01", "PR02", "PR03", "PR04", "PR07", "PR10", "RT01", "RT03", "YD01"),
+)
 
 
 def main() -> int:

@@ -1,0 +1,242 @@
+"""The checks, a session each: `nox` runs all that this machine can, `nox -s NAME` one.
+
+Arguments after `--` go to pytest: ``nox -s tests-torch -- -k merge``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import sys
+import zipfile
+from pathlib import Path
+
+import nox
+
+ROOT = Path(__file__).parent
+# Versions for the environments here; the package's own ranges stay open.
+PINNED = ("-c", "constraints/cpu.txt")
+# Nothing for CUDA is pinned: what is right depends on the machine's driver.
+PINNED_TOOLS = ("-c", "constraints/tools.txt")
+TOOLS = ("pytest", "pytest-xdist", "hypothesis")
+
+REQUIRE_GPU = "RANDATTN_REQUIRE_GPU"
+
+# What each library's suite runs on, on the CPU.
+LIBRARIES = {
+    "numpy": (),
+    "torch": ("torch",),
+    "jax": ("jax",),
+    "strict": ("array-api-strict",),
+    "dask": ("dask[array]",),
+}
+
+ON_THE_CPU = {
+    # Files are compiled when they are imported, not all of them when they are installed.
+    "PIP_NO_COMPILE": "1",
+    "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+    # A process for each core and a thread for each process.
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "JAX_PLATFORMS": "cpu",
+    # The suite compiles thousands of small programs and runs each once: this compiles them in half the time.
+    "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+    "--xla_cpu_use_fusion_emitters=false",
+}
+
+nox.needs_version = ">=2024.4.15"
+nox.options.default_venv_backend = "virtualenv"
+nox.options.sessions = [
+    "lint",
+    "typecheck",
+    "build",
+    "tests-cupy",
+    "tests-torch-gpu",
+    "tests-jax-gpu",
+    "agreement",
+    "tests-cli",
+    *(f"tests-{library}" for library in reversed(LIBRARIES)),
+]
+
+if sys.version_info < (3, 11):  # noqa: UP036 (nox itself runs on older ones)
+    sys.exit("randattn needs Python 3.11 or newer: install and run nox with it")
+
+
+def register_tests(library: str, packages: tuple[str, ...]) -> None:
+    """Register the suite's session for one library."""
+
+    @nox.session(name=f"tests-{library}")
+    def tests(session: nox.Session) -> None:
+        session.env.update(ON_THE_CPU)
+        session.install(*PINNED, "-e", ".", *TOOLS, *packages)
+        if library == "numpy":
+            run_pytest(
+                session,
+                *("tests/shared", "tests/project", "--backend", library),
+                *("--doctest-modules", "src/randattn", "--ignore", "src/randattn/cli"),
+            )
+        else:
+            run_pytest(session, "tests/shared", "--backend", library)
+
+    tests.__doc__ = f"Run the suite on {library}."
+
+
+def run_pytest(session: nox.Session, *args: str) -> None:
+    """Run pytest, with a process for each core."""
+    session.run("pytest", "-n", "auto", *args, *session.posargs)
+
+
+for name, needs in LIBRARIES.items():
+    register_tests(name, needs)
+
+
+@nox.session(name="tests-cli")
+def tests_cli(session: nox.Session) -> None:
+    """Test the `randattn` command, with NumPy, PyTorch and JAX."""
+    session.env.update(ON_THE_CPU)
+    session.install(*PINNED, "-e", ".[cli]", *TOOLS, "torch", "jax")
+    run_pytest(session, "tests/cli")
+
+
+@nox.session
+def agreement(session: nox.Session) -> None:
+    """Compare the results and the gradients of all libraries in one environment."""
+    session.env.update(ON_THE_CPU)
+    packages = {package for needs in LIBRARIES.values() for package in needs}
+    session.install(*PINNED, "-e", ".", *TOOLS, *sorted(packages))
+    session.run("pytest", "tests/cross", *session.posargs)
+    session.run("python", "-m", "tests.agreement")
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style, and that the public names' docstrings are complete."""
+    session.install(*PINNED, "-e", ".", "ruff", "numpydoc")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    session.run("python", "-m", "tests.docstrings")
+
+
+@nox.session
+def typecheck(session: nox.Session) -> None:
+    """Check types, with what the library and the command import."""
+    session.install(*PINNED, "-e", ".[cli]", "mypy")
+    session.run("mypy")
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    """Build the wheel from the sdist, and use it in an empty environment."""
+    session.env.update(ON_THE_CPU)
+    session.install(*PINNED, "build", "virtualenv")
+    work = Path(session.create_tmp()).resolve()
+    for old in (work / "dist").glob("*"):
+        old.unlink()
+    session.run("python", "-m", "build", "--outdir", str(work / "dist"))
+    (wheel,) = (work / "dist").glob("*.whl")
+    check_wheel(session, wheel)
+
+    # Away from the checkout, and with -I, so that nothing but the wheel is found.
+    session.run("virtualenv", "--clear", "--quiet", str(work / "empty"))
+    scripts = work / "empty" / ("Scripts" if os.name == "nt" else "bin")
+    python = (str(scripts / "python"), "-I")
+    install = (*python, "-m", "pip", "install", "--quiet", "-c", str(ROOT / "constraints" / "cpu.txt"))
+    with session.chdir(work):
+        session.run(*install, str(wheel), external=True)
+        session.run(*python, str(ROOT / "tests" / "installed.py"), external=True)
+        session.run(*install, f"{wheel}[cli]", external=True)
+        command = (str(scripts / "randattn"), "compare", "--quick", "--json")
+        report = json.loads(session.run(*command, external=True, silent=True))
+        if not report["rows"]:
+            session.error("randattn compare: its report has no rows")
+        session.log(f"randattn compare --quick --json: {len(report['rows'])} rows")
+
+
+def check_wheel(session: nox.Session, wheel: Path) -> None:
+    """Fail where the wheel lacks a file, or has one that is not the package's."""
+    names = zipfile.ZipFile(wheel).namelist()
+    wanted = ("randattn/py.typed", "randattn/data/attention_inputs.npz", "/licenses/LICENSE", "randattn/cli/")
+    missing = [want for want in wanted if not any(want in found for found in names)]
+    foreign = [found for found in names if not found.startswith(("randattn/", "randattn-"))]
+    if missing or foreign:
+        session.error(f"{wheel.name} lacks {missing} and has {foreign}")
+    session.log(f"{wheel.name}: {len(names)} files, {wheel.stat().st_size >> 10} KiB")
+
+
+def no_gpu(session: nox.Session, why: str) -> None:
+    """Skip the session, or fail it where a GPU is required."""
+    if os.environ.get(REQUIRE_GPU) == "1":
+        session.error(f"{why}, and {REQUIRE_GPU}=1 requires one")
+    session.skip(f"{why} ({REQUIRE_GPU}=1 makes this a failure)")
+
+
+def cuda_driver() -> tuple[int, str]:
+    """Give the driver's CUDA major version, or 0 and why there is no device to run on.
+
+    Asks the driver itself, before anything is downloaded.
+    """
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    except OSError:
+        return 0, "no CUDA device: no CUDA driver is installed"
+    count, version = ctypes.c_int(), ctypes.c_int()
+    for status in (
+        driver.cuInit(0),
+        driver.cuDeviceGetCount(ctypes.byref(count)),
+        driver.cuDriverGetVersion(ctypes.byref(version)),
+    ):
+        if status:
+            return 0, f"no CUDA device: the driver says error {status}"
+    if not count.value:
+        return 0, "no CUDA device: the driver sees none"
+    major, minor = version.value // 1000, version.value % 1000 // 10
+    if major < 12:
+        return 0, f"no usable CUDA device: the driver is for CUDA {major}.{minor}, expected 12 or newer"
+    return min(major, 13), ""
+
+
+# For each library: what pip installs for CUDA 12 and 13, and the expression that counts devices.
+ON_THE_GPU = {
+    "cupy": (
+        {12: ("cupy-cuda12x[ctk]",), 13: ("cupy-cuda13x[ctk]",)},
+        "__import__('cupy').cuda.runtime.getDeviceCount()",
+    ),
+    "torch": (
+        {12: ("torch", "--index-url", "https://download.pytorch.org/whl/cu126"), 13: ("torch",)},
+        "__import__('torch').cuda.device_count()",
+    ),
+    "jax": (
+        {12: ("jax[cuda12]",), 13: ("jax[cuda13]",)},
+        "len(__import__('jax').devices('cuda'))",
+    ),
+}
+
+
+def register_gpu_tests(library: str) -> None:
+    """Register the suite's session for one library on a CUDA device."""
+
+    @nox.session(name="tests-cupy" if library == "cupy" else f"tests-{library}-gpu")
+    def tests(session: nox.Session) -> None:
+        major, why = cuda_driver()
+        if not major:
+            no_gpu(session, why)
+        packages, count = ON_THE_GPU[library]
+        session.install(*packages[major])
+        session.install(*PINNED_TOOLS, "-e", ".", *TOOLS)
+        # What was installed may not get on with the driver. Any last line but a number is an error's.
+        probe = f"try: print({count})\nexcept Exception as error: print(repr(error))"
+        found = session.run("python", "-c", probe, silent=True, log=False) or ""
+        answer = (found.strip().splitlines() or ["nothing"])[-1]
+        if not answer.isdecimal() or int(answer) == 0:
+            no_gpu(session, f"no CUDA device: {library} finds {answer}")
+        device = () if library == "cupy" else ("--device", "cuda")
+        session.run("pytest", "tests/shared", "--backend", library, *device, *session.posargs)
+        session.run("python", "-m", "tests.agreement", library if library == "cupy" else f"{library}:cuda")
+
+    tests.__doc__ = f"Run the suite on {library}, on a CUDA device."
+
+
+for name in ON_THE_GPU:
+    register_gpu_tests(name)

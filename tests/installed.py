@@ -1,0 +1,43 @@
+"""Use the installed wheel, in an environment that has nothing but what it requires.
+
+Run by the `build` session, with ``python -I``, away from the checkout.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import sys
+from pathlib import Path
+
+HEAVY = ("cupy", "dask", "jax", "matplotlib", "rich", "torch")
+
+import randattn  # noqa: E402
+
+loaded = {name.partition(".")[0] for name in sys.modules}
+assert not loaded & set(HEAVY), f"import randattn loads {loaded & set(HEAVY)}"
+assert not any(map(importlib.util.find_spec, HEAVY)), "the environment is not empty"
+assert Path(sys.prefix) in Path(randattn.__file__).parents, f"{randattn.__file__} is not the installed one"
+
+import numpy as np  # noqa: E402
+
+rng = np.random.default_rng(0)
+q, k, v = (rng.standard_normal((2, 100, 8)) for _ in range(3))
+calls = {
+    "attend": lambda: randattn.attend(q, k, v).out,
+    "merge": lambda: randattn.merge(randattn.attend(q, k, v), randattn.attend(q, k, v)).out,
+    "softmax_attention": lambda: randattn.softmax_attention(q, k, v),
+    "ra": lambda: randattn.ra(q, k, v, rng=0),
+    "rfa": lambda: randattn.rfa(q, k, v, rng=0),
+    "lara": lambda: randattn.lara(q, k, v, rng=0),
+    "eva": lambda: randattn.eva(q, k, v, rng=0),
+}
+public = {name for name in randattn.__all__ if inspect.isfunction(getattr(randattn, name))}
+assert public == set(calls), f"not called: {public - set(calls)}; not public: {set(calls) - public}"
+for name, function in calls.items():
+    out = function()
+    assert out.shape == v.shape, (name, out.shape)
+    assert np.all(np.isfinite(out)), name
+    assert np.all(np.abs(out) <= np.abs(v).max()), name
+where = Path(randattn.__file__).parent
+print(f"{len(calls)} public functions run on NumPy {np.__version__} alone, from {where}")
