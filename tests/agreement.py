@@ -131,7 +131,9 @@ def make_cases() -> list[Case]:
         overlapping = {"group_weight": weight, "disjoint": False}
         cases += on((*square, "grid"), f"eva {weight} overlapping", **overlapping, **eva)
         cases += on(("cross",), f"eva {weight} no window", group_weight=weight, **{**eva, "window": 0})
-        cases += on(("plain", "shared"), f"eva {weight} tiles", group_weight=weight, group_size=7, window=4, **seed)
+        cases += on(
+            ("plain", "shared"), f"eva {weight} tiles", group_weight=weight, group_size=7, window=4, **seed
+        )
     return cases
 
 
@@ -228,7 +230,9 @@ def find_faults(cases: list[Case], inputs: dict[str, Arrays]) -> Iterator[str]:
                 yield f"{case}: another seed gives the same result"
 
 
-def print_table(rows: list[str], libraries: dict[str, Library], worst: dict[tuple[str, str, str], float]) -> None:
+def print_table(
+    rows: list[str], libraries: dict[str, Library], worst: dict[tuple[str, str, str], float]
+) -> None:
     width = max(map(len, rows))
     print("The largest difference from NumPy's result (float64, float32),")
     print("or from the library's own in float32 (float16, bfloat16).\n")
@@ -240,7 +244,9 @@ def print_table(rows: list[str], libraries: dict[str, Library], worst: dict[tupl
             texts = []
             for dtype, tolerance in TOLERANCES.items():
                 found = worst.get((name, row, dtype))
-                texts.append("-" if found is None else f"{found:.1e}" if found <= tolerance else f"!{found:.1e}")
+                texts.append(
+                    "-" if found is None else f"{found:.1e}" if found <= tolerance else f"!{found:.1e}"
+                )
             print(f"{name:12}{row:{width}}" + "".join(f"{text:>10}" for text in texts))
 
 
@@ -267,7 +273,9 @@ def main(names: list[str]) -> int:
                 worst[cell] = max(worst.get(cell, 0.0), found)
                 if not found <= TOLERANCES[dtype]:
                     failures.append(f"{name}, {case}, {dtype}: {found:.1e}{why}")
-            missing = {case.row for case in cases} - {row for of, row, kind in worst if (of, kind) == (name, dtype)}
+            missing = {case.row for case in cases} - {
+                row for of, row, kind in worst if (of, kind) == (name, dtype)
+            }
             faults += [f"{name}, {row}, {dtype}: not compared" for row in sorted(missing)]
 
     print_table(list(dict.fromkeys(case.row for case in cases)), libraries, worst)
