@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hypothesis
 import pytest
 
 from tests.libraries import LIBRARIES, Library, open_library
@@ -26,4 +27,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # JAX compiles every operation for every shape, Dask builds a graph: fewer examples there.
+    examples = {"jax": 15, "dask": 60}.get(config.getoption("--backend"), 300)
+    hypothesis.settings.register_profile("suite", max_examples=examples, deadline=None, derandomize=True)
+    hypothesis.settings.load_profile("suite")
     config.addinivalue_line("markers", "only(*libraries): the test is about these array libraries")
