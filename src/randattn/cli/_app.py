@@ -1,0 +1,187 @@
+"""The command's options, and what it does with them."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from ._backends import CHECKS, NAMES, Unusable, installed, open_backend
+from ._errors import Refused
+from ._files import check_output, read_inputs, read_sample, write_report
+from ._measure import measure
+from ._plan import ESTIMATORS, FULL, QUICK
+from ._table import print_tables
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from ._backends import Backend
+    from ._measure import Advance
+
+_INTERRUPTED = 130
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def app() -> None:
+    """Randomized attention for any array library."""
+
+
+@app.command()
+@click.option(
+    "--backend",
+    "names",
+    multiple=True,
+    type=click.Choice(NAMES),
+    metavar="NAME",
+    help=f"An array library to measure: {', '.join(NAMES)}. Repeatable. Left out: all that are installed, "
+    f"except {' and '.join(CHECKS)}, which are checks rather than tools. PyTorch runs on a CUDA device where "
+    "it has one, JAX on its default device; CuPy needs a CUDA device.",
+)
+@click.option(
+    "--estimator",
+    "estimators",
+    multiple=True,
+    type=click.Choice(list(ESTIMATORS)),
+    metavar="NAME",
+    help=f"An estimator to measure: {', '.join(ESTIMATORS)}. Repeatable. Left out: all.",
+)
+@click.option(
+    "--input",
+    "path",
+    type=Path,
+    metavar="FILE",
+    help="A .npz or .safetensors file with q (..., N, D), k (..., M, D), v (..., M, E) and optionally scale. "
+    "Left out: the embedded sample, what a small language model passes to its attention.",
+)
+@click.option(
+    "--seeds",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help=f"How many seeds errors are averaged over. Left out: {FULL.seeds}, or {QUICK.seeds} with --quick.",
+)
+@click.option(
+    "--output",
+    type=Path,
+    metavar="DIR",
+    help="Write report.png and report.json there, in place of those that are there.",
+)
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print what report.json holds, alone, on standard output."
+)
+@click.option("--quick", is_flag=True, help="Fewer sample counts, seeds, repetitions and lengths: seconds.")
+def compare(
+    *,
+    names: tuple[str, ...],
+    estimators: tuple[str, ...],
+    path: Path | None,
+    seeds: int | None,
+    output: Path | None,
+    as_json: bool,
+    quick: bool,
+) -> None:
+    """Compare the estimators with exact attention: error, time, and agreement between libraries.
+
+    The error of a layer is the norm of the difference from exact attention over the norm of exact
+    attention; it is averaged over layers and seeds. A layer is what the last three axes hold: heads,
+    tokens and features. Beside it stands the error of the trivial answer, mean(V), the mean of all
+    values: an estimator that errs more is worse than not looking at the queries.
+
+    Times are medians in float32, from the drawing of random numbers to the device's last result; JAX
+    is compiled, and its draws are constants then. Speedup is over exact attention by the same
+    library. Agreement is the largest difference from NumPy's result with the same seed.
+    """
+    start = time.perf_counter()
+    plan = QUICK if quick else FULL
+    inputs = read_sample() if path is None else read_inputs(path)
+    if output is not None:
+        check_output(output)
+    backends = _open_backends(names)
+    with _progress() as advance:
+        report = measure(
+            inputs,
+            backends,
+            # In the table's order, and once.
+            [name for name in ESTIMATORS if name in estimators or not estimators],
+            plan=plan,
+            seeds=plan.seeds if seeds is None else seeds,
+            start=start,
+            advance=advance,
+        )
+    text = json.dumps(report.to_json(), indent=2, allow_nan=False) + "\n"
+    if output is not None:
+        # Late: it takes a second to import.
+        from ._plot import plot
+
+        write_report(output, {"report.png": plot(report), "report.json": text.encode()})
+    if as_json:
+        click.echo(text, nl=False)
+    else:
+        print_tables(report)
+
+
+def run() -> int:
+    """Run the command line: what is wrong goes on one line of standard error, never as a traceback."""
+    try:
+        app(standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.ctx.get_help(), err=True)
+        return error.exit_code
+    except click.ClickException as error:
+        # One line whatever a file is called.
+        sys.stderr.write(f"Error: {' '.join(error.format_message().split())}\n")
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        sys.stderr.write("Error: interrupted\n")
+        return _INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read the output has read enough; Python would complain again when it closes it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0
+
+
+def _open_backends(names: tuple[str, ...]) -> list[Backend]:
+    if names:
+        try:
+            # Once each, in the order in which they are named.
+            return [open_backend(name) for name in dict.fromkeys(names)]
+        except Unusable as error:
+            raise Refused(f"--backend {error}") from None
+    backends = []
+    for name in installed():
+        try:
+            backends.append(open_backend(name))
+        except Unusable as error:
+            sys.stderr.write(f"Leaving out {error}\n")
+    return backends
+
+
+@contextmanager
+def _progress() -> Iterator[Advance]:
+    """A progress bar on standard error, where that is a terminal."""
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description:<32}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    # Drawn seldom: it would show in the times.
+    with Progress(
+        *columns, console=console, disable=not console.is_terminal, transient=True, refresh_per_second=4
+    ) as bar:
+        task = bar.add_task("")
+
+        def advance(done: int, total: int, doing: str) -> None:
+            bar.update(task, completed=done, total=total, description=doing, refresh=True)
+
+        yield advance

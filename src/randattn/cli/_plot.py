@@ -1,0 +1,173 @@
+"""The report as a picture."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, NullLocator
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from matplotlib.axes import Axes
+
+    from ._measure import Report
+
+# Okabe and Ito's colours, which the colour-blind can tell apart.
+_COLOURS = {"softmax": "#000000", "rfa": "#E69F00", "ra": "#CC79A7", "lara": "#0072B2", "eva": "#009E73"}
+_LABELS = {"softmax": "softmax (exact)"}
+_REFERENCE = "#6E6E6E"
+_LONGEST_NAME = 40
+
+
+class _Style(NamedTuple):
+    line: Any
+    marker: str
+
+
+_STYLES = {
+    "numpy": _Style("-", "o"),
+    "torch": _Style("--", "s"),
+    "jax": _Style(":", "^"),
+    "cupy": _Style("-.", "D"),
+    "array-api-strict": _Style((0, (6, 1, 1, 1, 1, 1)), "v"),
+    "dask": _Style((0, (1, 3)), "P"),
+}
+_RC: dict[Any, Any] = {
+    "font.size": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 13,
+    "axes.titlepad": 12,
+    "axes.grid": True,
+    "grid.color": "#E4E4E4",
+    "grid.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+}
+
+
+def plot(report: Report) -> bytes:
+    """Draw error against samples beside time against length.
+
+    Parameters
+    ----------
+    report : Report
+
+    Returns
+    -------
+    bytes
+        A PNG file.
+    """
+    # Whatever the user's own settings are.
+    with mpl.rc_context():
+        mpl.rcdefaults()
+        mpl.rcParams.update(_RC)
+        figure = Figure(figsize=(12, 5.8), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        _errors(left, report)
+        _times(right, report)
+        _legends(figure, report)
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png", dpi=150)
+    return picture.getvalue()
+
+
+def _errors(axes: Axes, report: Report) -> None:
+    # Libraries agree, so that their points would hide each other: they stand side by side.
+    libraries = list(report.libraries)
+    aside = {name: 1.11 ** (i - (len(libraries) - 1) / 2) for i, name in enumerate(libraries)}
+    lines: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    errors, counts = [report.mean_v_error], set()
+    for row in report.rows:
+        if row.samples is not None and row.relative_error is not None:
+            point = (row.samples * aside[row.backend], row.relative_error)
+            lines.setdefault((row.backend, row.estimator), []).append(point)
+            errors.append(row.relative_error)
+            counts.add(row.samples)
+    samples = sorted(counts)
+
+    seeds = "1 seed" if report.seeds == 1 else f"mean of {report.seeds} seeds"
+    axes.set_title(f"Error: {report.input[-_LONGEST_NAME:]}, {seeds}")
+    axes.set_xlabel("samples, landmarks or groups")
+    axes.set_ylabel("relative error")
+    axes.set_xscale("log", base=2)
+    if samples:
+        axes.set_xlim(samples[0] / 1.5, samples[-1] * 1.5)
+    _whole_numbers(axes, samples)
+    # From zero where that leaves the smallest error to be seen.
+    if min(errors) > max(errors) / 30:
+        axes.set_ylim(0, 1.12 * max(errors))
+    else:
+        axes.set_yscale("log")
+    _lines(axes, lines)
+    axes.axhline(report.mean_v_error, color=_REFERENCE, linewidth=1.2, linestyle=(0, (5, 3)), zorder=1)
+    axes.annotate(
+        f"mean(V)\n{report.mean_v_error:.3g}",
+        (1.01, report.mean_v_error),
+        xycoords=("axes fraction", "data"),
+        va="center",
+        color=_REFERENCE,
+    )
+
+
+def _times(axes: Axes, report: Report) -> None:
+    lines: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for each in report.lengths:
+        point = (each.length, 1e3 * each.seconds)
+        lines.setdefault((each.backend, each.estimator), []).append(point)
+    counts = {each.estimator: each.samples for each in report.lengths if each.samples is not None}
+    samples = ", ".join(f"{name} {count}" for name, count in counts.items())
+    axes.set_title("Time of one call on one head")
+    axes.set_xlabel("length (tokens)" + (f"; samples: {samples}" if samples else ""))
+    axes.set_ylabel("time (ms)")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    _whole_numbers(axes, sorted({each.length for each in report.lengths}))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    _lines(axes, lines)
+    if not lines:
+        axes.text(0.5, 0.5, "not measured: no time left", transform=axes.transAxes, ha="center")
+
+
+def _lines(axes: Axes, lines: dict[tuple[str, str], list[tuple[float, float]]]) -> None:
+    for (backend, estimator), points in lines.items():
+        axes.plot(*zip(*sorted(points), strict=True), color=_COLOURS[estimator], **_look(backend))
+
+
+def _whole_numbers(axes: Axes, values: Iterable[int]) -> None:
+    """A tick for each value that is there."""
+    axes.set_xticks(list(values))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
+def _legends(figure: Figure, report: Report) -> None:
+    """Colours are estimators; lines and markers are libraries."""
+    estimators = [
+        Line2D([], [], color=_COLOURS[name], linewidth=3, label=_LABELS.get(name, name))
+        for name in dict.fromkeys(row.estimator for row in report.rows)
+    ]
+    libraries = [
+        Line2D([], [], color=_REFERENCE, **_look(name), label=f"{name} {about['version']}, {about['device']}")
+        for name, about in report.libraries.items()
+    ]
+    figure.legend(handles=libraries, loc="outside upper center", ncols=3)
+    figure.legend(handles=estimators, loc="outside lower center", ncols=len(estimators))
+
+
+def _look(backend: str) -> dict[str, Any]:
+    line, marker = _STYLES[backend]
+    return {
+        "linestyle": line,
+        "linewidth": 1.6,
+        "marker": marker,
+        "markersize": 6.5,
+        "markerfacecolor": "white",
+        "markeredgewidth": 1.4,
+    }
