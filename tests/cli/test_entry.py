@@ -1,0 +1,136 @@
+"""The command as a process: its two names, its streams, and what it needs."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import array_api_compat
+import numpy as np
+import pytest
+
+import randattn
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+SOURCE = Path(randattn.__file__).parents[1]
+FEW = ("--quick", "--backend", "numpy", "--estimator", "rfa")
+
+
+def python(
+    *arguments: str, path: Sequence[Path] = (), **keywords: object
+) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (SOURCE, *path)))}
+    return subprocess.run(
+        [sys.executable, *arguments], env=environment, text=True, timeout=120, check=False, **keywords
+    )
+
+
+def test_as_a_module(inputs: Path) -> None:
+    done = python("-m", "randattn", "compare", "--json", "--input", str(inputs), *FEW, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert {row["estimator"] for row in json.loads(done.stdout)["rows"]} == {"rfa"}
+    assert done.stderr == ""
+
+
+def test_refused_as_a_process(tmp_path: Path) -> None:
+    done = python("-m", "randattn", "compare", "--input", str(tmp_path / "no.npz"), capture_output=True)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == f"Error: {tmp_path / 'no.npz'}: no such file or directory\n"
+
+
+def test_the_installed_command() -> None:
+    """Where the package is installed, its command is this one."""
+    try:
+        importlib.metadata.distribution("randattn")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("randattn is not installed, only on the path")
+    (entry,) = importlib.metadata.entry_points(group="console_scripts", name="randattn")
+    assert entry.value == "randattn.cli:main"
+
+
+def test_help() -> None:
+    done = python("-m", "randattn", "compare", "--help", capture_output=True)
+    assert done.returncode == 0
+    for option in ("--backend", "--estimator", "--input", "--seeds", "--output", "--json", "--quick"):
+        assert option in done.stdout
+    assert "array-api-strict and dask" in done.stdout
+
+
+def test_without_a_command() -> None:
+    done = python("-m", "randattn", capture_output=True)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "compare" in done.stderr
+
+
+def test_the_library_stays_light() -> None:
+    heavy = ("click", "rich", "matplotlib", "safetensors", "randattn.cli")
+    code = f"import randattn, sys; print([name for name in {heavy} if name in sys.modules])"
+    assert python("-c", code, capture_output=True).stdout == "[]\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="makes links")
+def test_without_the_extra(tmp_path: Path) -> None:
+    """On a Python with NumPy and the library alone."""
+    site = Path(np.__file__).parents[1]
+    for name in ("numpy", "numpy.libs"):
+        if (site / name).exists():
+            (tmp_path / name).symlink_to(site / name)
+    (tmp_path / "array_api_compat").symlink_to(Path(array_api_compat.__file__).parent)
+    done = python("-S", "-m", "randattn", "compare", path=[tmp_path], capture_output=True)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == (
+        "Error: the randattn command needs click, rich, matplotlib, safetensors: "
+        'python -m pip install "randattn[cli]"\n'
+    )
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_a_progress_bar_on_a_terminal(inputs: Path) -> None:
+    import pty
+
+    ours, theirs = pty.openpty()
+    arguments = ("-m", "randattn", "compare", "--json", "--input", str(inputs), *FEW)
+    done = python(*arguments, stdout=subprocess.PIPE, stderr=theirs)
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            part = os.read(ours, 1 << 16)
+        except OSError:
+            break
+        if not part:
+            break
+        shown += part
+    os.close(ours)
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["rows"]
+    text = shown.decode()
+    assert "numpy: error of rfa 64" in text
+    assert "numpy: 1024 tokens" in text
+    # 2 numbers of samples, the times, 2 lengths; then the bar is taken away.
+    assert "5/5" in text
+    assert text.endswith("\x1b[2K")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="closes a pipe")
+def test_a_reader_who_has_read_enough(inputs: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = python(
+        *("-m", "randattn", "compare", "--json", "--input", str(inputs), *FEW),
+        stdout=writing,
+        stderr=subprocess.PIPE,
+    )
+    os.close(writing)
+    assert done.returncode == 1
+    assert done.stderr == ""

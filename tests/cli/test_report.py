@@ -1,0 +1,268 @@
+"""What is measured and printed: rows, values, filters, tables."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+import randattn
+from randattn.cli import _backends
+from randattn.cli._files import read_sample
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+KEYWORDS = {"rfa": "num_samples", "ra": "num_samples", "lara": "num_landmarks", "eva": "num_groups"}
+ROW = {"backend", "estimator", "samples", "relative_error", "seconds", "speedup", "max_abs_diff"}
+CONFIGS = [
+    ("softmax", None),
+    *[("rfa", count) for count in (4, 8)],
+    *[("ra", count) for count in (1, 2)],
+    *[("lara", count) for count in (4, 8)],
+    *[("eva", count) for count in (4, 8)],
+]
+
+
+def exact_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float) -> np.ndarray:
+    logits = scale * np.einsum("...nd,...md->...nm", *(x.astype(np.float64) for x in (q, k)))
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    return np.einsum("...nm,...me->...ne", weights / weights.sum(-1, keepdims=True), v.astype(np.float64))
+
+
+def layer_error(out: np.ndarray, exact: np.ndarray) -> float:
+    """Over a layer, averaged over layers: the first axis of four."""
+    return float(
+        np.mean([np.linalg.norm(o - e) / np.linalg.norm(e) for o, e in zip(out, exact, strict=True)])
+    )
+
+
+def test_rows_of_every_library_and_estimator(command: Any, inputs: Path) -> None:
+    report = command("--json", "--input", inputs).report
+    rows = report["rows"]
+    assert [(row["backend"], row["estimator"], row["samples"]) for row in rows] == [
+        (backend, *config) for backend in ("numpy", "torch", "jax") for config in CONFIGS
+    ]
+    for row in rows:
+        assert set(row) == ROW
+        for name in ("relative_error", "seconds", "speedup", "max_abs_diff"):
+            assert isinstance(row[name], float)
+            assert math.isfinite(row[name])
+        assert row["seconds"] > 0
+        exact = next(r for r in rows if r["backend"] == row["backend"] and r["estimator"] == "softmax")
+        assert row["speedup"] == pytest.approx(exact["seconds"] / row["seconds"])
+        assert row["max_abs_diff"] <= (0 if row["backend"] == "numpy" else 1e-4)
+    assert report["seeds"] == 2
+    assert report["input"] == str(inputs)
+    assert report["shapes"] == {"q": [2, 2, 80, 8], "k": [2, 2, 80, 8], "v": [2, 2, 80, 5]}
+    assert list(report["libraries"]) == ["numpy", "torch", "jax"]
+    assert report["libraries"]["numpy"] == {"version": np.__version__, "device": "cpu"}
+
+
+def test_time_against_length(command: Any, inputs: Path) -> None:
+    report = command("--json", "--input", inputs, "--backend", "numpy", "--backend", "torch").report
+    lengths = report["lengths"]
+    assert {each["length"] for each in lengths} == {16, 32}
+    assert {(each["backend"], each["estimator"]) for each in lengths} == {
+        (backend, estimator) for backend in ("numpy", "torch") for estimator, _ in CONFIGS
+    }
+    assert all(each["seconds"] > 0 for each in lengths)
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_errors_are_those_of_the_library(
+    command: Any, inputs: Path, arrays: dict[str, np.ndarray], seeds: int
+) -> None:
+    q, k, v, scale = (arrays[name] for name in ("q", "k", "v", "scale"))
+    exact = exact_attention(q, k, v, float(scale))
+    report = command("--json", "--input", inputs, "--seeds", seeds, "--backend", "numpy").report
+    assert report["seeds"] == seeds
+    mean_v = np.broadcast_to(v.mean(-2, keepdims=True), exact.shape)
+    assert report["mean_v_error"] == pytest.approx(layer_error(mean_v, exact), rel=1e-6)
+    for row in report["rows"]:
+        name, samples = row["estimator"], row["samples"]
+        if name == "softmax":
+            assert 0 < row["relative_error"] < 1e-6
+            continue
+        function = getattr(randattn, name)
+        outs = [
+            function(q, k, v, scale=float(scale), rng=i, **{KEYWORDS[name]: samples}) for i in range(seeds)
+        ]
+        expected = np.mean([layer_error(out, exact) for out in outs])
+        assert row["relative_error"] == pytest.approx(expected, rel=1e-5, abs=1e-6), name
+
+
+@pytest.mark.parametrize("shape", [(24,), (2, 24), (3, 2, 2, 24)])
+def test_layers_are_what_stands_before_the_last_three_axes(
+    command: Any, save: Callable[..., Path], shape: tuple[int, ...]
+) -> None:
+    rng = np.random.default_rng(1)
+    q, k, v = (rng.standard_normal((*shape, 4)) for _ in range(3))
+    report = command(
+        "--json", "--input", save({"q": q, "k": k, "v": v}), "--estimator", "softmax", "--backend", "numpy"
+    ).report
+    exact = exact_attention(q, k, v, 0.5)
+    mean_v = np.broadcast_to(v.mean(-2, keepdims=True), exact.shape)
+    layers = (-1, *exact.shape[-3:]) if exact.ndim > 2 else (1, *exact.shape)
+    expected = layer_error(mean_v.reshape(layers), exact.reshape(layers))
+    assert report["mean_v_error"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_agreement_is_the_largest_difference_with_the_same_seed(
+    command: Any, inputs: Path, arrays: dict[str, np.ndarray]
+) -> None:
+    torch = pytest.importorskip("torch")
+    q, k, v, scale = (arrays[name] for name in ("q", "k", "v", "scale"))
+    tensors = [torch.asarray(x) for x in (q, k, v)]
+    expected = 0.0
+    for seed in range(2):
+        common = {"scale": float(scale), "num_samples": 8, "rng": seed}
+        got = randattn.rfa(*tensors, **common).numpy()
+        expected = max(expected, float(np.abs(got - randattn.rfa(q, k, v, **common)).max()))
+    rows = command("--json", "--input", inputs, "--backend", "torch", "--estimator", "rfa").report["rows"]
+    assert [row["backend"] for row in rows] == ["torch", "torch"]
+    # Threads may add in another order.
+    assert rows[1]["max_abs_diff"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_library_that_disagrees_is_found_out(
+    command: Any, inputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = _backends._OPEN["torch"]
+
+    def off_by_a_quarter(name: str) -> _backends.Backend:
+        backend = opened(name)
+        return _backends.Backend(
+            **{**vars(backend), "to_numpy": lambda x: backend.to_numpy(x) + np.float32(0.25)}
+        )
+
+    monkeypatch.setitem(_backends._OPEN, "torch", off_by_a_quarter)
+    rows = command("--json", "--input", inputs, "--backend", "torch", "--estimator", "softmax").report["rows"]
+    assert rows[0]["max_abs_diff"] == pytest.approx(0.25, abs=1e-5)
+    assert rows[0]["relative_error"] > 0.1
+
+
+def test_filters_keep_order_and_repeat_nothing(command: Any, inputs: Path) -> None:
+    report = command(
+        *("--json", "--input", inputs, "--backend", "torch", "--backend", "numpy", "--backend", "torch"),
+        *("--estimator", "eva", "--estimator", "rfa", "--estimator", "eva"),
+    ).report
+    assert [(row["backend"], row["estimator"]) for row in report["rows"]] == [
+        (backend, name) for backend in ("torch", "numpy") for name in ("rfa", "rfa", "eva", "eva")
+    ]
+    assert {each["estimator"] for each in report["lengths"]} == {"rfa", "eva"}
+    assert all(row["speedup"] > 0 for row in report["rows"])
+
+
+@pytest.mark.parametrize("backend", ["array-api-strict", "dask"])
+def test_checks_are_measured_where_they_are_asked_for(command: Any, inputs: Path, backend: str) -> None:
+    report = command("--json", "--input", inputs, "--backend", backend, "--seeds", 1).report
+    assert [(row["estimator"], row["samples"]) for row in report["rows"]] == CONFIGS
+    assert all(row["max_abs_diff"] <= 1e-4 for row in report["rows"])
+
+
+def test_only_what_is_installed(command: Any, inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_backends, "_is_installed", lambda name: name == "numpy")
+    result = command("--json", "--input", inputs)
+    assert list(result.report["libraries"]) == ["numpy"]
+    assert result.err == ""
+
+
+def test_a_library_that_cannot_be_imported_is_left_out(
+    command: Any, inputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(name: str) -> _backends.Backend:
+        raise ImportError("libcudart.so.12: cannot open shared object file")
+
+    monkeypatch.setitem(_backends._OPEN, "torch", broken)
+    result = command("--json", "--input", inputs, "--estimator", "rfa")
+    assert list(result.report["libraries"]) == ["numpy", "jax"]
+    assert result.err.startswith("Leaving out torch: cannot be imported (libcudart")
+    assert result.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("n, m", [(24, 10), (10, 24), (3, 3), (1, 1)])
+def test_few_tokens_and_other_numbers_of_keys(
+    command: Any, save: Callable[..., Path], n: int, m: int
+) -> None:
+    rng = np.random.default_rng(2)
+    path = save(
+        {"q": rng.normal(size=(2, n, 4)), "k": rng.normal(size=(2, m, 4)), "v": rng.normal(size=(2, m, 4))}
+    )
+    rows = command("--json", "--input", path, "--backend", "numpy").report["rows"]
+    counts = {name: [row["samples"] for row in rows if row["estimator"] == name] for name, _ in CONFIGS}
+    clamped = sorted({min(count, m) for count in (4, 8)})
+    assert counts == {"softmax": [None], "rfa": [4, 8], "ra": [1, 2], "lara": clamped, "eva": clamped}
+    eva = [row["relative_error"] for row in rows if row["estimator"] == "eva"]
+    # Its window holds them all; without a window, a group of each key is exact too.
+    assert (max(eva) < 1e-6) == (n == m)
+
+
+def test_what_is_not_finite_is_null(command: Any, inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from randattn.cli import _plan
+
+    broken = _plan.ESTIMATORS["rfa"]._replace(function=lambda q, k, v, **_: q[..., :5] * np.float32(np.nan))
+    monkeypatch.setitem(_plan.ESTIMATORS, "rfa", broken)
+    arguments = ("--input", inputs, "--backend", "numpy", "--estimator", "rfa")
+    result = command("--json", *arguments)
+    assert "NaN" not in result.out
+    assert {row["relative_error"] for row in result.report["rows"]} == {None}
+    table = command(*arguments)
+    assert table.code == 0
+    assert "not finite" in table.out
+
+
+def test_the_table_says_all_that_the_report_says(command: Any, inputs: Path, tmp_path: Path) -> None:
+    result = command(
+        "--input", inputs, "--output", tmp_path / "out", "--backend", "numpy", "--backend", "torch"
+    )
+    assert result.code == 0
+    assert result.err == ""
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    mean_v = f"{report['mean_v_error']:.3f}"
+    errors, _, times = result.out.partition("mean(V), the same")
+    lines = [line.split() for line in errors.splitlines()]
+    worse = 0
+    for row in report["rows"]:
+        samples = "-" if row["samples"] is None else str(row["samples"])
+        (line,) = [line for line in lines if line[:3] == [row["backend"], row["estimator"], samples]]
+        if row["estimator"] != "softmax":
+            assert line[3] == f"{row['relative_error']:.3f}"
+        assert line[4] == mean_v
+        is_worse = row["relative_error"] > report["mean_v_error"]
+        assert ("worse" in line) == is_worse
+        worse += is_worse
+        assert f"{row['speedup']:.2f}x" in line
+    assert worse
+    assert worse < len(report["rows"])
+    assert f"mean(V), the same for all queries, errs by {mean_v}" in result.out
+    assert {"16", "32"} <= set(times.split())
+
+
+def test_the_json_is_the_report(command: Any, inputs: Path, tmp_path: Path) -> None:
+    result = command("--json", "--input", inputs, "--output", tmp_path / "new" / "out", "--estimator", "lara")
+    assert result.err == ""
+    assert result.out == (tmp_path / "new" / "out" / "report.json").read_text()
+    assert sorted(path.name for path in (tmp_path / "new" / "out").iterdir()) == ["report.json", "report.png"]
+    assert (tmp_path / "new" / "out" / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_sample_is_real_and_small() -> None:
+    sample = read_sample()
+    assert sample.q.shape == sample.k.shape == sample.v.shape == (6, 1, 512, 32)
+    assert sample.scale == pytest.approx(32**-0.5)
+    out = randattn.softmax_attention(sample.q, sample.k, sample.v, scale=sample.scale)
+    # Far from uniform, as Gaussian arrays of this size are not.
+    assert 0.6 < layer_error(np.broadcast_to(sample.v.mean(-2, keepdims=True), out.shape), out) < 0.9
+
+
+def test_without_input_the_sample_is_measured(command: Any) -> None:
+    report = command("--json", "--backend", "numpy", "--estimator", "eva", "--seeds", 1).report
+    assert report["input"] == "embedded sample"
+    assert report["shapes"]["q"] == [6, 1, 512, 32]
+    assert 0.7 < report["mean_v_error"] < 0.8
+    assert report["rows"][0]["relative_error"] < report["mean_v_error"]
