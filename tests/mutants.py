@@ -1,0 +1,110 @@
+"""Break the library on purpose, one line at a time: the suite must notice each time.
+
+Run as a program (`nox -s mutants`): it copies the sources, applies one mutant after the other, and
+runs the suite on NumPy until the first failure. It fails if a mutant survives.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+
+
+class Mutant(NamedTuple):
+    """A line of a source file, and what breaks it."""
+
+    what: str
+    file: str
+    line: str
+    broken: str
+
+
+MUTANTS = [
+    Mutant(
+        "RA without kappa",
+        "_ra.py",
+        "x.v[..., None, :, :], x.kappa[..., None, :])",
+        "x.v[..., None, :, :])",
+    ),
+    Mutant("RA draws no noise", "_ra.py", "chosen + eps[..., rows, :]", "chosen"),
+    Mutant("RA chooses keys without mass", "_ra.py", "passed < total", "passed <= total"),
+    Mutant("RFA without log Z", "_rfa.py", "attend(x.q, w, f, log_z)", "attend(x.q, w, f)"),
+    Mutant("RFA leaves the range of V", "_rfa.py", "return xp.minimum(xp.maximum(out, lowest), highest)", "return out"),
+    Mutant(
+        "LARA without the balance heuristic",
+        "_lara.py",
+        "_only(there, log_z - log_mixture)",
+        "_only(there, log_z - log_r)",
+    ),
+    Mutant("LARA's optimal weighting unclamped", "_lara.py", "_SMALLEST_ALPHA = 1e-8", "_SMALLEST_ALPHA = 1e-1"),
+    Mutant("LARA's alpha not centred", "_lara.py", "alpha * (t - mean)", "alpha * t"),
+    Mutant("a padded query in t", "_lara.py", "log_mask(query_mask, seen)", "None"),
+    Mutant("a landmark of padding has weight", "_lara.py", "if there is None:\n        return log_weight", "if True:\n        return log_weight"),
+    Mutant("antithetic draws that are not", "_lara.py", "mu - noise_scale * eps", "mu + noise_scale * eps"),
+    Mutant(
+        "a padded key in a landmark",
+        "_segments.py",
+        "    bias = gather_bias(x, mask, at)\n",
+        "    bias = gather_bias(x, None, at)\n",
+    ),
+    Mutant("cells of pooling one token short", "_segments.py", "-((i + 1) * -n // size)", "(i + 1) * n // size"),
+    Mutant("EVA counts the window twice", "_eva.py", "pair_bias=_outside_window(x, cut)", "pair_bias=None"),
+    Mutant("EVA loses what a window leaves of a group", "_eva.py", "if not cut.rest.size:", "if True:"),
+    Mutant("EVA's groups without their size", "_eva.py", '    if group_weight == "size":\n', "    if False:\n"),
+    Mutant("EVA reads padding in its groups", "_eva.py", "gather_bias(x.k, None, at)", "0"),
+    Mutant("masked keys are read", "_inputs.py", "k, v = hide(k, key_mask), hide(v, key_mask)", "pass"),
+    Mutant("masked keys weigh", "_inputs.py", "return self.xp.where(self.key_mask, kappa, -math.inf)", "return kappa"),
+    Mutant("the scale folded into the keys alone", "_inputs.py", "q, k = root * q, root * k", "q, k = q, root * k"),
+    Mutant("half precision sums", "_inputs.py", "xp.astype(x, xp.float32) if xp.finfo(x.dtype).bits < 32 else x", "x"),
+    Mutant("a maximum that is minus infinity", "_attend.py", "return namespace(top).where(top == -math.inf, 0.0, top)", "return top"),
+    Mutant("a merge that forgets a weight", "_attend.py", "(weight_b / safe)[..., None] * out_b", "out_b"),
+    Mutant("a causal mask off by one", "_attend.py", "lag >= 0", "lag > 0"),
+    Mutant("orthogonal rows of one length", "_draws.py", "(signs * lengths)[..., None]", "signs[..., None]"),
+    Mutant("signs of QR left open", "_draws.py", "signs = xp.where(diagonal < 0, -xp", "signs = xp.where(diagonal < 0, xp"),
+    Mutant("uniforms from the normal draws' stream", "_draws.py", 'bits.jumped() if kind == "uniform" else bits', "bits"),
+    Mutant("all heads share their draws", "_draws.py", '"normal", (*x.lead, *shape))', '"normal", shape)'),
+]  # fmt: skip
+
+
+def survives(mutant: Mutant) -> bool:
+    """Whether the suite passes on the broken sources."""
+    with tempfile.TemporaryDirectory() as folder:
+        sources = Path(folder) / "randattn"
+        shutil.copytree(ROOT / "src" / "randattn", sources)
+        path = sources / mutant.file
+        text = path.read_text()
+        if text.count(mutant.line) != 1:
+            raise SystemExit(f"{mutant.what}: not one such line in {mutant.file}: {mutant.line!r}")
+        path.write_text(text.replace(mutant.line, mutant.broken))
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "tests/shared"]
+        run = subprocess.run(
+            command, cwd=ROOT, env={**os.environ, "PYTHONPATH": folder}, capture_output=True, text=True, check=False
+        )
+        # 1: tests failed. Anything else is no verdict.
+        if run.returncode not in (0, 1):
+            raise SystemExit(f"{mutant.what}: pytest did not run\n{run.stdout}{run.stderr}")
+        return run.returncode == 0
+
+
+def main() -> int:
+    """Try every mutant, print what became of it."""
+    if not survives(Mutant("nothing broken", "_attend.py", "import math", "import math")):
+        raise SystemExit("the suite fails on the sources as they are")
+    survivors = 0
+    for mutant in MUTANTS:
+        alive = survives(mutant)
+        survivors += alive
+        print(f"{'SURVIVES' if alive else 'caught  '}  {mutant.file:14} {mutant.what}", flush=True)
+    print(f"{len(MUTANTS) - survivors} passed, {survivors} failed")
+    return survivors
+
+
+if __name__ == "__main__":
+    sys.exit(main())
