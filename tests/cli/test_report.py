@@ -243,6 +243,17 @@ def test_the_table_says_all_that_the_report_says(command: Any, inputs: Path, tmp
     assert {"16", "32"} <= set(times.split())
 
 
+@pytest.mark.parametrize("load", [0.1, 9.0])
+def test_a_busy_machine_is_named(
+    command: Any, inputs: Path, monkeypatch: pytest.MonkeyPatch, load: float
+) -> None:
+    monkeypatch.setattr("os.getloadavg", lambda: (load, 0.0, 0.0), raising=False)
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    arguments = ("--input", inputs, "--backend", "numpy", "--estimator", "softmax")
+    assert command("--json", *arguments).report["load_per_core"] == load / 4
+    assert ("The machine was busy" in command(*arguments).out) == (load == 9.0)
+
+
 def test_the_json_is_the_report(command: Any, inputs: Path, tmp_path: Path) -> None:
     result = command("--json", "--input", inputs, "--output", tmp_path / "new" / "out", "--estimator", "lara")
     assert result.err == ""
