@@ -18,7 +18,15 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 SMALL = Plan(
-    linear=(4, 8), quadratic=(1, 2), seeds=2, rounds=1, seconds=1e-3, lengths=(16, 32), slowest=9, deadline=99
+    linear=(4, 8),
+    quadratic=(1, 2),
+    seeds=2,
+    rounds=1,
+    seconds=1e-3,
+    curves=("softmax", "rfa", "ra", "lara", "eva"),
+    lengths=(16, 32),
+    slowest=9.0,
+    deadline=99.0,
 )
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
 import randattn
-from randattn.cli import _backends
+from randattn.cli import _app, _backends
 from randattn.cli._files import read_sample
+from randattn.cli._measure import _race
+from randattn.cli._plan import Config
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -71,6 +74,34 @@ def test_time_against_length(command: Any, inputs: Path) -> None:
         (backend, estimator) for backend in ("numpy", "torch") for estimator, _ in CONFIGS
     }
     assert all(each["seconds"] > 0 for each in lengths)
+
+
+def test_what_is_slow_is_left_out_of_longer_ones(
+    command: Any, inputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("--json", "--input", inputs, "--backend", "numpy")
+    monkeypatch.setattr(_app, "FULL", replace(_app.FULL, slowest=0.0))
+    assert {each["length"] for each in command(*arguments).report["lengths"]} == {16}
+    monkeypatch.setattr(_app, "FULL", replace(_app.FULL, deadline=0.0))
+    assert command(*arguments).report["lengths"] == []
+
+
+def test_calls_are_timed_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, order = [0.0], []
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+
+    def call(name: str, *seconds: float) -> tuple[Config, Any]:
+        each = iter(seconds)
+
+        def run() -> None:
+            order.append(name)
+            now[0] += next(each)
+
+        return Config(name, None), run
+
+    calls = dict([call("a", 1.0, 9.0, 2.0), call("b", 3.0, 3.0, 4.0)])
+    assert _race(calls, rounds=3, seconds=8.0) == {Config("a", None): 2.0, Config("b", None): 3.0}
+    assert order == ["a", "b", "a", "b", "a", "b"]
 
 
 @pytest.mark.parametrize("seeds", [1, 3])
@@ -136,14 +167,14 @@ def test_a_library_that_disagrees_is_found_out(
 
     def off_by_a_quarter(name: str) -> _backends.Backend:
         backend = opened(name)
-        return _backends.Backend(
-            **{**vars(backend), "to_numpy": lambda x: backend.to_numpy(x) + np.float32(0.25)}
-        )
+        results = iter((0.0, 0.25))
+        return replace(backend, to_numpy=lambda x: backend.to_numpy(x) + np.float32(next(results)))
 
     monkeypatch.setitem(_backends._OPEN, "torch", off_by_a_quarter)
-    rows = command("--json", "--input", inputs, "--backend", "torch", "--estimator", "softmax").report["rows"]
-    assert rows[0]["max_abs_diff"] == pytest.approx(0.25, abs=1e-5)
-    assert rows[0]["relative_error"] > 0.1
+    monkeypatch.setattr(_app, "FULL", replace(_app.FULL, linear=(8,)))
+    # With the second of two seeds alone.
+    (row,) = command("--json", "--input", inputs, "--backend", "torch", "--estimator", "rfa").report["rows"]
+    assert row["max_abs_diff"] == pytest.approx(0.25, abs=1e-5)
 
 
 def test_filters_keep_order_and_repeat_nothing(command: Any, inputs: Path) -> None:

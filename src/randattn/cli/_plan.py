@@ -77,11 +77,13 @@ class Plan:
     seeds : int
         How many seeds errors are averaged over where the caller does not say.
     rounds : int
-        How often each call is timed, if that does not take five times `seconds`.
+        How often each call is timed, if that does not take three times `seconds`.
     seconds : float
         How long calls are timed at least, together.
+    curves : tuple of str
+        The estimators whose time is measured against length,
     lengths : tuple of int
-        The numbers of tokens at which time is measured against length.
+        and the numbers of tokens.
     slowest : float
         What takes more seconds at one length is left out of the next.
     deadline : float
@@ -93,6 +95,7 @@ class Plan:
     seeds: int
     rounds: int
     seconds: float
+    curves: tuple[str, ...]
     lengths: tuple[int, ...]
     slowest: float
     deadline: float
@@ -115,19 +118,21 @@ FULL = Plan(
     linear=(16, 64, 256),
     quadratic=(1, 4),
     seeds=3,
-    rounds=5,
-    seconds=4.0,
+    rounds=7,
+    seconds=3.0,
+    curves=("softmax", "rfa", "ra", "lara", "eva"),
     lengths=(256, 512, 1024, 2048, 4096, 8192, 16384),
     slowest=0.5,
-    deadline=100.0,
+    deadline=110.0,
 )
 QUICK = Plan(
     linear=(16, 64),
     quadratic=(1,),
     seeds=1,
     rounds=3,
-    seconds=0.4,
+    seconds=0.3,
+    curves=("softmax", "rfa", "lara", "eva"),
     lengths=(1024, 4096),
     slowest=0.05,
-    deadline=14.0,
+    deadline=15.0,
 )

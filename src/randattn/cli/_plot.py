@@ -132,7 +132,7 @@ def _times(axes: Axes, report: Report) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     _lines(axes, lines)
     if not lines:
-        axes.text(0.5, 0.5, "not measured: no time left", transform=axes.transAxes, ha="center")
+        axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center")
 
 
 def _lines(axes: Axes, lines: dict[tuple[str, str], list[tuple[float, float]]]) -> None:

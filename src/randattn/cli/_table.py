@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from ._measure import Report, Row
 
 _LENGTHS_SHOWN = 3
+# Of the cores; what just installed the library does not reach it.
+_BUSY = 0.75
 
 
 def print_tables(report: Report) -> None:
@@ -35,6 +37,10 @@ def print_tables(report: Report) -> None:
         notes.append(f"eva attends to a window of {WINDOW} tokens exactly, beside its groups.")
     if "ra" in estimators:
         notes.append("ra draws keys: where rounding draws another key, one output differs from NumPy's.")
+    if (report.load_per_core or 0) > _BUSY:
+        notes.append(
+            f"The machine was busy before (load {report.load_per_core:.1f} per core): times may mislead."
+        )
     console.print("\n" + "\n".join(notes), markup=False)
     if report.lengths:
         console.print()
