@@ -9,6 +9,7 @@ import ctypes
 import json
 import os
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -31,6 +32,7 @@ LIBRARIES = {
     "strict": ("array-api-strict",),
     "dask": ("dask[array]",),
 }
+EVERY_LIBRARY = tuple(package for packages in LIBRARIES.values() for package in packages)
 
 ON_THE_CPU = {
     # Files are compiled when they are imported, not all of them when they are installed.
@@ -48,6 +50,7 @@ ON_THE_CPU = {
 
 nox.needs_version = ">=2024.4.15"
 nox.options.default_venv_backend = "virtualenv"
+# All that a machine can, but `mutants`, which tests the tests.
 nox.options.sessions = [
     "lint",
     "typecheck",
@@ -57,11 +60,9 @@ nox.options.sessions = [
     "tests-jax-gpu",
     "agreement",
     "tests-cli",
+    "tests-oldest",
     *(f"tests-{library}" for library in reversed(LIBRARIES)),
 ]
-
-if sys.version_info < (3, 11):  # noqa: UP036 (nox itself runs on older ones)
-    sys.exit("randattn needs Python 3.11 or newer: install and run nox with it")
 
 
 def register_tests(library: str, packages: tuple[str, ...]) -> None:
@@ -92,11 +93,23 @@ for name, needs in LIBRARIES.items():
     register_tests(name, needs)
 
 
+@nox.session(name="tests-oldest")
+def tests_oldest(session: nox.Session) -> None:
+    """Run the suite on NumPy, with the oldest packages that pyproject.toml allows."""
+    if sys.version_info >= (3, 13):
+        session.skip("the oldest NumPy that is allowed has no wheel for this Python")
+    session.env.update(ON_THE_CPU)
+    ranges = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    oldest = [requirement.replace(">=", "==") for requirement in ranges]
+    session.install(*PINNED_TOOLS, "-e", ".", *TOOLS, *oldest)
+    run_pytest(session, "tests/shared", "--backend", "numpy")
+
+
 @nox.session(name="tests-cli")
 def tests_cli(session: nox.Session) -> None:
-    """Test the `randattn` command, with NumPy, PyTorch and JAX."""
+    """Test the `randattn` command, on every library."""
     session.env.update(ON_THE_CPU)
-    session.install(*PINNED, "-e", ".[cli]", *TOOLS, "torch", "jax")
+    session.install(*PINNED, "-e", ".[cli]", *TOOLS, *EVERY_LIBRARY)
     run_pytest(session, "tests/cli")
 
 
@@ -104,10 +117,17 @@ def tests_cli(session: nox.Session) -> None:
 def agreement(session: nox.Session) -> None:
     """Compare the results and the gradients of all libraries in one environment."""
     session.env.update(ON_THE_CPU)
-    packages = {package for needs in LIBRARIES.values() for package in needs}
-    session.install(*PINNED, "-e", ".", *TOOLS, *sorted(packages))
+    session.install(*PINNED, "-e", ".", *TOOLS, *EVERY_LIBRARY)
     session.run("pytest", "tests/cross", *session.posargs)
     session.run("python", "-m", "tests.agreement")
+
+
+@nox.session
+def mutants(session: nox.Session) -> None:
+    """Break the library on purpose, a line at a time: the suite must notice."""
+    session.env.update(ON_THE_CPU)
+    session.install(*PINNED, "-e", ".", *TOOLS)
+    session.run("python", "-m", "tests.mutants", *session.posargs)
 
 
 @nox.session
