@@ -85,8 +85,8 @@ def register_tests(library: str, packages: tuple[str, ...]) -> None:
 
 
 def run_pytest(session: nox.Session, *args: str) -> None:
-    """Run pytest, with a process for each core."""
-    session.run("pytest", "-n", "auto", *args, *session.posargs)
+    """Run pytest, with a process for each core; some tests take a thousand times as long as others."""
+    session.run("pytest", "-n", "auto", "--dist", "worksteal", *args, *session.posargs)
 
 
 for name, needs in LIBRARIES.items():
