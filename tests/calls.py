@@ -10,9 +10,10 @@ import numbers
 from functools import partial, wraps
 from typing import Any
 
+from array_api_compat import is_array_api_obj, is_jax_array
+
 import randattn
 import randattn._attend
-from array_api_compat import is_array_api_obj, is_jax_array
 
 _compiled: dict[Any, Any] = {}
 
@@ -40,6 +41,11 @@ def _under_jit(function: Any) -> Any:
         return _compiled[key](*arrays, **dynamic)
 
     return call
+
+
+def forget() -> None:
+    """Let go of the compiled programs."""
+    _compiled.clear()
 
 
 softmax_attention = _under_jit(randattn.softmax_attention)

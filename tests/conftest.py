@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+from typing import TYPE_CHECKING
+
 import hypothesis
 import pytest
 
+from tests import calls
 from tests.libraries import LIBRARIES, Library, open_library
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -16,6 +23,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture(scope="session")
 def lib(request: pytest.FixtureRequest) -> Library:
     return open_library(request.config.getoption("--backend"), request.config.getoption("--device"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_compiled_programs() -> Iterator[None]:
+    """JAX keeps every program that it compiles: thousands in this suite, gigabytes."""
+    yield
+    if "jax" in sys.modules:
+        calls.forget()
+        sys.modules["jax"].clear_caches()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

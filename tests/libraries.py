@@ -31,7 +31,9 @@ class Library:
         if self.name == "dask":
             # Several blocks on the token axis: what works on one block alone is not supported.
             x = x if dtype is None else x.astype(dtype)
-            chunks = tuple(-1 if axis != x.ndim - 2 else max(1, -(-x.shape[axis] // 2)) for axis in range(x.ndim))
+            chunks = tuple(
+                -1 if axis != x.ndim - 2 else max(1, -(-x.shape[axis] // 2)) for axis in range(x.ndim)
+            )
             return self.xp.asarray(x).rechunk(chunks)
         kind = None if dtype is None else getattr(self.xp, dtype)
         return self.xp.asarray(x, dtype=kind, device=self.device)

@@ -85,7 +85,12 @@ def survives(mutant: Mutant) -> bool:
         path.write_text(text.replace(mutant.line, mutant.broken))
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "tests/shared"]
         run = subprocess.run(
-            command, cwd=ROOT, env={**os.environ, "PYTHONPATH": folder}, capture_output=True, text=True, check=False
+            command,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": folder},
+            capture_output=True,
+            text=True,
+            check=False,
         )
         # 1: tests failed. Anything else is no verdict.
         if run.returncode not in (0, 1):

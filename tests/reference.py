@@ -85,11 +85,15 @@ def ra(q, k, v, noise, components):
 
 def segments(n, count):
     """So many segments, the longer ones last."""
-    return np.split(np.arange(n), np.cumsum([n // count + (i >= count - n % count) for i in range(count)])[:-1])
+    return np.split(
+        np.arange(n), np.cumsum([n // count + (i >= count - n % count) for i in range(count)])[:-1]
+    )
 
 
 @per_head
-def lara(q, k, v, noise, weighting="optimal", alpha=1.0, normalize="queries", noise_scale=1.0, mix_keys=False):
+def lara(
+    q, k, v, noise, weighting="optimal", alpha=1.0, normalize="queries", noise_scale=1.0, mix_keys=False
+):
     q, k = scaled(q, k)
     count = len(noise)
     qt = np.array([q[s].mean(axis=0) for s in segments(len(q), count)])
@@ -125,7 +129,10 @@ def lara(q, k, v, noise, weighting="optimal", alpha=1.0, normalize="queries", no
 def eva(q, k, v, noise, groups, window, group_weight="size", disjoint=True, noise_scale=1.0):
     """`groups` lists the keys of each group, `window` gives the keys of a query's window."""
     q, k = scaled(q, k)
-    w = [(q[g].mean(axis=0) + k[g].mean(axis=0)) / 2 + noise_scale * e for g, e in zip(groups, noise, strict=True)]
+    w = [
+        (q[g].mean(axis=0) + k[g].mean(axis=0)) / 2 + noise_scale * e
+        for g, e in zip(groups, noise, strict=True)
+    ]
     out = np.empty((len(q), v.shape[1]))
     for n in range(len(q)):
         exact = list(window(n))

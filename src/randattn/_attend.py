@@ -74,31 +74,30 @@ def attend(
     `bias` (..., M) belongs to a key. `pair_bias` gives, for a slice of the queries, what belongs
     to a query and a key: (..., n, M). It is a function so that it is never whole in memory.
     """
+    xp = namespace(q)
     n, m = q.shape[-2], k.shape[-2]
     lead = math.prod([max(pair) for pair in zip(q.shape[:-2], k.shape[:-2], strict=True)])
     cols = min(m, max(_MIN_BLOCK_KEYS, _BLOCK_LOGITS // max(1, lead * n)))
-    blocks = []
+    done: list[Any] = []
     for queries in query_blocks(n, lead * cols):
-        q_block = q[..., queries, :]
         pairs = None if pair_bias is None else pair_bias(queries)
         last = min(queries.stop, m) if is_causal else m
-        done = None
+        part = None
         for first in range(0, last, cols):
             keys = slice(first, min(first + cols, last))
-            logits = _logits(q_block, k[..., keys, :])
+            logits = xp.matmul(q[..., queries, :], xp.matrix_transpose(k[..., keys, :]))
             if bias is not None:
                 logits = logits + bias[..., None, keys]
             if pairs is not None:
                 logits = logits + pairs[..., keys]
             if is_causal and keys.stop > queries.start + 1:
                 logits = _hide_future(logits, queries, keys)
-            part = average(logits, v[..., keys, :])
-            done = part if done is None else merge(done, part)
-        blocks.append(done)
-    if len(blocks) == 1:
-        return blocks[0]
-    xp = namespace(q)
-    outs, log_norms = zip(*blocks, strict=True)
+            block = average(logits, v[..., keys, :])
+            part = block if part is None else merge(part, block)
+        done.append(part)
+    if len(done) == 1:
+        return Average(*done[0])
+    outs, log_norms = zip(*done, strict=True)
     return Average(xp.concat(outs, axis=-2), xp.concat(log_norms, axis=-1))
 
 
@@ -121,11 +120,6 @@ def nonzero(total: Array) -> Array:
 def _log_norm(top: Array, total: Array) -> Array:
     xp = namespace(total)
     return xp.where(total == 0, -math.inf, top + xp.log(nonzero(total)))
-
-
-def _logits(q: Array, k: Array) -> Array:
-    xp = namespace(q)
-    return xp.matmul(q, xp.matrix_transpose(k))
 
 
 def _hide_future(logits: Array, queries: slice, keys: slice) -> Array:

@@ -161,9 +161,8 @@ def eva(
     check_option("group_weight", group_weight, ("size", "unit"))
     noise_scale = check_real("noise_scale", noise_scale)
     refuse_causal("eva", is_causal)
-    x = prepare(
-        q, k, v, scale=scale, key_mask=key_mask, enable_gqa=enable_gqa, also=pooling_ranks(landmarks, noise, query_mask)
-    )
+    also = pooling_ranks(landmarks, noise, query_mask)
+    x = prepare(q, k, v, scale=scale, key_mask=key_mask, enable_gqa=enable_gqa, also=also)
     tokens = check_grid(grid, x.q.shape[-2], x.k.shape[-2])
     tile = _check_window(x, window, tokens)
     how, sizes = _check_groups(tokens, num_groups, group_size, landmarks, noise)
@@ -171,7 +170,7 @@ def eva(
 
     kt, log_size = pool(x.k, groups, x.key_mask)
     if landmarks is None:
-        queries = blocks_of_queries(x, groups, tokens, how, sizes)
+        queries = blocks_of_queries(x, groups)
         qt, _ = pool(x.q, queries, resolve_query_mask(x, query_mask))
     else:
         qt, kt = given_landmarks(x, landmarks, groups.index.shape[0])

@@ -105,7 +105,6 @@ class Inputs:
             x = _split_heads(name, x, trailing, self.heads)
         return with_rank(x, rank)
 
-
     def match_mask(self, name: str, mask: Array, length: int) -> Array:
         """Bring a further boolean array (..., length) to these ranks and split heads."""
         check_mask(name, mask, self.q, length)
@@ -207,12 +206,11 @@ def check_arrays(**arrays: Array) -> None:
 def check_like(name: str, x: Any, like: Array, like_name: str = "q") -> None:
     """An array of the same library and device as another."""
     if not is_array(x):
-        raise TypeError(
-            f"{name}: expected an array (NumPy, PyTorch, JAX, CuPy, ...), got {_type_name(x)}"
-        )
+        raise TypeError(f"{name}: expected an array (NumPy, PyTorch, JAX, CuPy, ...), got {_type_name(x)}")
     if namespace(x) is not namespace(like):
         raise TypeError(
-            f"{name}: expected an array of the library of {like_name}, {_type_name(like)}, got {_type_name(x)}"
+            f"{name}: expected an array of the library of {like_name}, {_type_name(like)}, "
+            f"got {_type_name(x)}"
         )
     here, there = (getattr(array, "device", None) for array in (x, like))
     if here is None or there is None:
@@ -242,7 +240,9 @@ def check_attention_shapes(q: Array, k: Array, v: Array) -> None:
         )
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.shape[-2] < 1 or x.shape[-1] < 1:
-            raise ValueError(f"{name}: expected at least one token and one feature, got shape {tuple(x.shape)}")
+            raise ValueError(
+                f"{name}: expected at least one token and one feature, got shape {tuple(x.shape)}"
+            )
 
 
 def check_broadcast(**arrays: tuple[Array, int]) -> None:
@@ -270,10 +270,10 @@ def check_mask(name: str, mask: Any, like: Array, length: int) -> None:
 
 def check_scale(scale: Any, features: int) -> float:
     if scale is None:
-        return features**-0.5
+        return 1 / math.sqrt(features)
     if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
         raise TypeError(f"scale: expected a real number or None, got {_type_name(scale)}")
-    if not 0 < scale < math.inf:
+    if not 0 < float(scale) < math.inf:
         raise ValueError(f"scale: expected a positive finite number, got {scale}")
     return float(scale)
 
@@ -282,7 +282,7 @@ def check_real(name: str, value: Any) -> float:
     """A finite number that is not negative."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: expected a real number, got {_type_name(value)}")
-    if not 0 <= value < math.inf:
+    if not 0 <= float(value) < math.inf:
         raise ValueError(f"{name}: expected a finite number of at least 0, got {value}")
     return float(value)
 
@@ -296,13 +296,13 @@ def check_count(name: str, value: Any, minimum: int = 1) -> int:
 
 
 def resolve_count(name: str, value: Any, default: int, **given: tuple[Array | None, int]) -> Any:
-    """A count (or one for each axis) as given, or else as a given array's axis has it, or else the default."""
+    """A count (or one for each axis) as given; or else as a given array's axis has it; or the default."""
     if isinstance(value, tuple | list):
         return value
     if value is not None:
         return check_count(name, value)
     for array, axis in given.values():
-        if is_array(array) and array.ndim >= -axis and array.shape[axis] > 0:
+        if array is not None and is_array(array) and array.ndim >= -axis and array.shape[axis] > 0:
             return array.shape[axis]
     return default
 
@@ -336,9 +336,10 @@ def _key_heads(q: Array, k: Array, v: Array) -> int | None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim < 3:
             raise ValueError(
-                f"{name}: enable_gqa expects a head axis, shape (..., H, tokens, features), got {tuple(x.shape)}"
+                f"{name}: enable_gqa expects a head axis, (..., H, tokens, features), got {tuple(x.shape)}"
             )
-    heads, queries = k.shape[-3], q.shape[-3]
+    heads: int = k.shape[-3]
+    queries: int = q.shape[-3]
     if v.shape[-3] != heads:
         raise ValueError(f"v: expected the {heads} heads of k, got shape {tuple(v.shape)}")
     if queries % heads:

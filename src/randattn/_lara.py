@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ._inputs import Inputs
+    from ._segments import How
 
     Array = Any
 
@@ -162,9 +163,8 @@ def lara(
     check_option("normalize", normalize, ("queries", "landmarks"))
     alpha, noise_scale = check_real("alpha", alpha), check_real("noise_scale", noise_scale)
     refuse_causal("lara", is_causal)
-    x = prepare(
-        q, k, v, scale=scale, key_mask=key_mask, enable_gqa=enable_gqa, also=pooling_ranks(landmarks, noise, query_mask)
-    )
+    also = pooling_ranks(landmarks, noise, query_mask)
+    x = prepare(q, k, v, scale=scale, key_mask=key_mask, enable_gqa=enable_gqa, also=also)
     query_mask = resolve_query_mask(x, query_mask)
     qt, kt, there = _landmarks(x, num_landmarks, landmarks, noise, query_mask, grid)
     eps = normal_draws(x, tuple(qt.shape[-2:]), rng=rng, noise=noise, axes="C, D")
@@ -206,10 +206,10 @@ def _landmarks(
     count = resolve_count("num_landmarks", num_landmarks, 64, landmarks=(given, -2), noise=(noise, -2))
     if landmarks is not None:
         return *given_landmarks(x, landmarks, count), None
-    how = "segments" if len(sizes) == 1 else "cells"
+    how: How = "segments" if len(sizes) == 1 else "cells"
     counts = check_sizes("num_landmarks", count, sizes)
     keys = blocks(sizes, how, counts)
-    queries = blocks_of_queries(x, keys, sizes, how, counts)
+    queries = blocks_of_queries(x, keys)
     qt, log_queries = pool(x.q, queries, query_mask)
     kt, log_keys = pool(x.k, keys, x.key_mask)
     if query_mask is None and x.key_mask is None:

@@ -116,7 +116,9 @@ def attend(
         def rows(queries: slice) -> Array:
             return pairs[..., queries, :]
 
-    out, log_norm = _attend.attend(x.q, x.k, x.v, bias, pair_bias=None if pair_bias is None else rows, is_causal=is_causal)
+    out, log_norm = _attend.attend(
+        x.q, x.k, x.v, bias, pair_bias=None if pair_bias is None else rows, is_causal=is_causal
+    )
     return Average(x.finish(out), x.merge_heads(log_norm, 1))
 
 
@@ -163,11 +165,14 @@ def merge(a: tuple[Array, Array], b: tuple[Array, Array], /) -> Average:
     (out_a, log_a), (out_b, log_b) = (_check_part(name, part, a) for name, part in (("a", a), ("b", b)))
     if out_a.shape[-2:] != out_b.shape[-2:]:
         raise ValueError(
-            f"b: expected the queries and features of a, {tuple(out_a.shape[-2:])}, got {tuple(out_b.shape[-2:])}"
+            f"b: expected the queries and features of a, {tuple(out_a.shape[-2:])}, "
+            f"got {tuple(out_b.shape[-2:])}"
         )
     if out_a.dtype != out_b.dtype:
         raise TypeError(f"b: expected the dtype of a, {out_a.dtype}, got {out_b.dtype}")
-    check_broadcast(**{"a.out": (out_a, 2), "a.log_norm": (log_a, 1), "b.out": (out_b, 2), "b.log_norm": (log_b, 1)})
+    check_broadcast(
+        **{"a.out": (out_a, 2), "a.log_norm": (log_a, 1), "b.out": (out_b, 2), "b.log_norm": (log_b, 1)}
+    )
     xp, dtype = namespace(out_a), out_a.dtype
     rank = max(out_a.ndim, log_a.ndim + 1, out_b.ndim, log_b.ndim + 1)
     out_a, out_b = (with_rank(working_precision(x), rank) for x in (out_a, out_b))
@@ -185,6 +190,7 @@ def _check_part(name: str, part: Any, first: Any) -> tuple[Array, Array]:
         check_floating(f"{name}.{which}", x)
     if out.ndim < 2 or log_norm.ndim < 1 or log_norm.shape[-1] != out.shape[-2]:
         raise ValueError(
-            f"{name}: expected shapes (..., N, E) and (..., N), got {tuple(out.shape)} and {tuple(log_norm.shape)}"
+            f"{name}: expected shapes (..., N, E) and (..., N), "
+            f"got {tuple(out.shape)} and {tuple(log_norm.shape)}"
         )
     return out, log_norm

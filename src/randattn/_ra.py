@@ -133,9 +133,7 @@ def _sample_keys(x: Inputs, q: Array, u: Array) -> Array:
     passed = xp.cumulative_sum(mass, axis=-1)[..., None, :, :]
     total = passed[..., -1:]
     # A key without mass is never chosen, not even where rounding makes u one.
-    first = xp.minimum(
-        _count(passed <= u[..., None] * total), _count(passed < total)
-    )
+    first = xp.minimum(_count(passed <= u[..., None] * total), _count(passed < total))
     index = xp.arange(x.k.shape[-2], dtype=first.dtype, device=x.device)
     one_hot = xp.astype(first[..., None] == with_rank(index, first.ndim + 1), q.dtype)
     return xp.matmul(one_hot, x.k[..., None, :, :])

@@ -113,9 +113,7 @@ def rfa(
     check_option("features", features, ("positive", "trigonometric"))
     check_option("draws", draws, ("iid", "orthogonal"))
     refuse_causal("rfa", is_causal)
-    x = prepare(
-        q, k, v, scale=scale, key_mask=key_mask, enable_gqa=enable_gqa, also=[(noise, 2)]
-    )
+    x = prepare(q, k, v, scale=scale, key_mask=key_mask, enable_gqa=enable_gqa, also=[(noise, 2)])
     count = resolve_count("num_samples", num_samples, 64, noise=(noise, -2))
     w = normal_draws(
         x, (count, x.q.shape[-1]), rng=rng, noise=noise, axes="S, D", orthogonal=draws == "orthogonal"

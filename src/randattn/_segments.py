@@ -162,9 +162,7 @@ def _cuts(grid: Sizes, groups: tuple[How, Sizes], window: Sizes) -> Cuts:
 
     outside = np.ones((window_count, group_count), dtype=bool)
     outside[atom_window, atom_group] = False
-    return Cuts(
-        atoms, atom_group, members, is_member, rest, is_rest, rest_group, outside, window_of_token
-    )
+    return Cuts(atoms, atom_group, members, is_member, rest, is_rest, rest_group, outside, window_of_token)
 
 
 def _list_by(label: Any, count: int) -> tuple[Any, Any]:
@@ -225,7 +223,7 @@ def take(x: Array, index: Any, axis: int) -> Array:
     return xp.take(x, xp.asarray(index.reshape(-1), device=placement(x)), axis=axis)
 
 
-def blocks_of_queries(x: Inputs, keys: Blocks, grid: Sizes, how: How, sizes: Sizes) -> Blocks:
+def blocks_of_queries(x: Inputs, keys: Blocks) -> Blocks:
     """As many blocks of queries as of keys, the very same ones where N = M."""
     n, m = plain((x.q.shape[-2], x.k.shape[-2]))
     if n == m:
@@ -243,12 +241,16 @@ def pooling_ranks(landmarks: Any, noise: Any, query_mask: Any) -> list[tuple[Any
 def given_landmarks(x: Inputs, landmarks: Any, count: int) -> tuple[Array, Array]:
     """The caller's own landmarks (..., C, D), scaled as the inputs are."""
     if not isinstance(landmarks, tuple | list) or len(landmarks) != 2:
-        raise TypeError(f"landmarks: expected a pair (q_landmarks, k_landmarks), got {type(landmarks).__name__}")
+        raise TypeError(
+            f"landmarks: expected a pair (q_landmarks, k_landmarks), got {type(landmarks).__name__}"
+        )
     names = ("landmarks[0]", "landmarks[1]")
     pair = [x.match(name, array, 2) for name, array in zip(names, landmarks, strict=True)]
     for name, array, ours in zip(names, landmarks, pair, strict=True):
         if array.ndim < 2 or tuple(ours.shape[-2:]) != (count, x.q.shape[-1]):
-            raise ValueError(f"{name}: expected shape (..., {count}, {x.q.shape[-1]}), got {tuple(array.shape)}")
+            raise ValueError(
+                f"{name}: expected shape (..., {count}, {x.q.shape[-1]}), got {tuple(array.shape)}"
+            )
         check_broadcast(q=(x.q, 2), k=(x.k, 2), v=(x.v, 2), **{name: (ours, 2)})
     return x.root_scale * pair[0], x.root_scale * pair[1]
 

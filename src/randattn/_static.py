@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    F = TypeVar("F", bound=Callable)
+    F = TypeVar("F", bound=Callable[..., object])
 
 
 def static(function: F) -> F:
@@ -17,7 +17,7 @@ def static(function: F) -> F:
     Its arguments must be plain constants (see `plain`), its result must depend on nothing else.
     """
     # What torch.compiler.assume_constant_result sets; setting it here imports nothing.
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    function.__dict__["_dynamo_marked_constant"] = True
     return function
 
 

@@ -10,7 +10,12 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
 def test_there_are_examples_for_four_libraries():
-    assert [re.search(r"import (\w+)", block).group(1) for block in BLOCKS] == ["numpy", "torch", "jax", "cupy"]
+    assert [re.search(r"import (\w+)", block).group(1) for block in BLOCKS] == [
+        "numpy",
+        "torch",
+        "jax",
+        "cupy",
+    ]
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning")
@@ -22,7 +27,9 @@ def test_example(number, monkeypatch):
         # The example's default back end wants a C compiler; what it traces is the same.
         torch = pytest.importorskip("torch")
         compiled = torch.compile
-        monkeypatch.setattr(torch, "compile", lambda f, **options: compiled(f, backend="aot_eager", **options))
+        monkeypatch.setattr(
+            torch, "compile", lambda f, **options: compiled(f, backend="aot_eager", **options)
+        )
     scope = {}
     exec(BLOCKS[0], scope)
     exec(BLOCKS[number], scope)

@@ -17,7 +17,9 @@ LIBRARIES = ("torch", "jax", "cupy", "dask", "array_api_strict")
 def test_import_brings_no_array_library():
     """In a fresh interpreter, where all of them may be installed."""
     code = "import sys, randattn; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
     assert "randattn" in loaded
     assert not {*LIBRARIES, "numpy", "scipy", "rich", "click", "matplotlib"} & set(loaded)
 
@@ -26,13 +28,21 @@ def code_without_texts(path):
     """A module's code, less its docstrings and comments."""
     tree = ast.parse(path.read_text())
     for node in ast.walk(tree):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+        if (
+            isinstance(node, ast.Expr)
+            and isinstance(node.value, ast.Constant)
+            and isinstance(node.value.value, str)
+        ):
             node.value.value = ""
     return ast.unparse(tree)
 
 
 def test_only_two_files_name_a_library():
-    named = {path.name for path in SOURCES if re.search(rf"\b(?:is_)?({'|'.join(LIBRARIES)})\b|is_\w+_namespace", code_without_texts(path))}
+    named = {
+        path.name
+        for path in SOURCES
+        if re.search(rf"\b(?:is_)?({'|'.join(LIBRARIES)})\b|is_\w+_namespace", code_without_texts(path))
+    }
     assert named <= {"_draws.py", "_fused.py"}
     assert "_draws.py" in named
 

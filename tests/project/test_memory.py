@@ -22,7 +22,9 @@ def peak(function, n):
     return most
 
 
-@pytest.mark.parametrize("function", [softmax_attention, partial(softmax_attention, is_causal=True), partial(ra, rng=0)])
+@pytest.mark.parametrize(
+    "function", [softmax_attention, partial(softmax_attention, is_causal=True), partial(ra, rng=0)]
+)
 def test_no_whole_matrix_of_logits(function):
     """A float32 array of N x M would be 256 MiB."""
     n = 8192

@@ -76,7 +76,10 @@ def test_noise_broadcasts(lib):
     for estimator in (rfa, lara, eva):
         lib.close(estimator(*arrays, noise=lib.asarray(noise)), lib.numpy(estimator(*arrays, noise=shared)))
     each, uniforms = philox(3, (2, 1, D)), np.random.default_rng(3).random((2, 1))
-    full = lib.asarray(np.broadcast_to(each, (2, 2, 2, N, D))), lib.asarray(np.broadcast_to(uniforms, (2, 2, 2, N)))
+    full = (
+        lib.asarray(np.broadcast_to(each, (2, 2, 2, N, D))),
+        lib.asarray(np.broadcast_to(uniforms, (2, 2, 2, N))),
+    )
     out = ra(*arrays, noise=lib.asarray(each), components=lib.asarray(uniforms))
     lib.close(out, lib.numpy(ra(*arrays, noise=full[0], components=full[1])))
 

@@ -46,7 +46,7 @@ def test_lists_are_not_arrays(lib, estimator):
 
 
 def test_another_librarys_array(lib, estimator):
-    q, k, v = lib.arrays(*inputs())
+    q, _k, v = lib.arrays(*inputs())
     if lib.name == "numpy":
         other = pytest.importorskip("array_api_strict").zeros((2, M, D))
     else:
@@ -145,7 +145,13 @@ def test_causal_with_other_keys_than_queries(lib, function):
         function(*lib.arrays(*inputs()), is_causal=True)
 
 
-COUNTS = [(rfa, "num_samples"), (ra, "num_samples"), (lara, "num_landmarks"), (eva, "num_groups"), (eva, "group_size")]
+COUNTS = [
+    (rfa, "num_samples"),
+    (ra, "num_samples"),
+    (lara, "num_landmarks"),
+    (eva, "num_groups"),
+    (eva, "group_size"),
+]
 
 
 @pytest.mark.parametrize(("function", "name"), COUNTS)

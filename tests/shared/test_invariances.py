@@ -48,7 +48,9 @@ def pooled_estimators():
     return {
         "lara": lambda *a, **o: lara(*a, num_landmarks=4, rng=0, **o),
         "lara landmarks": lambda *a, **o: lara(*a, num_landmarks=4, normalize="landmarks", rng=0, **o),
-        "lara balance": lambda *a, **o: lara(*a, num_landmarks=4, weighting="balance", mix_keys=True, rng=0, **o),
+        "lara balance": lambda *a, **o: lara(
+            *a, num_landmarks=4, weighting="balance", mix_keys=True, rng=0, **o
+        ),
         "eva": lambda *a, **o: eva(*a, num_groups=4, window=4, rng=0, **o),
         "eva cut": lambda *a, **o: eva(*a, num_groups=4, window=5, rng=0, **o),
         "eva overlapping": lambda *a, **o: eva(*a, num_groups=4, window=4, disjoint=False, rng=0, **o),
@@ -87,7 +89,9 @@ def test_padding_whole_segments_changes_nothing(lib, name):
     estimator = lara if name.startswith("lara") else eva
     out = estimator(*lib.arrays(q, k, v), noise=lib.asarray(noise), key_mask=lib.asarray(mask), **options)
     fewer = {key: 3 if value == 4 else value for key, value in options.items()}
-    short = estimator(*lib.arrays(q[..., :9, :], k[..., :9, :], v[..., :9, :]), noise=lib.asarray(noise[:3]), **fewer)
+    short = estimator(
+        *lib.arrays(q[..., :9, :], k[..., :9, :], v[..., :9, :]), noise=lib.asarray(noise[:3]), **fewer
+    )
     lib.close(out[..., :9, :], lib.numpy(short))
 
 
@@ -97,7 +101,9 @@ def test_query_mask_keeps_queries_out_of_landmarks(lib):
     other = np.where(mask[:, None], q, 100.0)
     for options in ({"normalize": "queries"}, {"normalize": "landmarks"}, {"weighting": "balance"}):
         outs = [
-            lib.numpy(lara(*lib.arrays(x, k, v), num_landmarks=3, query_mask=lib.asarray(mask), rng=0, **options))
+            lib.numpy(
+                lara(*lib.arrays(x, k, v), num_landmarks=3, query_mask=lib.asarray(mask), rng=0, **options)
+            )
             for x in (q, other)
         ]
         np.testing.assert_allclose(outs[0][..., mask, :], outs[1][..., mask, :], rtol=1e-12)
@@ -169,8 +175,8 @@ def test_noise_and_masks_can_have_more_axes_than_the_inputs(lib):
     noise = np.random.default_rng(5).standard_normal((7, 4, D))
     mask = np.random.default_rng(6).random((7, N)) < 0.8
     for estimator in (
-        lambda *a, **o: rfa(*a, **o),
-        lambda *a, **o: lara(*a, **o),
+        rfa,
+        lara,
         lambda *a, **o: eva(*a, window=3, **o),
     ):
         out = estimator(*arrays, noise=lib.asarray(noise), key_mask=lib.asarray(mask))
@@ -203,7 +209,8 @@ def test_merge_is_attention_over_the_union(lib):
     bias = np.random.default_rng(8).standard_normal((2, 2, M))
     whole = attend(*lib.arrays(q, k, v, bias))
     a, b, c = (
-        attend(*lib.arrays(q, k[..., s, :], v[..., s, :], bias[..., s])) for s in (slice(0, 2), slice(2, 3), slice(3, M))
+        attend(*lib.arrays(q, k[..., s, :], v[..., s, :], bias[..., s]))
+        for s in (slice(0, 2), slice(2, 3), slice(3, M))
     )
     for order in (merge(merge(a, b), c), merge(a, merge(b, c)), merge(merge(c, a), b)):
         lib.close(order.out, lib.numpy(whole.out))
@@ -221,7 +228,9 @@ def test_attend_is_what_it_says(lib):
     lib.close(log_norm, np.log(weights.sum(axis=-1)))
 
 
-@pytest.mark.parametrize("options", [{"num_groups": N, "window": 0}, {"num_groups": N, "window": 5}, {"window": N}])
+@pytest.mark.parametrize(
+    "options", [{"num_groups": N, "window": 0}, {"num_groups": N, "window": 5}, {"window": N}]
+)
 @pytest.mark.parametrize("rng", [None, 0])
 def test_eva_is_exact_at_its_ends(lib, options, rng):
     """One key a group, or one window over all keys; also under a mask."""
@@ -235,7 +244,7 @@ def test_identical_keys_leave_nothing_to_estimate(lib):
     """With one key everywhere all estimators are the mean of the values: a check of every normalizer."""
     q, _, v = inputs(m=N)
     k = np.full((2, 2, N, D), 0.3)
-    mean = np.broadcast_to(v.mean(axis=-2, keepdims=True), v.shape[:-2] + (N, E))
+    mean = np.broadcast_to(v.mean(axis=-2, keepdims=True), (*v.shape[:-2], N, E))
     for name in ("softmax", "rfa", "ra", "lara", "lara balance", "eva without window"):
         if name == "eva without window":
             out = eva(*lib.arrays(q, k, v), num_groups=4, window=0, rng=0)

@@ -128,7 +128,13 @@ def test_trigonometric_range_is_that_of_the_keys_attended_to(lib):
     mask = np.arange(N) < 4
     v[:, 4:] = 1e6
     out = lib.numpy(
-        rfa(*lib.arrays(5 * q, 5 * k, v), num_samples=2, features="trigonometric", rng=0, key_mask=lib.asarray(mask))
+        rfa(
+            *lib.arrays(5 * q, 5 * k, v),
+            num_samples=2,
+            features="trigonometric",
+            rng=0,
+            key_mask=lib.asarray(mask),
+        )
     )
     kept = v[:, :4]
     assert np.all(out >= kept.min(axis=1, keepdims=True))

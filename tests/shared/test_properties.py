@@ -23,14 +23,21 @@ def calls(draw, square=False):
     count = draw(st.integers(1, 16))
     grid = None
     if n == m and draw(st.booleans()):
-        grid = draw(st.sampled_from([(a, b, n // (a * b)) for a in range(1, n + 1) for b in range(1, n + 1) if n % (a * b) == 0]))
+        grid = draw(
+            st.sampled_from(
+                [(a, b, n // (a * b)) for a in range(1, n + 1) for b in range(1, n + 1) if n % (a * b) == 0]
+            )
+        )
         grid = grid if grid[2] > 1 else grid[:2]
     name = draw(st.sampled_from(["softmax", "rfa", "ra", "lara", "eva"]))
     rng = draw(st.sampled_from([None, 0, 1]))
     if name == "softmax":
         function = partial(softmax_attention, is_causal=n == m and draw(st.booleans()))
     elif name == "rfa":
-        features, draws = draw(st.sampled_from(["positive", "trigonometric"])), draw(st.sampled_from(["iid", "orthogonal"]))
+        features, draws = (
+            draw(st.sampled_from(["positive", "trigonometric"])),
+            draw(st.sampled_from(["iid", "orthogonal"])),
+        )
         function = partial(rfa, num_samples=count, features=features, draws=draws, rng=rng or 0)
     elif name == "ra":
         function = partial(ra, num_samples=min(count, 3), rng=rng or 0)

@@ -41,7 +41,9 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("file", "result", "prefix", "noise", "estimator", "options"), CASES, ids=[c[1] for c in CASES])
+@pytest.mark.parametrize(
+    ("file", "result", "prefix", "noise", "estimator", "options"), CASES, ids=[c[1] for c in CASES]
+)
 def test_published_numbers(lib, file, result, prefix, noise, estimator, options):
     data = np.load(DATA / f"{file}.npz")
     q, k, v = lib.arrays(*(data[prefix + name] for name in "qkv"))

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from tests.calls import eva, lara, ra, rfa, softmax_attention
 from tests import reference
+from tests.calls import eva, lara, ra, rfa, softmax_attention
 
 
 def inputs(seed, n=17, m=17, lead=(2,), d=4, e=3):
@@ -102,7 +102,9 @@ def test_eva_on_a_grid(lib):
 
     def blocks(height, width):
         return [
-            tokens[i : i + height, j : j + width].ravel() for i in range(0, 5, height) for j in range(0, 6, width)
+            tokens[i : i + height, j : j + width].ravel()
+            for i in range(0, 5, height)
+            for j in range(0, 6, width)
         ]
 
     noise = rng.standard_normal((2, 9, 4))

@@ -86,7 +86,9 @@ def test_cuts_leave_every_key_once_to_every_query(grid, groups):
             assert sorted(np.concatenate(members)) == sorted(group)
         for w, own in enumerate(by_window):
             seen = [own, *(by_group[c] for c in np.flatnonzero(cut.outside[w]))]
-            seen += [atoms[a] for rest, real in zip(cut.rest[w], cut.is_rest[w], strict=True) for a in rest[real]]
+            seen += [
+                atoms[a] for rest, real in zip(cut.rest[w], cut.is_rest[w], strict=True) for a in rest[real]
+            ]
             assert sorted(np.concatenate(seen)) == list(range(np.prod(grid)))
             assert all(cut.window_of_token[token] == w for token in own)
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from tests.calls import lara, ra, rfa
 from tests import reference
+from tests.calls import lara, ra, rfa
 
 
 def inputs(n, d, norm=1.0, seed=0):
@@ -34,7 +34,8 @@ def test_ra_samples_average(lib):
     q, k, v = inputs(16, 4)
     exact = reference.softmax(q, k, v)
     errors = [
-        np.mean((lib.numpy(ra(*lib.arrays(repeat(q, 500), k, v), num_samples=s, rng=s)) - exact) ** 2) for s in (1, 16)
+        np.mean((lib.numpy(ra(*lib.arrays(repeat(q, 500), k, v), num_samples=s, rng=s)) - exact) ** 2)
+        for s in (1, 16)
     ]
     assert errors[0] / errors[1] == pytest.approx(16, rel=0.15)
 
@@ -82,7 +83,9 @@ def test_lara_error_falls_as_one_over_the_root_of_samples(lib, weighting):
 def test_orthogonal_draws_do_better(lib):
     q, k, v = inputs(24, 8, norm=0.4)
     iid, orthogonal = (
-        errors_against_samples(lib, lambda *a, draws=draws: rfa(*a[:3], num_samples=a[3], draws=draws, rng=3), (64,), q, k, v)
+        errors_against_samples(
+            lib, lambda *a, draws=draws: rfa(*a[:3], num_samples=a[3], draws=draws, rng=3), (64,), q, k, v
+        )
         for draws in ("iid", "orthogonal")
     )
     assert orthogonal[0] < iid[0]

@@ -64,7 +64,9 @@ def test_compiled(lib, name):
 def test_a_seed_can_be_an_argument_of_a_compiled_function(lib):
     arrays = lib.arrays(*inputs())
     lib.xp._dynamo.reset()
-    draw = lib.xp.compile(lambda q, k, v, seed: randattn.rfa(q, k, v, rng=seed), fullgraph=True, backend="aot_eager")
+    draw = lib.xp.compile(
+        lambda q, k, v, seed: randattn.rfa(q, k, v, rng=seed), fullgraph=True, backend="aot_eager"
+    )
     for seed in (0, 1, 2, 5):
         lib.close(draw(*arrays, seed), lib.numpy(randattn.rfa(*arrays, rng=seed)))
 
@@ -156,10 +158,10 @@ def test_gradients_of_a_row_without_keys_are_zeros(lib, name):
 
         loss = jax.jit(loss)
     for gradient in grad(loss, argnums=(0, 1, 2))(*lib.arrays(q, k + nan, v + nan)):
-        gradient = lib.numpy(gradient)
-        assert np.all(np.isfinite(gradient))
-        assert np.all(gradient[1] == 0)
-        assert np.any(gradient[0] != 0)
+        values = lib.numpy(gradient)
+        assert np.all(np.isfinite(values))
+        assert np.all(values[1] == 0)
+        assert np.any(values[0] != 0)
 
 
 @pytest.mark.only("torch")
