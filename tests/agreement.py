@@ -21,7 +21,7 @@ import numpy as np
 from array_api_compat import array_namespace, device
 
 import randattn
-from tests.libraries import Library, open_library
+from tests.libraries import LIBRARIES, Library, open_library
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -180,7 +180,9 @@ def difference(result: np.ndarray, reference: np.ndarray) -> float:
     if result.shape != reference.shape or not np.array_equal(result[~finite], reference[~finite]):
         return np.inf
     norm = np.linalg.norm(reference[finite])
-    return float(np.linalg.norm(result[finite] - reference[finite]) / norm) if norm > 0 else np.inf
+    if not norm > 0 or np.isnan(result[finite]).any():
+        return np.inf
+    return float(np.linalg.norm(result[finite] - reference[finite]) / norm)
 
 
 def compare(library: Library, dtype: str, case: Case, arrays: Arrays, numpy: Library) -> float:
@@ -233,7 +235,7 @@ def find_faults(cases: list[Case], inputs: dict[str, Arrays]) -> Iterator[str]:
 def print_table(
     rows: list[str], libraries: dict[str, Library], worst: dict[tuple[str, str, str], float]
 ) -> None:
-    width = max(map(len, rows))
+    width = max(map(len, rows), default=0)
     print("The largest difference from NumPy's result (float64, float32),")
     print("or from the library's own in float32 (float16, bfloat16).\n")
     print(f"{'':{width + 12}}" + "".join(f"{dtype:>10}" for dtype in TOLERANCES))
@@ -291,4 +293,8 @@ def main(names: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:] or list(ON_THE_CPU)))
+    named = sys.argv[1:] or list(ON_THE_CPU)
+    unknown = [name for name in named if name.partition(":")[0] not in LIBRARIES]
+    if unknown:
+        sys.exit(f"{', '.join(unknown)}: expected some of {', '.join(LIBRARIES)}")
+    sys.exit(main(named))
