@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import array_api_compat
 import numpy as np
@@ -17,19 +18,27 @@ import pytest
 import randattn
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 SOURCE = Path(randattn.__file__).parents[1]
 FEW = ("--quick", "--backend", "numpy", "--estimator", "rfa")
 
 
-def python(
-    *arguments: str, path: Sequence[Path] = (), **keywords: object
-) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (SOURCE, *path)))}
+def environment(*path: Path) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (SOURCE, *path)))}
+
+
+def python(*arguments: str, path: Sequence[Path] = (), **keywords: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *arguments], env=environment, text=True, timeout=120, check=False, **keywords
+        [sys.executable, *arguments], env=environment(*path), text=True, timeout=120, check=False, **keywords
     )
+
+
+def parts(terminal: int) -> Iterator[bytes]:
+    """What is written to a terminal, until its last writer closes it: an error on Linux, an end elsewhere."""
+    with contextlib.suppress(OSError):
+        while part := os.read(terminal, 1 << 16):
+            yield part
 
 
 def test_as_a_module(inputs: Path) -> None:
@@ -99,21 +108,14 @@ def test_a_progress_bar_on_a_terminal(inputs: Path) -> None:
     import pty
 
     ours, theirs = pty.openpty()
-    arguments = ("-m", "randattn", "compare", "--json", "--input", str(inputs), *FEW)
-    done = python(*arguments, stdout=subprocess.PIPE, stderr=theirs)
-    os.close(theirs)
-    shown = b""
-    while True:
-        try:
-            part = os.read(ours, 1 << 16)
-        except OSError:
-            break
-        if not part:
-            break
-        shown += part
+    command = (sys.executable, "-m", "randattn", "compare", "--json", "--input", str(inputs), *FEW)
+    with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=theirs) as process:
+        os.close(theirs)
+        shown = b"".join(parts(ours))
+        out, _ = process.communicate(timeout=120)
     os.close(ours)
-    assert done.returncode == 0
-    assert json.loads(done.stdout)["rows"]
+    assert process.returncode == 0
+    assert json.loads(out)["rows"]
     text = shown.decode()
     assert "numpy: error of rfa 64" in text
     assert "numpy: 1024 tokens" in text

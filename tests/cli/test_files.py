@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import io
-import os
 import pickle
 import sys
 import zipfile
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,6 @@ from randattn.cli import _backends
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     Arrays = dict[str, Any]
     Write = Callable[..., bytes]
@@ -114,10 +114,23 @@ def test_a_folder(refuse: Callable[..., str], tmp_path: Path, suffix: str) -> No
     assert "is not a file" in refuse(None, f"folder{suffix}")
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
-def test_not_readable(refuse: Callable[..., str], inputs: Path) -> None:
-    inputs.chmod(0)
-    assert "permission denied" in refuse(None, inputs.name)
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (PermissionError(errno.EACCES, "Permission denied"), "permission denied"),
+        (OSError(errno.EIO, "Input/output error"), "input/output error"),
+        (MemoryError(), "does not fit in memory"),
+    ],
+)
+def test_not_readable(
+    refuse: Callable[..., str], inputs: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, said: str
+) -> None:
+    # Root may read everything, so that reading is made to fail.
+    def fail(path: Path) -> bytes:
+        raise error
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    assert said in refuse(None, inputs.name)
 
 
 def test_another_suffix(refuse: Callable[..., str], arrays: Arrays) -> None:

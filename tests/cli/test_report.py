@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +12,8 @@ import numpy as np
 import pytest
 
 import randattn
-from randattn.cli import _app, _backends
+from randattn.cli import _app, _backends, _measure
 from randattn.cli._files import read_sample
-from randattn.cli._measure import _race
 from randattn.cli._plan import Config
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def test_calls_are_timed_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
         return Config(name, None), run
 
     calls = dict([call("a", 1.0, 9.0, 2.0), call("b", 3.0, 3.0, 4.0)])
-    assert _race(calls, rounds=3, seconds=8.0) == {Config("a", None): 2.0, Config("b", None): 3.0}
+    assert _measure._race(calls, rounds=3, seconds=8.0) == {Config("a", None): 2.0, Config("b", None): 3.0}
     assert order == ["a", "b", "a", "b", "a", "b"]
 
 
@@ -175,6 +175,34 @@ def test_a_library_that_disagrees_is_found_out(
     # With the second of two seeds alone.
     (row,) = command("--json", "--input", inputs, "--backend", "torch", "--estimator", "rfa").report["rows"]
     assert row["max_abs_diff"] == pytest.approx(0.25, abs=1e-5)
+
+
+def test_times_wait_for_the_device(command: Any, inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = _backends._OPEN["torch"]
+    slow = lambda name: replace(opened(name), wait=lambda _: time.sleep(0.02))  # noqa: E731
+    monkeypatch.setitem(_backends._OPEN, "torch", slow)
+    report = command("--json", "--input", inputs, "--backend", "torch", "--estimator", "rfa").report
+    assert all(each["seconds"] >= 0.02 for each in report["rows"] + report["lengths"])
+
+
+def test_speedup_is_over_exact_attention(command: Any, inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = {"softmax": 3.0, "rfa": 0.5, "eva": 6.0}
+    monkeypatch.setattr(
+        _measure, "_race", lambda calls, *_, **__: {each: seconds[each.estimator] for each in calls}
+    )
+    arguments = (
+        "--json",
+        "--input",
+        inputs,
+        "--backend",
+        "numpy",
+        "--estimator",
+        "rfa",
+        "--estimator",
+        "eva",
+    )
+    rows = command(*arguments).report["rows"]
+    assert [row["speedup"] for row in rows] == [6.0, 6.0, 0.5, 0.5]
 
 
 def test_filters_keep_order_and_repeat_nothing(command: Any, inputs: Path) -> None:

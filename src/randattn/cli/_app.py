@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from contextlib import contextmanager
@@ -30,9 +29,13 @@ if TYPE_CHECKING:
 _INTERRUPTED = 130
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
-def app() -> None:
+@click.group(context_settings={"help_option_names": ["-h", "--help"]}, invoke_without_command=True)
+@click.pass_context
+def app(context: click.Context) -> None:
     """Randomized attention for any array library."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help(), err=True)
+        context.exit(2)
 
 
 @app.command()
@@ -72,7 +75,7 @@ def app() -> None:
     "--output",
     type=Path,
     metavar="DIR",
-    help="Write report.png and report.json there, in place of those that are there.",
+    help="Write report.png and report.json there, in place of those that are there: both or neither.",
 )
 @click.option(
     "--json", "as_json", is_flag=True, help="Print what report.json holds, alone, on standard output."
@@ -131,22 +134,15 @@ def compare(
 def run() -> int:
     """Run the command line: what is wrong goes on one line of standard error, never as a traceback."""
     try:
-        app(standalone_mode=False)
-    except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.ctx.get_help(), err=True)
-        return error.exit_code
+        # What a command exits with, which `--help` does.
+        return int(app(standalone_mode=False) or 0)
     except click.ClickException as error:
         # One line whatever a file is called.
         sys.stderr.write(f"Error: {' '.join(error.format_message().split())}\n")
         return error.exit_code
-    except (click.Abort, KeyboardInterrupt):
+    except click.Abort:
         sys.stderr.write("Error: interrupted\n")
         return _INTERRUPTED
-    except BrokenPipeError:
-        # Whoever read the output has read enough; Python would complain again when it closes it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    return 0
 
 
 def _open_backends(names: tuple[str, ...]) -> list[Backend]:
@@ -169,6 +165,10 @@ def _open_backends(names: tuple[str, ...]) -> list[Backend]:
 def _progress() -> Iterator[Advance]:
     """A progress bar on standard error, where that is a terminal."""
     console = Console(stderr=True)
+    if not console.is_terminal:
+        # Not the bar's own `disable`, which in older versions of Rich still prints a line.
+        yield lambda _done, _total, _doing: None
+        return
     columns = (
         TextColumn("{task.description:<32}"),
         BarColumn(),
@@ -176,9 +176,7 @@ def _progress() -> Iterator[Advance]:
         TimeElapsedColumn(),
     )
     # Drawn seldom: it would show in the times.
-    with Progress(
-        *columns, console=console, disable=not console.is_terminal, transient=True, refresh_per_second=4
-    ) as bar:
+    with Progress(*columns, console=console, transient=True, refresh_per_second=4) as bar:
         task = bar.add_task("")
 
         def advance(done: int, total: int, doing: str) -> None:

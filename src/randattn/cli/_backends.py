@@ -150,7 +150,6 @@ def _dask(name: str) -> Backend:
         _version_of("dask"),
         "cpu",
         lambda x: dask.from_array(x, chunks=-1),
-        to_numpy=lambda x: np.asarray(x.compute()),
         wait=lambda x: x.compute(),
     )
 
