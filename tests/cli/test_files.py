@@ -255,6 +255,11 @@ def test_too_large_for_float32(refuse: Callable[..., str], arrays: Arrays) -> No
     assert "q: holds values too large for float32" in refuse(to_npz(arrays), "inputs.npz")
 
 
+def test_logits_too_large_for_float32(refuse: Callable[..., str], arrays: Arrays) -> None:
+    arrays["q"], arrays["k"] = arrays["q"] * 1e25, arrays["k"] * 1e25
+    assert "exact attention overflows in float32" in refuse(to_npz(arrays), "inputs.npz")
+
+
 def test_no_error_is_relative_to_zero(refuse: Callable[..., str], arrays: Arrays) -> None:
     arrays["v"] = arrays["v"].copy()
     arrays["v"][1] = 0

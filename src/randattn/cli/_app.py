@@ -45,7 +45,7 @@ def app(context: click.Context) -> None:
     multiple=True,
     type=click.Choice(NAMES),
     metavar="NAME",
-    help=f"An array library to measure: {', '.join(NAMES)}. Repeatable. Left out: all that are installed, "
+    help=f"An array library to measure: {', '.join(NAMES)}. Repeatable. Default: all that are installed, "
     f"except {' and '.join(CHECKS)}, which are checks rather than tools. PyTorch runs on a CUDA device where "
     "it has one, JAX on its default device; CuPy needs a CUDA device.",
 )
@@ -55,7 +55,7 @@ def app(context: click.Context) -> None:
     multiple=True,
     type=click.Choice(list(ESTIMATORS)),
     metavar="NAME",
-    help=f"An estimator to measure: {', '.join(ESTIMATORS)}. Repeatable. Left out: all.",
+    help=f"An estimator to measure: {', '.join(ESTIMATORS)}. Repeatable. Default: all.",
 )
 @click.option(
     "--input",
@@ -63,13 +63,13 @@ def app(context: click.Context) -> None:
     type=Path,
     metavar="FILE",
     help="A .npz or .safetensors file with q (..., N, D), k (..., M, D), v (..., M, E) and optionally scale. "
-    "Left out: the embedded sample, what a small language model passes to its attention.",
+    "Default: the embedded sample, what a small language model passes to its attention.",
 )
 @click.option(
     "--seeds",
     type=click.IntRange(min=1),
     metavar="N",
-    help=f"How many seeds errors are averaged over. Left out: {FULL.seeds}, or {QUICK.seeds} with --quick.",
+    help=f"How many seeds errors are averaged over. Default: {FULL.seeds}, or {QUICK.seeds} with --quick.",
 )
 @click.option(
     "--output",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogFormatter, NullLocator
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -100,11 +100,11 @@ def _errors(axes: Axes, report: Report) -> None:
     if samples:
         axes.set_xlim(samples[0] / 1.5, samples[-1] * 1.5)
     _whole_numbers(axes, samples)
-    # From zero where that leaves the smallest error to be seen.
-    if min(errors) > max(errors) / 30:
-        axes.set_ylim(0, 1.12 * max(errors))
+    # From zero where that leaves the smallest error to be seen, and where one is zero.
+    if 0 < min(errors) < max(errors) / 30:
+        _logarithmic(axes)
     else:
-        axes.set_yscale("log")
+        axes.set_ylim(0, 1.12 * max(errors) or 1)
     _lines(axes, lines)
     axes.axhline(report.mean_v_error, color=_REFERENCE, linewidth=1.2, linestyle=(0, (5, 3)), zorder=1)
     axes.annotate(
@@ -127,9 +127,8 @@ def _times(axes: Axes, report: Report) -> None:
     axes.set_xlabel("length (tokens)" + (f"; samples: {samples}" if samples else ""))
     axes.set_ylabel("time (ms)")
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
+    _logarithmic(axes)
     _whole_numbers(axes, sorted({each.length for each in report.lengths}))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     _lines(axes, lines)
     if not lines:
         axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center")
@@ -138,6 +137,19 @@ def _times(axes: Axes, report: Report) -> None:
 def _lines(axes: Axes, lines: dict[tuple[str, str], list[tuple[float, float]]]) -> None:
     for (backend, estimator), points in lines.items():
         axes.plot(*zip(*sorted(points), strict=True), color=_COLOURS[estimator], **_look(backend))
+
+
+def _logarithmic(axes: Axes) -> None:
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(_Plain())
+    axes.yaxis.set_minor_formatter(_Plain())
+
+
+class _Plain(LogFormatter):
+    """Labels where Matplotlib puts them on a logarithmic axis, but 20 for 2 x 10^1."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return f"{x:g}" if super().__call__(x, pos) else ""
 
 
 def _whole_numbers(axes: Axes, values: Iterable[int]) -> None:

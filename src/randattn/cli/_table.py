@@ -30,7 +30,7 @@ def print_tables(report: Report) -> None:
     console.print(_rows(report))
     estimators = {row.estimator for row in report.rows}
     notes = [
-        f"mean(V), the same for all queries, errs by {report.mean_v_error:.3f}; what errs more is worse.",
+        f"mean(V), the same for all queries, errs by {_error(report.mean_v_error)}; what errs more is worse.",
         "speedup: over softmax of the same library. vs numpy: largest difference for the same seed.",
     ]
     if "eva" in estimators and report.shapes["q"][-2] == report.shapes["k"][-2]:
@@ -64,7 +64,7 @@ def _rows(report: Report) -> Table:
             row.estimator,
             "-" if row.samples is None else str(row.samples),
             _error(row.relative_error),
-            f"{report.mean_v_error:.3f}",
+            _error(report.mean_v_error),
             _verdict(row, report.mean_v_error),
             _time(row.seconds),
             f"{row.speedup:.2f}x",
