@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 # Logits held at a time, over all leading axes: 16 MiB in float32. No N x M array is ever whole.
 _BLOCK_LOGITS = 1 << 22
-# The fewest keys that a block is cut to: below it the products are too thin to be fast.
-_MIN_BLOCK_KEYS = 1024
+# The fewest keys and queries that a block is cut to: below them the products are too thin to be fast.
+_MIN_BLOCK_KEYS, _MIN_BLOCK_QUERIES = 1024, 32
 
 
 class Average(NamedTuple):
@@ -74,9 +74,11 @@ def attend(
     `bias` (..., M) belongs to a key. `pair_bias` gives, for a slice of the queries, what belongs
     to a query and a key: (..., n, M). It is a function so that it is never whole in memory.
     """
-    xp = namespace(q)
     n, m = q.shape[-2], k.shape[-2]
     lead = math.prod([max(pair) for pair in zip(q.shape[:-2], k.shape[:-2], strict=True)])
+    if lead * n * m <= _BLOCK_LOGITS and not is_causal:
+        # No slices: a compiler can keep the sizes symbolic.
+        return _block(q, k, v, bias, None if pair_bias is None else pair_bias(slice(0, n)))
     cols = min(m, max(_MIN_BLOCK_KEYS, _BLOCK_LOGITS // max(1, lead * n)))
     done: list[Any] = []
     for queries in query_blocks(n, lead * cols):
@@ -85,25 +87,45 @@ def attend(
         part = None
         for first in range(0, last, cols):
             keys = slice(first, min(first + cols, last))
-            logits = xp.matmul(q[..., queries, :], xp.matrix_transpose(k[..., keys, :]))
-            if bias is not None:
-                logits = logits + bias[..., None, keys]
-            if pairs is not None:
-                logits = logits + pairs[..., keys]
-            if is_causal and keys.stop > queries.start + 1:
-                logits = _hide_future(logits, queries, keys)
-            block = average(logits, v[..., keys, :])
+            block = _block(
+                q[..., queries, :],
+                k[..., keys, :],
+                v[..., keys, :],
+                None if bias is None else bias[..., keys],
+                None if pairs is None else pairs[..., keys],
+                future_of=(queries, keys) if is_causal and keys.stop > queries.start + 1 else None,
+            )
             part = block if part is None else merge(part, block)
         done.append(part)
     if len(done) == 1:
         return Average(*done[0])
+    xp = namespace(q)
     outs, log_norms = zip(*done, strict=True)
     return Average(xp.concat(outs, axis=-2), xp.concat(log_norms, axis=-1))
 
 
+def _block(
+    q: Array,
+    k: Array,
+    v: Array,
+    bias: Array | None,
+    pairs: Array | None,
+    future_of: tuple[slice, slice] | None = None,
+) -> Average:
+    xp = namespace(q)
+    logits = xp.matmul(q, xp.matrix_transpose(k))
+    if bias is not None:
+        logits = logits + bias[..., None, :]
+    if pairs is not None:
+        logits = logits + pairs
+    if future_of is not None:
+        logits = _hide_future(logits, *future_of)
+    return average(logits, v)
+
+
 def query_blocks(n: int, logits_per_query: int) -> list[slice]:
     """Slices of the queries that keep the logits of one block within bounds."""
-    rows = max(1, _BLOCK_LOGITS // max(1, logits_per_query))
+    rows = max(_MIN_BLOCK_QUERIES, _BLOCK_LOGITS // max(1, logits_per_query))
     return [slice(start, min(start + rows, n)) for start in range(0, n, rows)]
 
 

@@ -37,11 +37,13 @@ def normal_draws(
     noise: Array | None,
     axes: str,
     orthogonal: bool = False,
+    lead: tuple[int, ...] = (),
 ) -> Array | None:
     """Standard normal draws (..., *shape), named `axes`, from `rng`, or the caller's own; None with neither.
 
-    Drawn for every leading axis of the result: no two heads or sequences share a draw. With
-    `orthogonal`, the rows of each D x D block are orthogonal, each still standard normal.
+    Drawn for every leading axis of the result, also where further arrays bring them (`lead`): no two
+    heads or sequences share a draw. With `orthogonal`, the rows of each D x D block are orthogonal,
+    each still standard normal.
     """
     if noise is not None:
         if rng is not None:
@@ -49,7 +51,7 @@ def normal_draws(
         return _given("noise", noise, x, shape, axes)
     if rng is None:
         return None
-    return _drawn(rng, x, "orthogonal" if orthogonal else "normal", (*x.lead, *shape))
+    return _drawn(rng, x, "orthogonal" if orthogonal else "normal", (*broadcast_shapes(x.lead, lead), *shape))
 
 
 def uniform_draws(
@@ -168,5 +170,5 @@ def _orthogonal(xp: Namespace, draws: Array) -> Array:
 
 def _wrong(rng: Any) -> TypeError:
     kind = type(rng)
-    hint = "; an integer array or tracer is no seed" if is_array(rng) else ""
+    hint = "; an array or tracer is no seed, and a batch of keys no key" if is_array(rng) else ""
     return TypeError(f"rng: {_EXPECTED}, got {kind.__module__.split('.')[0]}.{kind.__qualname__}{hint}")

@@ -13,6 +13,7 @@ from ._attend import Average, attend, average, merge
 from ._draws import normal_draws
 from ._inputs import (
     check_count,
+    check_flags,
     check_option,
     check_real,
     log_mask,
@@ -82,8 +83,8 @@ def eva(
         Values.
     num_groups : int or tuple of int, optional
         Groups C of consecutive keys, by default 64, or as many as `landmarks` or `noise` has; at most
-        M. On a `grid` a tuple gives the number on each axis, an int is laid out with blocks as square
-        as can be.
+        M. On a `grid` a tuple gives the number on each axis; an int is laid out as the largest number
+        up to it that fits, in the squarest blocks that this number allows (a prime makes strips).
     group_size : int or tuple of int, optional
         Groups by their tokens instead of their number; the last one may be smaller.
     window : int or tuple of int, default 64
@@ -141,7 +142,8 @@ def eva(
     alone, at :math:`w_c \sim N((\tilde q_c + \tilde k_c)/2, I)` ([1]_, section 4). Exact where every
     group is one key, or the window is the whole sequence. In O(N (C + W)) time.
 
-    Where a window cuts a group, the part outside the window is a group of its own for its queries.
+    Where a window cuts a group, the part outside the window is a group of its own for its queries. What
+    is left of the groups takes O(E N^2 / (C W^2)) more: little, unless windows are far smaller than groups.
 
     References
     ----------
@@ -160,6 +162,7 @@ def eva(
     """
     check_option("group_weight", group_weight, ("size", "unit"))
     noise_scale = check_real("noise_scale", noise_scale)
+    check_flags(disjoint=disjoint)
     refuse_causal("eva", is_causal)
     also = pooling_ranks(landmarks, noise, query_mask)
     x = prepare(q, k, v, scale=scale, key_mask=key_mask, enable_gqa=enable_gqa, also=also)
@@ -174,8 +177,8 @@ def eva(
         qt, _ = pool(x.q, queries, resolve_query_mask(x, query_mask))
     else:
         qt, kt = given_landmarks(x, landmarks, groups.index.shape[0])
-    eps = normal_draws(x, tuple(kt.shape[-2:]), rng=rng, noise=noise, axes="C, D")
     w = (qt + kt) / 2
+    eps = normal_draws(x, tuple(w.shape[-2:]), rng=rng, noise=noise, axes="C, D", lead=w.shape[:-2])
     if eps is not None:
         w = w + noise_scale * eps
 
@@ -282,5 +285,7 @@ def _check_groups(
             raise ValueError("group_size: expected either num_groups or group_size, got both")
         return "tiles", check_sizes("group_size", group_size, tokens)
     given = landmarks[-1] if isinstance(landmarks, tuple | list) and landmarks else None
-    count = resolve_count("num_groups", num_groups, 64, landmarks=(given, -2), noise=(noise, -2))
+    count = num_groups
+    if not isinstance(count, tuple | list):
+        count = resolve_count("num_groups", count, 64, landmarks=(given, -2), noise=(noise, -2))
     return "segments", check_sizes("num_groups", count, tokens)

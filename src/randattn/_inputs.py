@@ -34,9 +34,8 @@ def namespace(x: Array) -> Namespace:
 
 
 def placement(x: Array) -> Any:
-    """The device to create arrays on beside `x`; None where the library places them itself."""
-    device = getattr(x, "device", None)
-    return None if hasattr(device, "device_set") else device
+    """The device to create arrays on beside `x`; None where what is created follows what it meets."""
+    return None if hasattr(x, "sharding") else getattr(x, "device", None)
 
 
 @dataclass(frozen=True)
@@ -129,6 +128,7 @@ def prepare(
 
     `also` names further arrays, with the number of their trailing axes, whose leading axes the result has.
     """
+    check_flags(enable_gqa=enable_gqa)
     check_arrays(q=q, k=k, v=v)
     check_attention_shapes(q, k, v)
     heads = _key_heads(q, k, v) if enable_gqa else None
@@ -205,6 +205,8 @@ def check_arrays(**arrays: Array) -> None:
 
 def check_like(name: str, x: Any, like: Array, like_name: str = "q") -> None:
     """An array of the same library and device as another."""
+    if "numpy.ma" in type(x).__module__:
+        raise TypeError(f"{name}: expected a plain array; of a masked one pass .filled() and a key_mask")
     if not is_array(x):
         raise TypeError(f"{name}: expected an array (NumPy, PyTorch, JAX, CuPy, ...), got {_type_name(x)}")
     if namespace(x) is not namespace(like):
@@ -213,7 +215,13 @@ def check_like(name: str, x: Any, like: Array, like_name: str = "q") -> None:
             f"got {_type_name(x)}"
         )
     here, there = (getattr(array, "device", None) for array in (x, like))
-    if here is None or there is None:
+    # A tracer has no device, and one that is not committed to its device follows the others.
+    if (
+        here is None
+        or there is None
+        or not getattr(x, "committed", True)
+        or not getattr(like, "committed", True)
+    ):
         return
     # Arrays laid out differently over the same devices mix well.
     if getattr(here, "device_set", here) != getattr(there, "device_set", there):
@@ -273,18 +281,32 @@ def check_scale(scale: Any, features: int) -> float:
         return 1 / math.sqrt(features)
     if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
         raise TypeError(f"scale: expected a real number or None, got {_type_name(scale)}")
-    if not 0 < float(scale) < math.inf:
-        raise ValueError(f"scale: expected a positive finite number, got {scale}")
-    return float(scale)
+    return _checked_float("scale", scale, math.ulp(0.0), "a positive finite number")
 
 
 def check_real(name: str, value: Any) -> float:
     """A finite number that is not negative."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: expected a real number, got {_type_name(value)}")
-    if not 0 <= float(value) < math.inf:
-        raise ValueError(f"{name}: expected a finite number of at least 0, got {value}")
-    return float(value)
+    return _checked_float(name, value, 0.0, "a finite number of at least 0")
+
+
+def _checked_float(name: str, value: Any, least: float, expected: str) -> float:
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not least <= number < math.inf:
+        raise ValueError(f"{name}: expected {expected}, got {value}")
+    return number
+
+
+def check_flags(**flags: Any) -> None:
+    """Booleans alone: a string would count as True."""
+    for name, value in flags.items():
+        # NumPy's own boolean is told by its name: NumPy may not be there.
+        if not isinstance(value, bool) and type(value).__name__ not in ("bool_", "bool"):
+            raise TypeError(f"{name}: expected True or False, got {value!r}")
 
 
 def check_count(name: str, value: Any, minimum: int = 1) -> int:
@@ -295,31 +317,32 @@ def check_count(name: str, value: Any, minimum: int = 1) -> int:
     return operator.index(value)
 
 
-def resolve_count(name: str, value: Any, default: int, **given: tuple[Array | None, int]) -> Any:
-    """A count (or one for each axis) as given; or else as a given array's axis has it; or the default."""
-    if isinstance(value, tuple | list):
-        return value
+def resolve_count(name: str, value: Any, default: int, **given: tuple[Array | None, int]) -> int:
+    """A count as given; or else as a given array's axis has it; or the default."""
     if value is not None:
         return check_count(name, value)
     for array, axis in given.values():
         if array is not None and is_array(array) and array.ndim >= -axis and array.shape[axis] > 0:
-            return array.shape[axis]
+            size: int = array.shape[axis]
+            return size
     return default
 
 
 def check_option(name: str, value: Any, options: Sequence[str]) -> None:
-    if value not in options:
+    if not isinstance(value, str) or value not in options:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, options))}, got {value!r}")
 
 
 def check_causal(x: Inputs, is_causal: bool) -> None:
     """With another number of keys than queries, which of them is a query's past has no one answer."""
+    check_flags(is_causal=is_causal)
     n, m = x.q.shape[-2], x.k.shape[-2]
     if is_causal and n != m:
         raise ValueError(f"is_causal: expected as many keys as queries ({n}), got {m}")
 
 
 def refuse_causal(estimator: str, is_causal: bool) -> None:
+    check_flags(is_causal=is_causal)
     if is_causal:
         raise NotImplementedError(
             f"is_causal: {estimator} has no causal form yet; softmax_attention(is_causal=True) has"
@@ -342,7 +365,7 @@ def _key_heads(q: Array, k: Array, v: Array) -> int | None:
     queries: int = q.shape[-3]
     if v.shape[-3] != heads:
         raise ValueError(f"v: expected the {heads} heads of k, got shape {tuple(v.shape)}")
-    if queries % heads:
+    if heads == 0 or queries % heads:
         raise ValueError(f"q: expected a multiple of the {heads} heads of k, got {queries}")
     check_broadcast(q=(q, 3), k=(k, 3), v=(v, 3))
     return heads

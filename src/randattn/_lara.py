@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ._attend import attend, finite, nonzero
 from ._draws import normal_draws
 from ._inputs import (
+    check_flags,
     check_option,
     check_real,
     hide,
@@ -77,7 +78,8 @@ def lara(
         Values.
     num_landmarks : int or tuple of int, optional
         Proposals C, by default 64, or as many as `landmarks` or `noise` has; at most M. On a `grid`
-        a tuple gives the number on each axis, an int is laid out with blocks as square as can be.
+        a tuple gives the number on each axis; an int is laid out as the largest number up to it that
+        fits, in the squarest blocks that this number allows (a prime makes strips).
     landmarks : tuple of arrays, shapes (..., C, D), optional
         ``(q_landmarks, k_landmarks)`` of the caller's own, in the units of `q` and `k`. By default the
         means of C segments (the last ones longer by one token where C does not divide; on a grid of
@@ -162,16 +164,17 @@ def lara(
     check_option("weighting", weighting, ("optimal", "balance", "biased"))
     check_option("normalize", normalize, ("queries", "landmarks"))
     alpha, noise_scale = check_real("alpha", alpha), check_real("noise_scale", noise_scale)
+    check_flags(mix_keys=mix_keys, antithetic=antithetic)
     refuse_causal("lara", is_causal)
     also = pooling_ranks(landmarks, noise, query_mask)
     x = prepare(q, k, v, scale=scale, key_mask=key_mask, enable_gqa=enable_gqa, also=also)
     query_mask = resolve_query_mask(x, query_mask)
     qt, kt, there = _landmarks(x, num_landmarks, landmarks, noise, query_mask, grid)
-    eps = normal_draws(x, tuple(qt.shape[-2:]), rng=rng, noise=noise, axes="C, D")
 
     if mix_keys:
         kt, _ = attend(kt, kt, kt, log_mask(there, kt))
     mu = qt + kt
+    eps = normal_draws(x, tuple(mu.shape[-2:]), rng=rng, noise=noise, axes="C, D", lead=mu.shape[:-2])
     w = mu if eps is None else mu + noise_scale * eps
     if antithetic and eps is not None:
         xp = x.xp
@@ -203,9 +206,13 @@ def _landmarks(
     """The landmarks' means (..., C, D) and whether there is a token behind each (..., C)."""
     sizes = check_grid(grid, x.q.shape[-2], x.k.shape[-2])
     given = landmarks[-1] if isinstance(landmarks, tuple | list) and landmarks else None
-    count = resolve_count("num_landmarks", num_landmarks, 64, landmarks=(given, -2), noise=(noise, -2))
+    count = num_landmarks
+    if not isinstance(count, tuple | list):
+        count = resolve_count("num_landmarks", count, 64, landmarks=(given, -2), noise=(noise, -2))
     if landmarks is not None:
-        return *given_landmarks(x, landmarks, count), None
+        return *given_landmarks(
+            x, landmarks, math.prod(count) if isinstance(count, tuple | list) else count
+        ), None
     how: How = "segments" if len(sizes) == 1 else "cells"
     counts = check_sizes("num_landmarks", count, sizes)
     keys = blocks(sizes, how, counts)
@@ -214,7 +221,7 @@ def _landmarks(
     kt, log_keys = pool(x.k, keys, x.key_mask)
     if query_mask is None and x.key_mask is None:
         return qt, kt, None
-    return qt, kt, (log_queries > -math.inf) & (log_keys > -math.inf)
+    return qt, kt, (log_queries > -math.inf) | (log_keys > -math.inf)
 
 
 def _log_densities(w: Array, mu: Array, there: Array | None) -> tuple[Array, Array]:

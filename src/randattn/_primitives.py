@@ -95,11 +95,13 @@ def attend(
     x = prepare(q, k, v, scale=1.0, key_mask=key_mask, enable_gqa=enable_gqa)
     check_causal(x, is_causal)
     xp, (n, m) = x.xp, (x.q.shape[-2], x.k.shape[-2])
+    given = {"q": (x.q, 2), "k": (x.k, 2), "v": (x.v, 2)}
     if bias is not None:
+        shape = tuple(getattr(bias, "shape", ()))
         bias = x.match("bias", bias, 1)
-        if bias.shape[-1] != m:
-            raise ValueError(f"bias: expected shape (..., {m}), got {tuple(bias.shape)}")
-        check_broadcast(q=(x.q, 2), k=(x.k, 2), bias=(bias, 1))
+        if not shape or shape[-1] != m:
+            raise ValueError(f"bias: expected shape (..., {m}), got {shape}")
+        given["bias"] = (bias, 1)
     if x.key_mask is not None:
         # Not a sum: what the caller's bias holds under the mask may be NaN.
         bias = x.key_bias if bias is None else xp.where(x.key_mask, bias, -math.inf)
@@ -108,7 +110,7 @@ def attend(
         pair_bias = x.match("pair_bias", pair_bias, 2)
         if len(shape) < 2 or shape[-2] not in (1, n) or shape[-1] not in (1, m):
             raise ValueError(f"pair_bias: expected shape (..., {n}, {m}), got {shape}")
-        check_broadcast(q=(x.q, 2), k=(x.k, 2), pair_bias=(pair_bias, 2))
+        given["pair_bias"] = (pair_bias, 2)
         pairs = xp.broadcast_to(pair_bias, (*pair_bias.shape[:-2], n, m))
         if x.key_mask is not None:
             pairs = xp.where(x.key_mask[..., None, :], pairs, 0.0)
@@ -116,6 +118,7 @@ def attend(
         def rows(queries: slice) -> Array:
             return pairs[..., queries, :]
 
+    check_broadcast(**given)
     out, log_norm = _attend.attend(
         x.q, x.k, x.v, bias, pair_bias=None if pair_bias is None else rows, is_causal=is_causal
     )
@@ -182,7 +185,7 @@ def merge(a: tuple[Array, Array], b: tuple[Array, Array], /) -> Average:
 
 
 def _check_part(name: str, part: Any, first: Any) -> tuple[Array, Array]:
-    if not isinstance(part, tuple) or len(part) != 2:
+    if not isinstance(part, tuple | list) or len(part) != 2:
         raise TypeError(f"{name}: expected a pair (out, log_norm), got {type(part).__name__}")
     out, log_norm = part
     for which, x in (("out", out), ("log_norm", log_norm)):

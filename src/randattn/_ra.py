@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ._attend import attend, finite, query_blocks
 from ._draws import no_draws, normal_draws, uniform_draws
-from ._inputs import namespace, prepare, refuse_causal, resolve_count, with_rank
+from ._inputs import check_broadcast, namespace, prepare, refuse_causal, resolve_count, with_rank
 
 if TYPE_CHECKING:
     from ._inputs import Inputs
@@ -112,6 +112,7 @@ def ra(
     if eps is None:
         raise no_draws("ra")
     u = uniform_draws(x, (count, n), rng=rng, components=components, axes="S, N")
+    check_broadcast(noise=(eps, 3), components=(u, 2))
 
     xp = x.xp
     means = []

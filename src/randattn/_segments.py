@@ -251,7 +251,9 @@ def given_landmarks(x: Inputs, landmarks: Any, count: int) -> tuple[Array, Array
             raise ValueError(
                 f"{name}: expected shape (..., {count}, {x.q.shape[-1]}), got {tuple(array.shape)}"
             )
-        check_broadcast(q=(x.q, 2), k=(x.k, 2), v=(x.v, 2), **{name: (ours, 2)})
+    check_broadcast(
+        q=(x.q, 2), k=(x.k, 2), v=(x.v, 2), **{n: (a, 2) for n, a in zip(names, pair, strict=True)}
+    )
     return x.root_scale * pair[0], x.root_scale * pair[1]
 
 
@@ -268,7 +270,7 @@ def check_grid(grid: Any, n: int, m: int) -> Sizes:
     if grid is None:
         return plain((m,))
     if not isinstance(grid, tuple | list) or not 1 <= len(grid) <= 3:
-        raise ValueError(f"grid: expected one, two or three sizes, got {grid!r}")
+        raise ValueError(f"grid: expected a tuple of one, two or three sizes, got {grid!r}")
     sizes = tuple(check_count("grid", size) for size in grid)
     if not math.prod(sizes) == n == m:
         raise ValueError(f"grid: expected as many places as queries ({n}) and keys ({m}), got {sizes}")
@@ -276,7 +278,7 @@ def check_grid(grid: Any, n: int, m: int) -> Sizes:
 
 
 def check_sizes(name: str, value: Any, grid: Sizes) -> Sizes:
-    """A number on the grid as sizes on its axes: the caller's own, or those nearest to cubes."""
+    """A number on the grid as sizes on its axes: the caller's own, or the best that fit."""
     if isinstance(value, numbers.Integral):
         return _factors(grid, check_count(name, value), name in ("window", "group_size"))
     if not isinstance(value, tuple | list):

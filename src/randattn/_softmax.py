@@ -22,7 +22,7 @@ def softmax_attention(
     is_causal: bool = False,
     enable_gqa: bool = False,
 ) -> Array:
-    r"""Exact softmax attention, never with the N x M logits whole in memory.
+    r"""Exact softmax attention, in blocks: the N x M logits are never whole in memory.
 
     Parameters
     ----------
@@ -57,7 +57,7 @@ def softmax_attention(
     Notes
     -----
     :math:`\mathrm{out}_n = \sum_m \mathrm{softmax}_m(s\, q_n \cdot k_m)\, v_m`, in O(N M D) time and
-    O(N E) memory.
+    O(N E) memory. A gradient keeps the logits of every block.
 
     Examples
     --------

@@ -328,6 +328,49 @@ def test_attend_biases(lib):
         attend(*arrays, pair_bias=lib.asarray(np.zeros((M, N))))
 
 
+def test_flags(lib):
+    arrays = lib.arrays(*inputs(m=N))
+    for function, name in (
+        (softmax_attention, "is_causal"),
+        (softmax_attention, "enable_gqa"),
+        (attend, "is_causal"),
+        (rfa, "is_causal"),
+        (lara, "mix_keys"),
+        (lara, "antithetic"),
+        (eva, "disjoint"),
+    ):
+        for value in ("False", 1, None, np.zeros(2, dtype=bool)):
+            with refuses(TypeError, name, "expected True or False", repr(value)):
+                function(*arrays, **{name: value})
+        function(*arrays, **{name: np.bool_(False)}, **({"rng": 0} if function is rfa else {}))
+
+
+@pytest.mark.only("numpy")
+def test_masked_arrays(lib):
+    q, k, v = inputs()
+    with refuses(TypeError, "k", "filled", "key_mask"):
+        softmax_attention(q, np.ma.masked_greater(k, 0), v)
+    with refuses(TypeError, "key_mask", "filled"):
+        softmax_attention(q, k, v, key_mask=np.ma.masked_array(np.ones(M, dtype=bool)))
+
+
+def test_tuples_count_on_grids_alone(lib):
+    with refuses(TypeError, "num_samples", "integer", "tuple"):
+        rfa(*lib.arrays(*inputs()), num_samples=(2, 2), rng=0)
+
+
+def test_further_arrays_must_broadcast_with_each_other(lib):
+    q, k, v = (x[0] for x in inputs(m=N))
+    arrays = lib.arrays(q, k, v)
+    pair = (lib.asarray(np.zeros((2, 3, D))), lib.asarray(np.zeros((5, 3, D))))
+    with refuses(ValueError, "landmarks[1]", "(2,)", "(5,)"):
+        lara(*arrays, landmarks=pair)
+    with refuses(ValueError, "components", "(2,)", "(5,)"):
+        ra(*arrays, noise=lib.asarray(np.zeros((2, 1, N, D))), components=lib.asarray(np.zeros((5, 1, N))))
+    with refuses(ValueError, "pair_bias", "(2,)", "(5,)"):
+        attend(*arrays, lib.asarray(np.zeros((2, N))), pair_bias=lib.asarray(np.zeros((5, N, N))))
+
+
 def test_merge_parts(lib):
     part = attend(*lib.arrays(*inputs()))
     with refuses(TypeError, "a", "pair", "Array" if lib.name in ("strict", "dask", "jax") else ""):

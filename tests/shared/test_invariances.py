@@ -1,5 +1,7 @@
 """What must not change an answer: padding, the order of keys, where the scale is, blocks, leading axes."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 
@@ -114,6 +116,25 @@ def test_query_mask_keeps_queries_out_of_landmarks(lib):
     np.testing.assert_allclose(outs[0][..., mask, :], outs[1][..., mask, :], rtol=1e-12)
 
 
+def test_no_mask_on_queries_takes_keys_away(lib):
+    """A landmark whose queries are all masked still stands for its keys."""
+    q, k, v = inputs(m=N)
+    half = np.arange(N) < N // 2
+    for queries, keys in ((np.zeros(N, dtype=bool), np.ones(N, dtype=bool)), (half, ~half)):
+        masks = {"query_mask": lib.asarray(queries), "key_mask": lib.asarray(keys)}
+        exact = lib.numpy(softmax_attention(*lib.arrays(q, k, v), key_mask=masks["key_mask"]))
+        for estimator in (lara, partial(lara, weighting="balance"), partial(eva, window=0)):
+            out = lib.numpy(estimator(*lib.arrays(q, k, v), rng=0, **masks))
+            assert np.linalg.norm(out - exact) < np.linalg.norm(exact)
+
+
+def test_a_landmark_count_for_each_axis_goes_with_own_landmarks(lib):
+    q, k, v = inputs(m=N)
+    pair = tuple(lib.asarray(x[..., :4, :]) for x in (q, k))
+    out = lara(*lib.arrays(q, k, v), grid=(3, 4), num_landmarks=(2, 2), landmarks=pair, rng=0)
+    lib.close(out, lib.numpy(lara(*lib.arrays(q, k, v), landmarks=pair, rng=0)))
+
+
 @pytest.mark.parametrize("name", ["softmax", "rfa", "trigonometric"])
 def test_the_order_of_keys_does_not_matter(lib, name):
     q, k, v = inputs()
@@ -193,6 +214,7 @@ def test_blocks_change_nothing(lib, name, monkeypatch):
     expected = lib.numpy(ALL[name](*lib.arrays(q, k, v)))
     monkeypatch.setattr(randattn._attend, "_BLOCK_LOGITS", 20)
     monkeypatch.setattr(randattn._attend, "_MIN_BLOCK_KEYS", 5)
+    monkeypatch.setattr(randattn._attend, "_MIN_BLOCK_QUERIES", 1)
     lib.close(ALL[name](*lib.arrays(q, k, v)), expected)
 
 
@@ -201,6 +223,7 @@ def test_causal_blocks_change_nothing(lib, monkeypatch):
     expected = lib.numpy(softmax_attention(*lib.arrays(q, k, v), is_causal=True))
     monkeypatch.setattr(randattn._attend, "_BLOCK_LOGITS", 60)
     monkeypatch.setattr(randattn._attend, "_MIN_BLOCK_KEYS", 5)
+    monkeypatch.setattr(randattn._attend, "_MIN_BLOCK_QUERIES", 1)
     lib.close(softmax_attention(*lib.arrays(q, k, v), is_causal=True), expected)
 
 

@@ -95,6 +95,29 @@ def test_a_traced_integer_is_no_seed(lib):
         jax.jit(lambda seed: randattn.rfa(*lib.arrays(*inputs()), rng=seed))(3)
 
 
+@pytest.mark.only("torch")
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning")
+def test_one_program_serves_many_lengths(lib):
+    """Softmax and RFA keep sizes symbolic; a compiler stops after eight programs for one function."""
+    lib.xp._dynamo.reset()
+    compiled = lib.xp.compile(lambda q, k, v, w: (randattn.softmax_attention(q, k, v), randattn.rfa(q, k, v, noise=w)),
+        fullgraph=True, backend="aot_eager")  # fmt: skip
+    for n in range(4, 16):
+        q, k, v, w = lib.arrays(*np.random.default_rng(n).standard_normal((4, n % 3 + 1, n, D)))
+        exact, estimate = compiled(q, k, v, w)
+        lib.close(exact, lib.numpy(randattn.softmax_attention(q, k, v)))
+        lib.close(estimate, lib.numpy(randattn.rfa(q, k, v, noise=w)))
+
+
+@pytest.mark.only("jax")
+@pytest.mark.parametrize("name", ["rfa positive", "lara optimal", "eva unit"])
+def test_what_is_created_follows_the_inputs(lib, name):
+    """Nothing commits a result to a device that the inputs did not."""
+    mask = lib.asarray(MASK)
+    out = EAGER[name](*lib.arrays(*inputs()), key_mask=mask)
+    assert not out.committed
+
+
 @pytest.mark.only("torch", "jax")
 @pytest.mark.parametrize("name", EAGER)
 def test_vmap(lib, name):
