@@ -134,5 +134,5 @@ QUICK = Plan(
     curves=("softmax", "rfa", "lara", "eva"),
     lengths=(1024, 4096),
     slowest=0.05,
-    deadline=15.0,
+    deadline=12.0,
 )
