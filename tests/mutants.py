@@ -47,6 +47,12 @@ MUTANTS = [
     Mutant("LARA's alpha not centred", "_lara.py", "alpha * (t - mean)", "alpha * t"),
     Mutant("a padded query in t", "_lara.py", "log_mask(query_mask, seen)", "None"),
     Mutant("a landmark of padding has weight", "_lara.py", "if there is None:\n        return log_weight", "if True:\n        return log_weight"),
+    Mutant(
+        "masked queries take a landmark's keys away",
+        "_lara.py",
+        "(log_queries > -math.inf) | (log_keys",
+        "(log_queries > -math.inf) & (log_keys",
+    ),
     Mutant("antithetic draws that are not", "_lara.py", "mu - noise_scale * eps", "mu + noise_scale * eps"),
     Mutant(
         "a padded key in a landmark",
@@ -69,7 +75,7 @@ MUTANTS = [
     Mutant("orthogonal rows of one length", "_draws.py", "(signs * lengths)[..., None]", "signs[..., None]"),
     Mutant("signs of QR left open", "_draws.py", "signs = xp.where(diagonal < 0, -xp", "signs = xp.where(diagonal < 0, xp"),
     Mutant("uniforms from the normal draws' stream", "_draws.py", 'bits.jumped() if kind == "uniform" else bits', "bits"),
-    Mutant("all heads share their draws", "_draws.py", '"normal", (*x.lead, *shape))', '"normal", shape)'),
+    Mutant("all heads share their draws", "_draws.py", '"normal", (*broadcast_shapes(x.lead, lead), *shape))', '"normal", shape)'),
 ]  # fmt: skip
 
 

@@ -210,9 +210,8 @@ def _landmarks(
     if not isinstance(count, tuple | list):
         count = resolve_count("num_landmarks", count, 64, landmarks=(given, -2), noise=(noise, -2))
     if landmarks is not None:
-        return *given_landmarks(
-            x, landmarks, math.prod(count) if isinstance(count, tuple | list) else count
-        ), None
+        total = math.prod(count) if isinstance(count, tuple | list) else count
+        return *given_landmarks(x, landmarks, total), None
     how: How = "segments" if len(sizes) == 1 else "cells"
     counts = check_sizes("num_landmarks", count, sizes)
     keys = blocks(sizes, how, counts)
