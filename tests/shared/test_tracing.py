@@ -80,7 +80,7 @@ def test_traced_keys(lib, legacy):
     arrays = lib.arrays(*inputs(lead=()))
     make = jax.random.PRNGKey if legacy else jax.random.key
     keys = [make(seed) for seed in range(3)]
-    for function in (randattn.rfa, randattn.ra, randattn.lara, partial(randattn.eva, window=4)):
+    for function in (randattn.rfa, randattn.ra, randattn.lara, partial(randattn.eva, num_groups=3, window=4)):
         draw = jax.jit(lambda key, function=function: function(*arrays, rng=key))
         each = [lib.numpy(draw(key)) for key in keys]
         assert np.max(np.abs(each[0] - each[1])) > 1e-6
