@@ -1,0 +1,154 @@
+"""The command: a session for each library, one for the peers, the guard, and the plots."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+
+from . import guard as guarding
+from . import machine, peers, rows, workloads
+from .libraries import NAMES, open_library
+from .plan import plan_for
+from .table import tables
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable
+
+    from .rows import Case, Row
+
+_QUICK = click.option(
+    "--quick", is_flag=True, help="The smallest sizes: whether everything works, not how fast it is."
+)
+_DEVICE = click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+_OUTPUT = click.option(
+    "--output",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Where results and plots go, instead of benchmarks/results and docs/benchmarks. "
+    "With --quick nothing is written without it.",
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def app() -> None:
+    """Measure randattn, or check that it has not become slower."""
+
+
+def _register(name: str) -> None:
+    @app.command(name=name, help=f"Measure {name}.")
+    @_DEVICE
+    @_QUICK
+    @_OUTPUT
+    def session(device: str, *, quick: bool, output: Path | None) -> None:
+        library = open_library(name, "cuda" if name == "cupy" else device)
+        about = machine.describe()
+        plan = plan_for(name, on_gpu=library.on_gpu, quick=quick)
+        if library.on_gpu:
+            about["gpu_bandwidth"] = float(f"{workloads.measured_bandwidth(library):.4g}")
+        found = list(workloads.measure(library, plan, _say))
+        _finish(name, library.device, about, found, quick=quick, output=output)
+
+
+for _name in NAMES:
+    _register(_name)
+
+
+@app.command(name="peers")
+@_QUICK
+@_OUTPUT
+def measure_peers(*, quick: bool, output: Path | None) -> None:
+    """Measure over other packages, on the CPU."""
+    # First, so that the machine's description has its threads.
+    open_library("torch")
+    about = machine.describe()
+    found = list(peers.measure(plan_for("torch", quick=quick), _say))
+    _finish("peers", "cpu", about, found, quick=quick, output=output)
+
+
+@app.command()
+@click.option(
+    "--library", "libraries", multiple=True, type=click.Choice(NAMES), help="Default: all on a CPU."
+)
+@_DEVICE
+@_QUICK
+@click.option(
+    "--results",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=rows.RESULTS,
+    help="The committed results.",
+)
+def guard(libraries: tuple[str, ...], device: str, *, quick: bool, results: Path) -> None:
+    """Fail where a ratio over the matrix products is above 1.25 times the committed one."""
+    compared, losses = 0, []
+    for name in libraries or ("numpy", "torch", "jax"):
+        library = open_library(name, device)
+        path = rows.result_path(results, name, library.device)
+        if not path.exists():
+            click.echo(f"{name} on {library.device}: no {path.name} is committed, nothing to compare with")
+            continue
+        plan = plan_for(name, on_gpu=library.on_gpu, quick=quick)
+
+        def measure(only: Collection[Case] | None, library: Any = library, plan: Any = plan) -> Iterable[Row]:
+            return workloads.products(library, plan, _say, only)
+
+        verdict = guarding.judge(rows.read(path), measure)
+        compared += len(verdict.kept) + len(verdict.losses)
+        losses += verdict.losses
+        for table in tables([*verdict.kept, *verdict.new, *(loss.row for loss in verdict.losses)]):
+            _console().print(table, "")
+        for row in verdict.new:
+            click.echo(f"not committed, not compared: {name} {row.case.label}, {row.case.tokens} tokens")
+        for row in verdict.gone:
+            click.echo(f"committed, no longer measured: {name} {row.case.label}, {row.case.tokens} tokens")
+    for loss in losses:
+        click.echo(f"slower: {loss}")
+    if not compared:
+        click.echo("no committed row was compared: `nox -s bench-numpy` and the others write them")
+    click.echo(f"{compared} rows compared, {len(losses)} over {guarding.LIMIT} times the committed ratio")
+    if losses or not compared:
+        sys.exit(1)
+
+
+@app.command()
+@click.option(
+    "--results", type=click.Path(path_type=Path, file_okay=False), default=rows.RESULTS, help="What is drawn."
+)
+@click.option("--output", type=click.Path(path_type=Path, file_okay=False), default=rows.PLOTS)
+def plot(results: Path, output: Path) -> None:
+    """Draw the results that are there."""
+    _draw(results, output)
+
+
+def _finish(
+    name: str, device: str, about: dict[str, Any], found: list[Row], *, quick: bool, output: Path | None
+) -> None:
+    for table in tables(found):
+        _console().print(table, "")
+    if quick and output is None:
+        return
+    results = output or rows.RESULTS
+    path = rows.result_path(results, name, device)
+    rows.write(path, about, found)
+    click.echo(f"wrote {path.name}: {len(found)} rows")
+    _draw(results, output or rows.PLOTS)
+
+
+def _draw(results: Path, output: Path) -> None:
+    # Late: it takes a second to import, and is not what is measured.
+    from .plots import draw
+
+    for path in draw(list(rows.read_all(results)), output):
+        click.echo(f"drew {path.name}")
+
+
+def _console() -> Console:
+    """Wide enough for the tables where there is no terminal to ask."""
+    console = Console()
+    return console if console.is_terminal else Console(width=140)
+
+
+def _say(what: str) -> None:
+    click.echo(what, err=True)

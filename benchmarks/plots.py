@@ -1,0 +1,208 @@
+"""The plots that the documentation shows, of the rows that are there."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, NullLocator
+
+from .rows import PRODUCTS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from matplotlib.axes import Axes
+
+    from .rows import Row
+
+    Group = tuple[str, str]
+
+# Okabe and Ito's colours, which the colour-blind can tell apart.
+_COLOURS = {
+    "rfa": "#E69F00",
+    "lara weighting=balance": "#56B4E9",
+    "lara weighting=optimal": "#0072B2",
+    "eva window=64": "#009E73",
+    "ra": "#CC79A7",
+    "softmax_attention": "#000000",
+}
+_LABELS = {
+    "lara weighting=balance": "lara, balance",
+    "lara weighting=optimal": "lara, optimal",
+    "eva window=64": "eva, window 64",
+}
+_EXACT, _REFERENCE = "#000000", "#6E6E6E"
+_RC: dict[Any, Any] = {
+    "font.size": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 12,
+    "axes.grid": True,
+    "grid.color": "#E4E4E4",
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+}
+
+
+def draw(rows: list[Row], folder: Path) -> Iterator[Path]:
+    """Draw each plot that there are rows for; gives the files."""
+    plots: dict[str, tuple[list[Row], Callable[[list[Row]], Figure]]] = {
+        "time": ([row for row in rows if row.measure == "growth"], _time),
+        "products": ([row for row in rows if row.measure == "products"], _products),
+        "memory": ([row for row in rows if row.measure == "memory"], _memory),
+        "peers": ([row for row in rows if row.measure == "peers"], _peers),
+    }
+    # Whatever the user's own settings are.
+    with mpl.rc_context():
+        mpl.rcdefaults()
+        mpl.rcParams.update(_RC)
+        for name, (its, plot) in plots.items():
+            if its:
+                folder.mkdir(parents=True, exist_ok=True)
+                path = folder / f"{name}.png"
+                plot(its).savefig(path, dpi=130)
+                yield path
+
+
+def _time(rows: list[Row]) -> Figure:
+    """Time against tokens, a panel for each library and device."""
+    groups = _groups(rows)
+    figure = Figure(figsize=(max(6.5, 4.2 * len(groups)), 4.8), layout="constrained")
+    panels = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
+    seen: dict[str, Line2D] = {}
+    for axes, (group, its) in zip(panels, groups.items(), strict=True):
+        _time_panel(axes, its, seen)
+        axes.set_title(_name(group))
+    panels[0].set_ylabel("time of one call (ms)")
+    figure.legend(
+        handles=list(seen.values()), loc="outside lower center", ncols=len(seen) if len(seen) < 7 else 4
+    )
+    return figure
+
+
+def _time_panel(axes: Axes, rows: list[Row], seen: dict[str, Line2D]) -> None:
+    lines: dict[tuple[str, str], list[tuple[int, float]]] = {}
+    for row in rows:
+        if row.seconds is not None:
+            lines.setdefault((row.case.label, row.case.mode), []).append((row.case.tokens, 1e3 * row.seconds))
+    for (label, mode), points in lines.items():
+        style = _style(label, compiled=mode == "compile")
+        axes.plot(*zip(*sorted(points), strict=True), **style)
+        # The libraries' exact attentions have one entry: the panel says whose it is.
+        name = _LABELS.get(label, label) if label in _COLOURS or label == PRODUCTS else "exact attention"
+        name += ", compiled" if mode == "compile" else ""
+        seen.setdefault(name, Line2D([], [], label=name, **style))
+    tokens = sorted({row.case.tokens for row in rows})
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(tokens)
+    axes.xaxis.set_major_formatter(
+        FuncFormatter(lambda n, _: f"{n / 1024:.0f}k" if n >= 1024 else f"{n:.0f}")
+    )
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda ms, _: f"{ms:g}"))
+    case = rows[0].case
+    axes.set_xlabel(f"tokens; {case.heads} heads of {case.head_dim}, {case.dtype}")
+
+
+def _style(label: str, *, compiled: bool) -> dict[str, Any]:
+    if label in _COLOURS and label != "softmax_attention":
+        line = ":" if compiled else "-"
+        return {
+            "color": _COLOURS[label],
+            "linestyle": line,
+            "marker": "o",
+            "markersize": 4.5,
+            "linewidth": 1.6,
+        }
+    if label == PRODUCTS:
+        return {"color": _REFERENCE, "linestyle": (0, (5, 3)), "linewidth": 1.4}
+    return {"color": _EXACT, "linestyle": "-", "linewidth": 1.4, "marker": "s", "markersize": 4}
+
+
+def _products(rows: list[Row]) -> Figure:
+    """Time over the matrix products alone, where 1 is the least that is possible."""
+    return _bars(rows, "time over that of the four matrix products alone", reference=1.0)
+
+
+def _memory(rows: list[Row]) -> Figure:
+    """Peak memory of the forward pass over the output's size."""
+    linear = [row for row in rows if row.case.features is not None and row.case.passes == "forward"]
+    return _bars(linear or rows, "peak memory beyond the inputs, over the output's size", reference=1.0)
+
+
+def _bars(rows: list[Row], what: str, reference: float) -> Figure:
+    """A group of bars for each library, device and mode, a bar for each estimator."""
+    groups = _groups(rows, tokens=True)
+    height = 1.2 + 0.26 * sum(map(len, groups.values())) + 0.2 * len(groups)
+    figure = Figure(figsize=(8.5, height), layout="constrained")
+    axes = figure.subplots()
+    at, ticks = 0.0, []
+    for group, its in groups.items():
+        for row in its:
+            value = row.ratio or 0.0
+            axes.barh(at, value, height=0.85, color=_COLOURS.get(row.case.label, _REFERENCE))
+            axes.annotate(
+                f"{value:.2f}",
+                (value, at),
+                xytext=(3, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=9,
+            )
+            mode = "" if row.case.mode == "eager" else f" ({row.case.mode})"
+            ticks.append((at, f"{_name(group)}: {_LABELS.get(row.case.label, row.case.label)}{mode}"))
+            at -= 1
+        at -= 0.7
+    axes.set_yticks(*zip(*ticks, strict=True))
+    axes.axvline(reference, color=_REFERENCE, linestyle=(0, (5, 3)), linewidth=1.2)
+    axes.grid(visible=False, axis="y")
+    axes.set_xlabel(what)
+    return figure
+
+
+def _peers(rows: list[Row]) -> Figure:
+    """How many times as fast as a peer."""
+    figure = Figure(figsize=(8.5, 1.2 + 0.3 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    labels = []
+    for at, row in enumerate(rows):
+        speedup = 1 / row.ratio if row.ratio else 0.0
+        axes.barh(-at, speedup, height=0.8, color=_COLOURS.get(row.case.label, _REFERENCE))
+        axes.annotate(
+            f"{speedup:.3g}x",
+            (speedup, -at),
+            xytext=(3, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+        )
+        name = _LABELS.get(row.case.label, row.case.label)
+        labels.append(
+            f"{name}, {row.case.features}, over {row.baseline} ({row.case.passes}, {row.case.tokens})"
+        )
+    axes.set_yticks([-at for at in range(len(rows))], labels, fontsize=9)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axes.axvline(1.0, color=_REFERENCE, linestyle=(0, (5, 3)), linewidth=1.2)
+    axes.grid(visible=False, axis="y")
+    axes.set_xlabel("times as fast")
+    return figure
+
+
+def _groups(rows: list[Row], *, tokens: bool = False) -> dict[Group, list[Row]]:
+    groups: dict[Group, list[Row]] = {}
+    for row in rows:
+        case = row.case
+        where = case.device if not tokens else f"{case.device}, {case.tokens} tokens"
+        groups.setdefault((case.library, where), []).append(row)
+    return groups
+
+
+def _name(group: Group) -> str:
+    return ", ".join(group)

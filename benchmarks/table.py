@@ -1,0 +1,76 @@
+"""Rows as tables in the terminal."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from .rows import Row
+
+TITLES = {
+    "products": "Time over the four matrix products alone",
+    "exact": "Time over the library's exact attention",
+    "growth": "Time against tokens, over that of a quarter of them",
+    "overhead": "Time on the smallest inputs, over the formulas by hand",
+    "memory": "Peak memory beyond the inputs, over the output's size",
+    "import": "Import, beyond NumPy's own",
+    "peers": "Time over other packages'",
+}
+
+
+def tables(rows: Iterable[Row]) -> Iterator[Table]:
+    """A table for each measure; what is the same in all its rows stands in its title."""
+    by_measure: dict[str, list[Row]] = {}
+    for row in rows:
+        by_measure.setdefault(row.measure, []).append(row)
+    for measure, its in by_measure.items():
+        cells = [_cells(row) for row in its]
+        same = {name for name in cells[0] if len({each[name] for each in cells}) == 1} - _VALUES
+        shared = ", ".join(f"{name} {cells[0][name]}" for name in cells[0] if name in same and cells[0][name])
+        table = Table(title=f"{TITLES[measure]}: {shared}", title_justify="left", box=None, pad_edge=False)
+        columns = [name for name in cells[0] if name not in same]
+        for name in columns:
+            table.add_column(name, justify="right" if name in _NUMBERS else "left", no_wrap=True)
+        for each in cells:
+            table.add_row(*(each[name] for name in columns))
+        yield table
+
+
+_VALUES = {"estimator", "value", "over it", "ratio"}
+_NUMBERS = {"tokens", "heads", "features", "value", "over it", "ratio", "bandwidth"}
+
+
+def _cells(row: Row) -> dict[str, str]:
+    case = row.case
+    if row.measure == "memory":
+        values = [_mebibytes(row.bytes), _mebibytes(row.baseline_bytes)]
+    else:
+        values = [_milliseconds(row.seconds), _milliseconds(row.baseline_seconds)]
+    return {
+        "library": case.library,
+        "device": case.device,
+        "estimator": case.label,
+        "tokens": str(case.tokens),
+        "heads": str(case.heads),
+        "features": str(case.features or ""),
+        "dtype": case.dtype,
+        "passes": case.passes,
+        "mode": case.mode,
+        "over": row.baseline or "",
+        "value": values[0],
+        "over it": values[1],
+        "ratio": "" if row.ratio is None else f"{row.ratio:.3g}",
+        "bandwidth": "" if row.bandwidth_share is None else f"{row.bandwidth_share:.0%}",
+    }
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return "" if seconds is None else f"{1e3 * seconds:.3g} ms"
+
+
+def _mebibytes(count: int | None) -> str:
+    return "" if count is None else f"{count / 2**20:.4g} MiB"
