@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
-from .rows import PRODUCTS
+from .libraries import NAMES
+from .rows import PRODUCTS, slug
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -50,23 +51,22 @@ _RC: dict[Any, Any] = {
 
 
 def draw(rows: list[Row], folder: Path) -> Iterator[Path]:
-    """Draw each plot that there are rows for; gives the files."""
-    plots: dict[str, tuple[list[Row], Callable[[list[Row]], Figure]]] = {
-        "time": ([row for row in rows if row.measure == "growth"], _time),
-        "products": ([row for row in rows if row.measure == "products"], _products),
-        "memory": ([row for row in rows if row.measure == "memory"], _memory),
-        "peers": ([row for row in rows if row.measure == "peers"], _peers),
-    }
+    """Draw each plot that there are rows for, for each device; gives the files."""
+    devices: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: NAMES.index(row.case.library)):
+        devices.setdefault(row.case.device, []).append(row)
+    folder.mkdir(parents=True, exist_ok=True)
     # Whatever the user's own settings are.
     with mpl.rc_context():
         mpl.rcdefaults()
         mpl.rcParams.update(_RC)
-        for name, (its, plot) in plots.items():
-            if its:
-                folder.mkdir(parents=True, exist_ok=True)
-                path = folder / f"{name}.png"
-                plot(its).savefig(path, dpi=130)
-                yield path
+        for device, found in devices.items():
+            for name, (measure, plot) in _PLOTS.items():
+                its = [row for row in found if row.measure == measure]
+                if its:
+                    path = folder / f"{name}-{slug(device)}.png"
+                    plot(its).savefig(path, dpi=130)
+                    yield path
 
 
 def _time(rows: list[Row]) -> Figure:
@@ -79,9 +79,8 @@ def _time(rows: list[Row]) -> Figure:
         _time_panel(axes, its, seen)
         axes.set_title(_name(group))
     panels[0].set_ylabel("time of one call (ms)")
-    figure.legend(
-        handles=list(seen.values()), loc="outside lower center", ncols=len(seen) if len(seen) < 7 else 4
-    )
+    columns = min(len(seen), 2 * len(groups) + 1)
+    figure.legend(handles=list(seen.values()), loc="outside lower center", ncols=columns)
     return figure
 
 
@@ -106,6 +105,7 @@ def _time_panel(axes: Axes, rows: list[Row], seen: dict[str, Line2D]) -> None:
     )
     axes.xaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda ms, _: f"{ms:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
     case = rows[0].case
     axes.set_xlabel(f"tokens; {case.heads} heads of {case.head_dim}, {case.dtype}")
 
@@ -160,34 +160,38 @@ def _bars(rows: list[Row], what: str, reference: float) -> Figure:
             at -= 1
         at -= 0.7
     axes.set_yticks(*zip(*ticks, strict=True))
-    axes.axvline(reference, color=_REFERENCE, linestyle=(0, (5, 3)), linewidth=1.2)
+    axes.axvline(reference, color=_REFERENCE, linestyle=(0, (5, 3)), linewidth=1.2, zorder=0.9)
     axes.grid(visible=False, axis="y")
     axes.set_xlabel(what)
     return figure
 
 
 def _peers(rows: list[Row]) -> Figure:
-    """How many times as fast as a peer."""
-    figure = Figure(figsize=(8.5, 1.2 + 0.3 * len(rows)), layout="constrained")
+    """How many times as fast as a peer, right of the line where it is faster."""
+    figure = Figure(figsize=(9.5, 1.2 + 0.28 * len(rows)), layout="constrained")
     axes = figure.subplots()
     labels = []
     for at, row in enumerate(rows):
-        speedup = 1 / row.ratio if row.ratio else 0.0
-        axes.barh(-at, speedup, height=0.8, color=_COLOURS.get(row.case.label, _REFERENCE))
+        case, speedup = row.case, 1 / (row.ratio or 1.0)
+        colour = _COLOURS.get(case.label, _REFERENCE)
+        axes.plot([1, speedup], [-at, -at], color=colour, linewidth=3, solid_capstyle="butt")
+        axes.plot([speedup], [-at], color=colour, marker="o", markersize=7)
+        faster = speedup >= 1
         axes.annotate(
-            f"{speedup:.3g}x",
+            f"{speedup:.3g}",
             (speedup, -at),
-            xytext=(3, 0),
+            xytext=(8 if faster else -8, 0),
             textcoords="offset points",
+            ha="left" if faster else "right",
             va="center",
             fontsize=9,
         )
-        name = _LABELS.get(row.case.label, row.case.label)
-        labels.append(
-            f"{name}, {row.case.features}, over {row.baseline} ({row.case.passes}, {row.case.tokens})"
-        )
+        name = _LABELS.get(case.label, case.label)
+        labels.append(f"{name} ({case.features}) over {row.baseline}: {case.passes}, {case.tokens} tokens")
     axes.set_yticks([-at for at in range(len(rows))], labels, fontsize=9)
-    axes.set_xscale("log")
+    axes.set_ylim(0.3 - len(rows), 0.7)
+    axes.set_xscale("log", base=2)
+    axes.margins(x=0.18)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     axes.axvline(1.0, color=_REFERENCE, linestyle=(0, (5, 3)), linewidth=1.2)
     axes.grid(visible=False, axis="y")
@@ -199,10 +203,19 @@ def _groups(rows: list[Row], *, tokens: bool = False) -> dict[Group, list[Row]]:
     groups: dict[Group, list[Row]] = {}
     for row in rows:
         case = row.case
-        where = case.device if not tokens else f"{case.device}, {case.tokens} tokens"
+        where = f"{case.tokens} tokens" if tokens else case.device
         groups.setdefault((case.library, where), []).append(row)
     return groups
 
 
 def _name(group: Group) -> str:
     return ", ".join(group)
+
+
+# Of each file the rows that it shows, and what draws them.
+_PLOTS: dict[str, tuple[str, Callable[[list[Row]], Figure]]] = {
+    "time": ("growth", _time),
+    "products": ("products", _products),
+    "memory": ("memory", _memory),
+    "peers": ("peers", _peers),
+}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -22,7 +24,7 @@ TITLES = {
 }
 
 
-def tables(rows: Iterable[Row]) -> Iterator[Table]:
+def tables(rows: Iterable[Row]) -> Iterator[Group]:
     """A table for each measure; what is the same in all its rows stands in its title."""
     by_measure: dict[str, list[Row]] = {}
     for row in rows:
@@ -31,13 +33,14 @@ def tables(rows: Iterable[Row]) -> Iterator[Table]:
         cells = [_cells(row) for row in its]
         same = {name for name in cells[0] if len({each[name] for each in cells}) == 1} - _VALUES
         shared = ", ".join(f"{name} {cells[0][name]}" for name in cells[0] if name in same and cells[0][name])
-        table = Table(title=f"{TITLES[measure]}: {shared}", title_justify="left", box=None, pad_edge=False)
+        table = Table(box=None, pad_edge=False)
         columns = [name for name in cells[0] if name not in same]
         for name in columns:
             table.add_column(name, justify="right" if name in _NUMBERS else "left", no_wrap=True)
         for each in cells:
             table.add_row(*(each[name] for name in columns))
-        yield table
+        # Not the table's own title, which is cut to the table's width.
+        yield Group(Text(TITLES[measure], style="bold"), Text(shared, style="dim"), table)
 
 
 _VALUES = {"estimator", "value", "over it", "ratio"}
