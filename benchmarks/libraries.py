@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 from dataclasses import dataclass, field
@@ -101,9 +102,12 @@ def _numpy(device: str) -> Library:
 def _torch(device: str) -> Library:
     torch = importlib.import_module("torch")
     on_cuda = device == "cuda"
-    # The lengths of a session are more than the few that it keeps programs for by default.
-    dynamo = importlib.import_module("torch._dynamo")
-    dynamo.config.recompile_limit = 64
+
+    def compiled(function: Function) -> Function:
+        # A session has more lengths than the few that programs are kept for by default.
+        config = importlib.import_module("torch._dynamo").config
+        config.recompile_limit = config.accumulated_recompile_limit = 1024
+        return torch.compile(function, fullgraph=True, dynamic=False)
 
     def gradient(function: Function, cotangent: Array) -> Function:
         def both(*arrays: Array) -> Array:
@@ -120,7 +124,7 @@ def _torch(device: str) -> Library:
         exact=torch.nn.functional.scaled_dot_product_attention,
         exact_name="torch SDPA",
         wait=(lambda _: torch.cuda.synchronize()) if on_cuda else _nothing,
-        compile={"eager": _same, "compile": lambda f: torch.compile(f, fullgraph=True, dynamic=False)},
+        compile={"eager": _same, "compile": compiled},
         gradient=gradient,
         copy=torch.clone,
     )
@@ -135,6 +139,17 @@ def _jax(device: str) -> Library:
     chosen = jax.devices(device)[0]
     jnp = jax.numpy
 
+    exact, exact_name = jax.nn.dot_product_attention, "jax.nn.dot_product_attention"
+    if chosen.platform != "cpu":
+        # The fused kernel, where it is installed and runs: the fairer comparison.
+        fused = functools.partial(exact, implementation="cudnn")
+        tiny = jax.device_put(jnp.ones((1, 64, 1, 64), jnp.bfloat16), chosen)
+        try:
+            jax.block_until_ready(jax.jit(fused)(tiny, tiny, tiny))
+            exact, exact_name = fused, "jax.nn.dot_product_attention, cuDNN"
+        except (NotImplementedError, RuntimeError, ValueError):
+            exact_name = "jax.nn.dot_product_attention, XLA"
+
     def gradient(function: Function, cotangent: Array) -> Function:
         def weighted(*arrays: Array) -> Array:
             return jnp.sum(function(*arrays) * cotangent)
@@ -147,8 +162,8 @@ def _jax(device: str) -> Library:
         "cpu" if chosen.platform == "cpu" else str(chosen.device_kind),
         jnp,
         lambda x, dtype: jax.device_put(jnp.asarray(x, dtype=dtype), chosen),
-        exact=jax.nn.dot_product_attention,
-        exact_name="jax.nn.dot_product_attention",
+        exact=exact,
+        exact_name=exact_name,
         exact_layout=lambda x: jax.block_until_ready(jnp.swapaxes(x, -2, -3)),
         wait=jax.block_until_ready,
         compile={"jit": jax.jit, "eager": _same},

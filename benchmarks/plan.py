@@ -86,7 +86,7 @@ _GPU = {
 }
 _ON_THE_GPU = {
     "torch": Plan(dtype="bfloat16", modes=("eager", "compile"), exact=_LENGTHS, **_GPU),
-    # Above, its exact attention would hold hundreds of gigabytes.
+    # Above, its exact attention would hold hundreds of gigabytes where it is not fused.
     "jax": Plan(
         dtype="bfloat16",
         modes=("jit",),
