@@ -22,6 +22,9 @@ PINNED = ("-c", "constraints/cpu.txt")
 PINNED_TOOLS = ("-c", "constraints/tools.txt")
 TOOLS = ("pytest", "pytest-xdist", "hypothesis")
 
+# What the benchmarks compare with.
+PEERS = ("performer-pytorch", "nystrom-attention", "linear-attention-transformer")
+
 REQUIRE_GPU = "RANDATTN_REQUIRE_GPU"
 
 # What each library's suite runs on, on the CPU.
@@ -107,10 +110,10 @@ def tests_oldest(session: nox.Session) -> None:
 
 @nox.session(name="tests-cli")
 def tests_cli(session: nox.Session) -> None:
-    """Test the `randattn` command, on every library."""
+    """Test the `randattn` command and the benchmarks' harness, on every library."""
     session.env.update(ON_THE_CPU)
     session.install(*PINNED, "-e", ".[cli]", *TOOLS, *EVERY_LIBRARY)
-    run_pytest(session, "tests/cli")
+    run_pytest(session, "tests/cli", "tests/benchmarks")
 
 
 @nox.session
@@ -234,23 +237,28 @@ ON_THE_GPU = {
 }
 
 
+def install_for_gpu(session: nox.Session, library: str, *packages: str) -> None:
+    """Install a library's CUDA build and these packages; skip where it finds no device."""
+    major, why = cuda_driver()
+    if not major:
+        no_gpu(session, why)
+    builds, count = ON_THE_GPU[library]
+    session.install(*builds[major])
+    session.install(*PINNED_TOOLS, *packages)
+    # What was installed may not get on with the driver. Any last line but a number is an error's.
+    probe = f"try: print({count})\nexcept Exception as error: print(repr(error))"
+    found = session.run("python", "-c", probe, silent=True, log=False) or ""
+    answer = (found.strip().splitlines() or ["nothing"])[-1]
+    if not answer.isdecimal() or int(answer) == 0:
+        no_gpu(session, f"no CUDA device: {library} finds {answer}")
+
+
 def register_gpu_tests(library: str) -> None:
     """Register the suite's session for one library on a CUDA device."""
 
     @nox.session(name="tests-cupy" if library == "cupy" else f"tests-{library}-gpu")
     def tests(session: nox.Session) -> None:
-        major, why = cuda_driver()
-        if not major:
-            no_gpu(session, why)
-        packages, count = ON_THE_GPU[library]
-        session.install(*packages[major])
-        session.install(*PINNED_TOOLS, "-e", ".", *TOOLS)
-        # What was installed may not get on with the driver. Any last line but a number is an error's.
-        probe = f"try: print({count})\nexcept Exception as error: print(repr(error))"
-        found = session.run("python", "-c", probe, silent=True, log=False) or ""
-        answer = (found.strip().splitlines() or ["nothing"])[-1]
-        if not answer.isdecimal() or int(answer) == 0:
-            no_gpu(session, f"no CUDA device: {library} finds {answer}")
+        install_for_gpu(session, library, "-e", ".", *TOOLS)
         device = () if library == "cupy" else ("--device", "cuda")
         session.run("pytest", "tests/shared", "--backend", library, *device, *session.posargs)
         session.run("python", "-m", "tests.agreement", library if library == "cupy" else f"{library}:cuda")
@@ -260,3 +268,55 @@ def register_gpu_tests(library: str) -> None:
 
 for name in ON_THE_GPU:
     register_gpu_tests(name)
+
+
+# The benchmarks: none runs unless it is named, and none has ON_THE_CPU's one thread.
+
+
+def bench(session: nox.Session, *args: str) -> None:
+    """Run `python -m benchmarks`; what stands after `--` goes to it."""
+    session.run("python", "-m", "benchmarks", *args, *session.posargs)
+
+
+def register_bench(library: str) -> None:
+    """Register the benchmarks of one library on the CPU."""
+
+    @nox.session(name=f"bench-{library}")
+    def measure(session: nox.Session) -> None:
+        session.install(*PINNED, "-e", ".[cli]", *LIBRARIES[library])
+        bench(session, library)
+
+    measure.__doc__ = f"Measure time and memory on {library}."
+
+
+def register_gpu_bench(library: str) -> None:
+    """Register the benchmarks of one library on a CUDA device."""
+
+    @nox.session(name="bench-cupy" if library == "cupy" else f"bench-{library}-gpu")
+    def measure(session: nox.Session) -> None:
+        install_for_gpu(session, library, "-e", ".[cli]")
+        bench(session, library, "--device", "cuda")
+
+    measure.__doc__ = f"Measure time and memory on {library}, on a CUDA device."
+
+
+for name in ("numpy", "torch", "jax"):
+    register_bench(name)
+for name in ON_THE_GPU:
+    register_gpu_bench(name)
+
+
+@nox.session(name="bench-peers")
+def bench_peers(session: nox.Session) -> None:
+    """Measure over other packages from PyPI."""
+    pinned = ("-c", "constraints/peers.txt")
+    # setuptools: performer-pytorch imports distutils, which newer Pythons have no more.
+    session.install(*pinned, "-e", ".[cli]", "torch", "jax", "setuptools", *PEERS)
+    bench(session, "peers")
+
+
+@nox.session(name="bench-guard")
+def bench_guard(session: nox.Session) -> None:
+    """Fail where an estimator has become over 25% slower than the committed results."""
+    session.install(*PINNED, "-e", ".[cli]", "torch", "jax")
+    bench(session, "guard")
