@@ -66,12 +66,13 @@ def main(plain: str) -> None:
     output = arrays[0].size if library.name != "torch" else arrays[0].numel()
     if library.name == "jax":
         function = function.lower(*arrays).compile() if case.mode == "jit" else function
-    peak, note = _peak(library, lambda: function(*arrays), function)
+    found, note = peak(library, lambda: function(*arrays), function)
     # Of the forward pass, also where what is measured gives gradients.
-    print(json.dumps({"bytes": peak, "output": output * itemsize, "note": note}))
+    print(json.dumps({"bytes": found, "output": output * itemsize, "note": note}))
 
 
-def _peak(library: Library, call: Callable[[], Any], function: Any) -> tuple[int | None, str | None]:
+def peak(library: Library, call: Callable[[], Any], function: Any = None) -> tuple[int | None, str | None]:
+    """Bytes that a call holds at most, beyond what is held before it, and whose count they are."""
     if not library.on_gpu:
         return _of_process(library, call)
     if library.name == "torch":
@@ -129,7 +130,8 @@ def _of_ever(library: Library, call: Callable[[], Any]) -> tuple[int | None, str
     unit = 1 if sys.platform == "darwin" else 1024
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     library.wait(call())
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit, "growth of ru_maxrss"
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    return (grown * unit, "growth of ru_maxrss") if grown else (None, None)
 
 
 def _status(name: str) -> int:

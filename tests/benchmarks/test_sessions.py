@@ -11,11 +11,10 @@ import pytest
 from click.testing import CliRunner
 
 import randattn
-from benchmarks import by_hand, machine, rows
+from benchmarks import by_hand, machine, memory, rows
 from benchmarks.app import app
 from benchmarks.estimators import LINEAR, Workbench, case_of, keywords
 from benchmarks.libraries import open_library
-from benchmarks.memory import memory_row
 from benchmarks.plan import plan_for
 from benchmarks.rows import PRODUCTS
 
@@ -88,9 +87,23 @@ def test_forward_and_backward_gives_all_gradients(library, estimator, options):
 def test_peak_memory_has_the_output_and_what_is_held():
     """Exact attention holds more than its output, and less than a hundred of it, of 4096 x 64."""
     case = case_of(open_library("numpy"), "softmax_attention", 4096, heads=1, features=None)
-    found = memory_row(case)
+    found = memory.memory_row(case)
     assert found.baseline_bytes == 4096 * 64 * 4
     assert 1 < found.ratio < 100
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_peak_memory_is_of_the_call_alone():
+    """What was freed before does not count, nor hide what is held and freed within."""
+    held = np.ones(4 << 20)
+    del held
+
+    def call():
+        scratch = np.ones(2 << 20)
+        return scratch[:10].copy()
+
+    found, _ = memory.peak(open_library("numpy"), call)
+    assert found == pytest.approx(16 << 20, abs=2 << 20)
 
 
 @pytest.mark.parametrize("quick", [True, False])
