@@ -1,21 +1,21 @@
 """The one average and the one merge that every estimator is made of.
 
-Pure array-API code on checked arrays in float32 or float64; the public, checking `attend` and
-`merge` stand in `_primitives.py`.
+Pure array-API code on checked arrays in float32 or float64. `_fused.py` has the same function as fast
+as a library can do it; the public, checking `attend` and `merge` stand in `_primitives.py`.
 """
 
 from __future__ import annotations
 
 import math
+from functools import reduce
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ._inputs import namespace, placement, with_rank
+from ._inputs import broadcast_shapes, namespace, placement, with_rank
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Iterator
 
     Array = Any
-    PairBias = Callable[[slice], Array]
 
 # Logits held at a time, over all leading axes: 16 MiB in float32. No N x M array is ever whole.
 _BLOCK_LOGITS = 1 << 22
@@ -38,14 +38,88 @@ class Average(NamedTuple):
     log_norm: Array
 
 
-def average(logits: Array, v: Array) -> Average:
+class Keys(NamedTuple):
+    """A set of keys (..., M, D), their values (..., M, E), and what is added to their logits (..., M)."""
+
+    k: Array
+    v: Array
+    bias: Array | None = None
+
+    def of(self, part: slice) -> Keys:
+        """Some of them."""
+        bias = None if self.bias is None else self.bias[..., part]
+        return Keys(self.k[..., part, :], self.v[..., part, :], bias)
+
+
+class PairWeight(NamedTuple):
+    """A factor for the weight of each query and key, made a block of queries at a time.
+
+    ``function(steps, q, mask, *arrays)`` gives (..., M, n), keys first, for n of the queries, and takes
+    its elementwise steps from `steps`, which may write over what they are given (`Steps`).
+
+    Attributes
+    ----------
+    function : callable
+    mask : boolean array, shape (..., N), or None
+        Of the queries.
+    arrays : tuple of arrays, shapes (..., C, X)
+        What belongs to no single query.
+    """
+
+    function: Callable[..., Array]
+    mask: Array | None
+    arrays: tuple[Array, ...]
+
+    def of(self, q: Array, steps: Any = None) -> Array:
+        """The factors (..., M, n) of some queries, whose mask this is."""
+        return self.function(steps or Steps(q), q, self.mask, *self.arrays)
+
+
+class Steps:
+    """Elementwise steps, each a new array. `_inplace.Writing` has those that write over the first one."""
+
+    def __init__(self, like: Array) -> None:
+        self._xp = namespace(like)
+
+    def matmul(self, name: str, a: Array, b: Array) -> Array:
+        """The matrix product; the name tells the places apart where it may be held."""
+        return self._xp.matmul(a, b)
+
+    def add(self, x: Array, y: Array) -> Array:
+        """``x + y``."""
+        return x + y
+
+    def subtract(self, x: Array, y: Array) -> Array:
+        """``x - y``."""
+        return x - y
+
+    def multiply(self, x: Array, y: Array) -> Array:
+        """``x y``."""
+        return x * y
+
+    def exp(self, x: Array) -> Array:
+        """The exponential."""
+        return self._xp.exp(x)
+
+    def at_most(self, x: Array, bound: float) -> Array:
+        """`x`, or the bound where that is smaller."""
+        return self._xp.where(x > bound, bound, x)
+
+    def at_least(self, x: Array, bound: float) -> Array:
+        """`x`, or the bound where that is larger."""
+        return self._xp.where(x < bound, bound, x)
+
+
+def average(logits: Array, v: Array, weight: Array | None = None) -> Average:
     """Average `v` (..., M, E) with weights ``exp(logits)`` (..., N, M), rows without weight included."""
     xp = namespace(logits)
     top = finite(xp.max(logits, axis=-1, keepdims=True))
     weights = xp.exp(logits - top)
+    if weight is not None:
+        weights = weights * weight
     total = xp.sum(weights, axis=-1, keepdims=True)
     out = xp.matmul(weights, v) / nonzero(total)
-    return Average(out, _log_norm(top, total)[..., 0])
+    return Average(out, log_of_sum(top, total)[..., 0])
 
 
 def merge(a: Average, b: Average) -> Average:
@@ -57,46 +131,51 @@ def merge(a: Average, b: Average) -> Average:
     total = weight_a + weight_b
     safe = nonzero(total)
     out = (weight_a / safe)[..., None] * out_a + (weight_b / safe)[..., None] * out_b
-    return Average(out, _log_norm(top, total))
+    return Average(out, log_of_sum(top, total))
 
 
 def attend(
     q: Array,
-    k: Array,
-    v: Array,
-    bias: Array | None = None,
-    *,
-    pair_bias: PairBias | None = None,
+    *sets: Keys,
+    scale: float = 1.0,
+    pair_bias: Array | None = None,
+    pair_weight: PairWeight | None = None,
     is_causal: bool = False,
 ) -> Average:
-    """Average `v` with weights ``exp(q . k + bias)``, in blocks of queries and keys.
+    """Average the values of all sets with weights ``exp(scale q . k + bias)``.
 
-    `bias` (..., M) belongs to a key. `pair_bias` gives, for a slice of the queries, what belongs
-    to a query and a key: (..., n, M). It is a function so that it is never whole in memory.
+    `pair_bias` (..., N, M) and `pair_weight`, for one set alone, belong to a query and a key.
     """
-    n, m = q.shape[-2], k.shape[-2]
-    lead = math.prod([max(pair) for pair in zip(q.shape[:-2], k.shape[:-2], strict=True)])
+    if len(sets) > 1:
+        return reduce(merge, (attend(q, keys, scale=scale) for keys in sets))
+    (keys,) = sets
+    n, m = q.shape[-2], keys.k.shape[-2]
+    lead = math.prod(broadcast_shapes(q.shape[:-2], keys.k.shape[:-2]))
     if lead * n * m <= _BLOCK_LOGITS and not is_causal:
         # No slices: a compiler can keep the sizes symbolic.
-        return _block(q, k, v, bias, None if pair_bias is None else pair_bias(slice(0, n)))
-    cols = min(m, max(_MIN_BLOCK_KEYS, _BLOCK_LOGITS // max(1, lead * n)))
+        return attend_whole(q, keys, scale, pair_bias, pair_weight)
+    cols = m if pair_weight is not None else min(m, max(_MIN_BLOCK_KEYS, _BLOCK_LOGITS // max(1, lead * n)))
     done: list[Any] = []
     for queries in query_blocks(n, lead * cols):
-        pairs = None if pair_bias is None else pair_bias(queries)
-        last = min(queries.stop, m) if is_causal else m
-        part = None
-        for first in range(0, last, cols):
-            keys = slice(first, min(first + cols, last))
-            block = _block(
-                q[..., queries, :],
-                k[..., keys, :],
-                v[..., keys, :],
-                None if bias is None else bias[..., keys],
-                None if pairs is None else pairs[..., keys],
-                future_of=(queries, keys) if is_causal and keys.stop > queries.start + 1 else None,
+        weight = pair_weight
+        if weight is not None and weight.mask is not None:
+            weight = weight._replace(mask=weight.mask[..., queries])
+        done.append(
+            reduce(
+                merge,
+                (
+                    attend_whole(
+                        q[..., queries, :],
+                        keys.of(part),
+                        scale,
+                        None if pair_bias is None else pair_bias[..., queries, part],
+                        weight,
+                        first=(queries.start, part.start) if is_causal else None,
+                    )
+                    for part in slices(min(queries.stop, m) if is_causal else m, cols)
+                ),
             )
-            part = block if part is None else merge(part, block)
-        done.append(part)
+        )
     if len(done) == 1:
         return Average(*done[0])
     xp = namespace(q)
@@ -104,29 +183,49 @@ def attend(
     return Average(xp.concat(outs, axis=-2), xp.concat(log_norms, axis=-1))
 
 
-def _block(
+def attend_whole(
     q: Array,
-    k: Array,
-    v: Array,
-    bias: Array | None,
-    pairs: Array | None,
-    future_of: tuple[slice, slice] | None = None,
+    keys: Keys,
+    scale: float,
+    pair_bias: Array | None,
+    pair_weight: PairWeight | None,
+    first: tuple[int | Array, int | Array] | None = None,
 ) -> Average:
+    """`attend` without blocks. `first`: causal, from this query and this key on."""
     xp = namespace(q)
-    logits = xp.matmul(q, xp.matrix_transpose(k))
+    k, v, bias = keys
+    # The scale goes to the side with fewer tokens: a pass over the other would cost as much as its product.
+    rows, k = (q, k) if scale == 1 else (q * scale, k) if q.shape[-2] < k.shape[-2] else (q, k * scale)
+    logits = xp.matmul(rows, xp.matrix_transpose(k))
     if bias is not None:
         logits = logits + bias[..., None, :]
-    if pairs is not None:
-        logits = logits + pairs
-    if future_of is not None:
-        logits = _hide_future(logits, *future_of)
-    return average(logits, v)
+    if pair_bias is not None:
+        logits = logits + pair_bias
+    if first is not None:
+        logits = xp.where(xp.matrix_transpose(past(q, k.shape[-2], *first)), logits, -math.inf)
+    return average(logits, v, None if pair_weight is None else xp.matrix_transpose(pair_weight.of(q)))
 
 
-def query_blocks(n: int, logits_per_query: int) -> list[slice]:
+def leading_axes(
+    q: Array, sets: Iterable[Keys], pair_bias: Array | None, pair_weight: PairWeight | None
+) -> tuple[int, ...]:
+    """Those of the result."""
+    arrays = [(q, 2), (pair_bias, 2)]
+    for k, v, bias in sets:
+        arrays += [(k, 2), (v, 2), (bias, 1)]
+    if pair_weight is not None:
+        arrays += [(pair_weight.mask, 1), *((x, 2) for x in pair_weight.arrays)]
+    return broadcast_shapes(*(x.shape[: x.ndim - trailing] for x, trailing in arrays if x is not None))
+
+
+def query_blocks(n: int, logits_per_query: int) -> Iterator[slice]:
     """Slices of the queries that keep the logits of one block within bounds."""
-    rows = max(_MIN_BLOCK_QUERIES, _BLOCK_LOGITS // max(1, logits_per_query))
-    return [slice(start, min(start + rows, n)) for start in range(0, n, rows)]
+    return slices(n, max(_MIN_BLOCK_QUERIES, _BLOCK_LOGITS // max(1, logits_per_query)))
+
+
+def slices(n: int, size: int) -> Iterator[slice]:
+    """Slices of so many, the last one shorter."""
+    return (slice(start, min(start + size, n)) for start in range(0, n, size))
 
 
 def finite(top: Array) -> Array:
@@ -139,14 +238,15 @@ def nonzero(total: Array) -> Array:
     return namespace(total).where(total == 0, 1.0, total)
 
 
-def _log_norm(top: Array, total: Array) -> Array:
+def log_of_sum(top: Array, total: Array) -> Array:
+    """The logarithm of ``exp(top) total``, where the total may be zero."""
     xp = namespace(total)
     return xp.where(total == 0, -math.inf, top + xp.log(nonzero(total)))
 
 
-def _hide_future(logits: Array, queries: slice, keys: slice) -> Array:
-    xp, device = namespace(logits), placement(logits)
-    n = xp.arange(queries.start, queries.stop, device=device)
-    m = xp.arange(keys.start, keys.stop, device=device)
-    lag = xp.expand_dims(n, axis=-1) - xp.expand_dims(m, axis=0)
-    return xp.where(with_rank(lag >= 0, logits.ndim), logits, -math.inf)
+def past(rows: Array, keys: int, first_query: int | Array, first_key: int | Array) -> Array:
+    """Whether a key is no later than a query of `rows` (..., n, D): (..., keys, n)."""
+    xp, device = namespace(rows), placement(rows)
+    n = xp.expand_dims(xp.arange(rows.shape[-2], device=device), axis=0) + first_query
+    m = xp.expand_dims(xp.arange(keys, device=device), axis=-1) + first_key
+    return with_rank(n - m >= 0, rows.ndim)

@@ -1,6 +1,6 @@
 """EVA: a window of keys exactly, each group of the others by one control variate.
 
-``attend(q, [k_E ; kt_c], [v_E ; beta_c], [0 ; log-size_c]).out``, as a `merge` of the two parts.
+``attend(q, [k_E ; kt_c], [v_E ; beta_c], [0 ; log-size_c]).out``, over the union of the two sets.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ import math
 import numbers
 from typing import TYPE_CHECKING, Any
 
-from ._attend import Average, attend, average, merge
+from ._attend import Average, Keys, average
 from ._draws import normal_draws
+from ._fused import attend
 from ._inputs import (
     check_count,
     check_flags,
     check_option,
     check_real,
-    log_mask,
     namespace,
     placement,
     prepare,
@@ -41,8 +41,6 @@ from ._segments import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from ._inputs import Inputs
     from ._segments import Blocks, Cuts, How, Sizes
 
@@ -177,36 +175,40 @@ def eva(
         qt, _ = pool(x.q, queries, resolve_query_mask(x, query_mask))
     else:
         qt, kt = given_landmarks(x, landmarks, groups.index.shape[0])
-    w = (qt + kt) / 2
+    w = x.root * (qt + kt) / 2
     eps = normal_draws(x, tuple(w.shape[-2:]), rng=rng, noise=noise, axes="C, D", lead=w.shape[:-2])
     if eps is not None:
         w = w + noise_scale * eps
 
-    if tile is None or not disjoint:
+    log_weight = _weight(log_size, group_weight)
+    if tile is None:
         beta, _ = _control_variates(x, w, groups)
-        far = attend(x.q, kt, beta, _weight(log_size, group_weight))
-        rest = None
-    else:
+        return x.finish(attend(x.q, Keys(kt, beta, log_weight), scale=x.scale).out)
+
+    windows = blocks(tokens, "tiles", tile)
+    near = Keys(gather(x.k, windows), gather(x.v, windows), gather_bias(x.k, x.key_mask, windows))
+    log_weight, rests = log_weight[..., None, :], []
+    if disjoint:
         # What a window cuts off a group is in the window; the rest is a group of its own.
         cut = cuts(tokens, (how, sizes), tile)
         atoms = _control_variates(x, take(w, cut.group_of_atom, axis=-2), cut.atoms)
         beta, _ = _union(atoms, cut.members, cut.is_member)
-        log_weight = _weight(log_size, group_weight)
-        far = attend(x.q, kt, beta, log_weight, pair_bias=_outside_window(x, cut))
-        rest = _rests(x, atoms, cut, kt if landmarks is not None else None, group_weight)
-    if tile is None:
-        return x.finish(far.out)
-    return x.finish(merge(_windows(x, blocks(tokens, "tiles", tile), rest), far).out)
+        outside = x.xp.asarray(cut.outside, device=x.device)
+        log_weight = x.xp.where(with_rank(outside, x.q.ndim), log_weight, -math.inf)
+        rests = _rests(x, atoms, cut, kt if landmarks is not None else None, group_weight)
+    else:
+        beta, _ = _control_variates(x, w, groups)
+    far = Keys(kt[..., None, :, :], beta[..., None, :, :], log_weight)
+    out, _ = attend(gather(x.q, windows), near, far, *rests, scale=x.scale)
+    return x.finish(scatter(out, windows))
 
 
 def _control_variates(x: Inputs, w: Array, at: Blocks) -> Average:
     """``beta_c = f(w_c)`` over the keys of each block alone: (..., B, E), and log Z."""
-    beta, log_z = attend(
-        w[..., None, :],
-        gather(x.k, at),
-        gather(x.v, at),
-        gather(x.kappa[..., None], at)[..., 0] + gather_bias(x.k, None, at),
-    )
+    bias = gather(x.kappa[..., None], at)[..., 0]
+    if at.valid is not None:
+        bias = bias + gather_bias(x.k, None, at)
+    beta, log_z = attend(w[..., None, :], Keys(gather(x.k, at), gather(x.v, at), bias), scale=x.root)
     return Average(beta[..., 0, :], log_z[..., 0])
 
 
@@ -222,35 +224,16 @@ def _union(parts: Average, index: Any, valid: Any) -> Average:
     return Average(out[..., 0, :], log_norm[..., 0])
 
 
-def _rests(
-    x: Inputs, atoms: Average, cut: Cuts, given: Array | None, group_weight: str
-) -> tuple[Array, Array, Array] | None:
+def _rests(x: Inputs, atoms: Average, cut: Cuts, given: Array | None, group_weight: str) -> list[Keys]:
     """For each window the keys, values and log weights of what it leaves of the groups that it cuts."""
     if not cut.rest.size:
-        return None
+        return []
     beta, _ = _union(atoms, cut.rest, cut.is_rest)
     kt, log_size = _union(pool(x.k, cut.atoms, x.key_mask), cut.rest, cut.is_rest)
     if given is not None:
         kt = take(given, cut.rest_group, axis=-2)
         kt = x.xp.reshape(kt, (*kt.shape[:-2], *cut.rest_group.shape, kt.shape[-1]))
-    return kt, beta, _weight(log_size, group_weight)
-
-
-def _windows(x: Inputs, at: Blocks, rest: tuple[Array, Array, Array] | None) -> Average:
-    """Each query's own window, exactly, and the rest of the groups that it cuts."""
-    q = gather(x.q, at)
-    near = attend(q, gather(x.k, at), gather(x.v, at), gather_bias(x.k, x.key_mask, at))
-    if rest is not None:
-        near = merge(near, attend(q, *rest))
-    return Average(scatter(near.out, at), scatter(near.log_norm[..., None], at)[..., 0])
-
-
-def _outside_window(x: Inputs, cut: Cuts) -> Callable[[slice], Array]:
-    """For a slice of the queries, 0 for the groups that their window leaves whole and -inf for others."""
-    xp = x.xp
-    outside = log_mask(xp.asarray(cut.outside, device=x.device), x.q)
-    window_of_token = xp.asarray(cut.window_of_token, device=x.device)
-    return lambda rows: with_rank(xp.take(outside, window_of_token[rows], axis=0), x.q.ndim)
+    return [Keys(kt, beta, _weight(log_size, group_weight))]
 
 
 def _weight(log_size: Array, group_weight: str) -> Array:

@@ -40,7 +40,10 @@ def placement(x: Array) -> Any:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What an estimator works on: scaled arrays of one rank in float32 or float64.
+    """What an estimator works on: arrays of one rank in float32 or float64, not scaled.
+
+    A scale on whole arrays would cost as much as their products; `scale` belongs to the logits, its `root`
+    to each side.
 
     With grouped queries the head axis is split in two: `q` (..., Hk, G, N, D), `k` (..., Hk, 1, M, D).
     """
@@ -49,7 +52,7 @@ class Inputs:
     k: Array
     v: Array
     key_mask: Array | None
-    root_scale: float
+    scale: float
     dtype: Any  # of the caller's arrays
     heads: int | None  # of the keys, where the head axis is split
 
@@ -60,6 +63,11 @@ class Inputs:
     @property
     def device(self) -> Any:
         return placement(self.q)
+
+    @property
+    def root(self) -> float:
+        """What scales each side of the logits."""
+        return math.sqrt(self.scale)
 
     @property
     def lead(self) -> tuple[int, ...]:
@@ -76,8 +84,8 @@ class Inputs:
 
     @property
     def kappa(self) -> Array:
-        """``-|k|^2/2``: with it ``attend(w, k, v, kappa)`` weighs keys by ``xi(k, w)``."""
-        kappa = -0.5 * self.xp.sum(self.k * self.k, axis=-1)
+        """``-|k|^2/2`` of the scaled keys: with it ``attend(w, k, v, kappa)`` weighs keys by ``xi(k, w)``."""
+        kappa = -0.5 * self.scale * squared_norm(self.k)
         if self.key_mask is None:
             return kappa
         return self.xp.where(self.key_mask, kappa, -math.inf)
@@ -124,7 +132,7 @@ def prepare(
     enable_gqa: bool,
     also: Sequence[tuple[Any, int]] = (),
 ) -> Inputs:
-    """Check the arguments that every estimator has, fold the scale into q and k, hide masked keys.
+    """Check the arguments that every estimator has, hide masked keys.
 
     `also` names further arrays, with the number of their trailing axes, whose leading axes the result has.
     """
@@ -134,7 +142,7 @@ def prepare(
     heads = _key_heads(q, k, v) if enable_gqa else None
     if heads is None:
         check_broadcast(q=(q, 2), k=(k, 2), v=(v, 2))
-    root = math.sqrt(check_scale(scale, q.shape[-1]))
+    factor = check_scale(scale, q.shape[-1])
     if key_mask is not None:
         check_mask("key_mask", key_mask, q, k.shape[-2])
 
@@ -147,14 +155,12 @@ def prepare(
     more = [getattr(x, "ndim", 0) - trailing + (heads is not None) for x, trailing in also]
     rank = max(q.ndim, k.ndim, v.ndim, getattr(key_mask, "ndim", 0) + 1, *[axes + 2 for axes in more])
     q, k, v = (with_rank(x, rank) for x in (q, k, v))
-    if root != 1:
-        q, k = root * q, root * k
     if key_mask is not None:
         key_mask = with_rank(key_mask, rank - 1)
         check_broadcast(q=(q, 2), k=(k, 2), v=(v, 2), key_mask=(key_mask, 1))
         # Not a product: what lies under the mask may be NaN.
         k, v = hide(k, key_mask), hide(v, key_mask)
-    return Inputs(q, k, v, key_mask, root, dtype, heads)
+    return Inputs(q, k, v, key_mask, factor, dtype, heads)
 
 
 def hide(x: Array, mask: Array | None) -> Array:
@@ -347,6 +353,11 @@ def refuse_causal(estimator: str, is_causal: bool) -> None:
         raise NotImplementedError(
             f"is_causal: {estimator} has no causal form yet; softmax_attention(is_causal=True) has"
         )
+
+
+def squared_norm(x: Array) -> Array:
+    """``|x|^2`` of the last axis, as a product: squares of their own would be as large as `x`."""
+    return namespace(x).matmul(x[..., None, :], x[..., None])[..., 0, 0]
 
 
 def working_precision(x: Array) -> Array:

@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import TYPE_CHECKING, Any
 
-from ._attend import attend, finite, nonzero
+from ._attend import Keys, PairWeight, finite, nonzero
 from ._draws import normal_draws
+from ._fused import attend
 from ._inputs import (
     check_flags,
     check_option,
@@ -35,6 +37,7 @@ from ._segments import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from ._attend import Steps
     from ._inputs import Inputs
     from ._segments import How
 
@@ -170,28 +173,30 @@ def lara(
     x = prepare(q, k, v, scale=scale, key_mask=key_mask, enable_gqa=enable_gqa, also=also)
     query_mask = resolve_query_mask(x, query_mask)
     qt, kt, there = _landmarks(x, num_landmarks, landmarks, noise, query_mask, grid)
+    qt, kt = x.root * qt, x.root * kt
 
     if mix_keys:
-        kt, _ = attend(kt, kt, kt, log_mask(there, kt))
+        kt, _ = attend(kt, Keys(kt, kt, log_mask(there, kt)))
     mu = qt + kt
     eps = normal_draws(x, tuple(mu.shape[-2:]), rng=rng, noise=noise, axes="C, D", lead=mu.shape[:-2])
     w = mu if eps is None else mu + noise_scale * eps
+    present = there
     if antithetic and eps is not None:
         xp = x.xp
         w = xp.concat([w, mu - noise_scale * eps], axis=-2)
         mu = xp.concat([mu, mu], axis=-2)
-        there = None if there is None else xp.concat([there, there], axis=-1)
+        present = None if there is None else xp.concat([there, there], axis=-1)
 
-    f, log_z = attend(w, x.k, x.v, x.kappa)
-    log_r, log_mixture = _log_densities(w, mu, there)
+    f, log_z = attend(w, Keys(x.k, x.v, x.kappa), scale=x.root)
+    log_r, log_mixture = _log_densities(w, mu, present)
     if weighting == "optimal":
         balance = _probability(log_r - log_mixture)
-        log_alpha = _optimal(x, qt, there, query_mask, balance, alpha, normalize)
-        out, _ = attend(x.q, w, f, _only(there, log_z - log_r), pair_bias=log_alpha)
+        alpha_nc = _optimal(x, qt, there, query_mask, balance, alpha, normalize)
+        out, _ = attend(x.q, Keys(w, f, _only(present, log_z - log_r)), scale=x.root, pair_weight=alpha_nc)
     else:
         # The balance heuristic over r_c: the proposal's own density cancels.
         towards = w + mu if weighting == "biased" else w
-        out, _ = attend(x.q, towards, f, _only(there, log_z - log_mixture))
+        out, _ = attend(x.q, Keys(towards, f, _only(present, log_z - log_mixture)), scale=x.root)
     return x.finish(out)
 
 
@@ -228,7 +233,7 @@ def _log_densities(w: Array, mu: Array, there: Array | None) -> tuple[Array, Arr
     xp = namespace(w)
     half_norm = xp.sum(mu * mu, axis=-1) / 2
     log_r = xp.sum(w * mu, axis=-1) - half_norm
-    _, log_mixture = attend(w, mu, mu, _only(there, -half_norm))
+    _, log_mixture = attend(w, Keys(mu, mu, _only(there, -half_norm)))
     return log_r, finite(log_mixture)
 
 
@@ -240,39 +245,49 @@ def _optimal(
     balance: Array,
     alpha: float,
     normalize: str,
-) -> Callable[[slice], Array]:
-    """``log alpha_nc``, for any slice of the queries: balance, moved towards landmarks near the query."""
+) -> PairWeight:
+    """``alpha_nc``: the balance heuristic, moved towards the landmarks near the query."""
     xp = x.xp
-    copies = balance.shape[-1] // qt.shape[-2]
-    there = None if there is None else there[..., None, : qt.shape[-2]]
+    offset = xp.zeros_like(qt[..., 0])
+    count = offset + 1
     if normalize == "queries":
         seen = hide(x.q, query_mask)
-        _, over_queries = attend(qt, seen, seen[..., :1], log_mask(query_mask, seen))
+        # No value is asked for: the sum of the weights alone.
+        _, over_queries = attend(qt, Keys(seen, seen[..., :0], log_mask(query_mask, seen)), scale=x.root)
+        offset = -finite(over_queries)
+    if there is not None:
+        offset = xp.where(there, offset, -math.inf)
+        count = xp.astype(there, count.dtype)
+    count = nonzero(xp.sum(count, axis=-1))[..., None, None]
+    arrays = (x.root * qt, offset[..., None], balance[..., None], count)
+    return PairWeight(_moved(alpha, normalize), query_mask, arrays)
 
-    def log_alpha(rows: slice) -> Array:
-        log_t = xp.matmul(x.q[..., rows, :], xp.matrix_transpose(qt))
-        if there is not None:
-            log_t = xp.where(there, log_t, -math.inf)
+
+@functools.cache
+def _moved(alpha: float, normalize: str) -> Callable[..., Array]:
+    """The same function for the same constants, by which a compiler knows it again."""
+
+    def moved(
+        steps: Steps, q: Array, mask: Array | None, qt: Array, offset: Array, balance: Array, count: Array
+    ) -> Array:
+        xp = namespace(q)
+        log_t = steps.add(steps.matmul("t", qt, xp.matrix_transpose(q)), offset)
         if normalize == "queries":
-            log_t = log_t - finite(over_queries)[..., None, :]
-            if query_mask is not None:
-                log_t = xp.where(query_mask[..., rows, None], log_t, -math.inf)
-            t = _probability(log_t)
+            if mask is not None:
+                log_t = xp.where(mask[..., None, :], log_t, -math.inf)
+            # At most one, also where the terms are so large that rounding alone says otherwise.
+            t = steps.exp(steps.at_most(log_t, 0.0))
         else:
-            t = xp.exp(log_t - finite(xp.max(log_t, axis=-1, keepdims=True)))
-            t = t / nonzero(xp.sum(t, axis=-1, keepdims=True))
-        if there is None:
-            mean = xp.mean(t, axis=-1, keepdims=True)
-        else:
-            count = xp.sum(xp.astype(there, t.dtype), axis=-1, keepdims=True)
-            mean = xp.sum(t, axis=-1, keepdims=True) / nonzero(count)
-        towards = alpha * (t - mean)
-        if copies == 2:
-            towards = xp.concat([towards, towards], axis=-1)
-        weights = balance[..., None, :] + towards
-        return xp.log(xp.where(weights > _SMALLEST_ALPHA, weights, _SMALLEST_ALPHA))
+            t = steps.exp(steps.subtract(log_t, finite(xp.max(log_t, axis=-2, keepdims=True))))
+            t = steps.multiply(t, 1 / nonzero(xp.sum(t, axis=-2, keepdims=True)))
+        t = steps.subtract(t, xp.sum(t, axis=-2, keepdims=True) / count)
+        if alpha != 1:
+            t = steps.multiply(t, alpha)
+        if balance.shape[-2] != qt.shape[-2]:
+            t = xp.concat([t, t], axis=-2)
+        return steps.at_least(steps.add(t, balance), _SMALLEST_ALPHA)
 
-    return log_alpha
+    return moved
 
 
 def _probability(log_p: Array) -> Array:

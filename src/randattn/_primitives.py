@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from . import _attend
-from ._attend import Average
+from . import _attend, _fused
+from ._attend import Average, Keys
 from ._inputs import (
     check_broadcast,
     check_causal,
@@ -111,17 +111,11 @@ def attend(
         if len(shape) < 2 or shape[-2] not in (1, n) or shape[-1] not in (1, m):
             raise ValueError(f"pair_bias: expected shape (..., {n}, {m}), got {shape}")
         given["pair_bias"] = (pair_bias, 2)
-        pairs = xp.broadcast_to(pair_bias, (*pair_bias.shape[:-2], n, m))
+        pair_bias = xp.broadcast_to(pair_bias, (*pair_bias.shape[:-2], n, m))
         if x.key_mask is not None:
-            pairs = xp.where(x.key_mask[..., None, :], pairs, 0.0)
-
-        def rows(queries: slice) -> Array:
-            return pairs[..., queries, :]
-
+            pair_bias = xp.where(x.key_mask[..., None, :], pair_bias, 0.0)
     check_broadcast(**given)
-    out, log_norm = _attend.attend(
-        x.q, x.k, x.v, bias, pair_bias=None if pair_bias is None else rows, is_causal=is_causal
-    )
+    out, log_norm = _fused.attend(x.q, Keys(x.k, x.v, bias), pair_bias=pair_bias, is_causal=is_causal)
     return Average(x.finish(out), x.merge_heads(log_norm, 1))
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from ._attend import attend, finite, query_blocks
+from ._attend import Keys, finite, query_blocks
 from ._draws import no_draws, normal_draws, uniform_draws
+from ._fused import attend
 from ._inputs import check_broadcast, namespace, prepare, refuse_causal, resolve_count, with_rank
 
 if TYPE_CHECKING:
@@ -115,11 +116,12 @@ def ra(
     check_broadcast(noise=(eps, 3), components=(u, 2))
 
     xp = x.xp
+    keys = Keys(x.k[..., None, :, :], x.v[..., None, :, :], x.kappa[..., None, :])
     means = []
     for rows in query_blocks(n, math.prod(x.lead) * count * x.k.shape[-2]):
         chosen = _sample_keys(x, x.q[..., rows, :], u[..., rows])
-        w = x.q[..., None, rows, :] + chosen + eps[..., rows, :]
-        f, _ = attend(w, x.k[..., None, :, :], x.v[..., None, :, :], x.kappa[..., None, :])
+        w = x.root * (x.q[..., None, rows, :] + chosen) + eps[..., rows, :]
+        f, _ = attend(w, keys, scale=x.root)
         means.append(xp.mean(f, axis=-3))
     return x.finish(xp.concat(means, axis=-2) if len(means) > 1 else means[0])
 
@@ -127,7 +129,7 @@ def ra(
 def _sample_keys(x: Inputs, q: Array, u: Array) -> Array:
     """For uniforms (..., S, N) the keys (..., S, N, D) at which each query's softmax passes them."""
     xp = x.xp
-    logits = xp.matmul(q, xp.matrix_transpose(x.k))
+    logits = xp.matmul(x.scale * q, xp.matrix_transpose(x.k))
     if x.key_mask is not None:
         logits = xp.where(x.key_mask[..., None, :], logits, -math.inf)
     mass = xp.exp(logits - finite(xp.max(logits, axis=-1, keepdims=True)))

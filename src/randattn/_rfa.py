@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from ._attend import attend, finite
+from ._attend import Keys, finite
 from ._draws import no_draws, normal_draws
-from ._inputs import check_option, namespace, prepare, refuse_causal, resolve_count
+from ._fused import attend
+from ._inputs import check_option, namespace, prepare, refuse_causal, resolve_count, squared_norm
 
 if TYPE_CHECKING:
     from ._inputs import Inputs
@@ -122,8 +123,8 @@ def rfa(
         raise no_draws("rfa")
     if features == "trigonometric":
         return x.finish(_trigonometric(x, w))
-    f, log_z = attend(w, x.k, x.v, x.kappa)
-    out, _ = attend(x.q, w, f, log_z)
+    f, log_z = attend(w, Keys(x.k, x.v, x.kappa), scale=x.root)
+    out, _ = attend(x.q, Keys(w, f, log_z), scale=x.root)
     return x.finish(out)
 
 
@@ -134,7 +135,7 @@ def _trigonometric(x: Inputs, w: Array) -> Array:
     estimate (never the truth) is cut to it.
     """
     xp = x.xp
-    log_weight = 0.5 * xp.sum(x.k * x.k, axis=-1, keepdims=True)
+    log_weight = 0.5 * x.scale * squared_norm(x.k)[..., None]
     lowest, highest = x.v, x.v
     if x.key_mask is not None:
         attended = x.key_mask[..., None]
@@ -143,6 +144,7 @@ def _trigonometric(x: Inputs, w: Array) -> Array:
     weight = xp.exp(log_weight - finite(xp.max(log_weight, axis=-2, keepdims=True)))
     total = xp.sum(weight, axis=-2, keepdims=True)
 
+    w = x.root * w
     phi_q, phi_k = _waves(x.q, w), _waves(x.k, w) * weight
     values = xp.matmul(phi_q, xp.matmul(xp.matrix_transpose(phi_k), x.v))
     norm = xp.matmul(phi_q, xp.matrix_transpose(xp.sum(phi_k, axis=-2, keepdims=True)))

@@ -14,7 +14,7 @@ import numbers
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ._attend import Average, average
-from ._inputs import check_broadcast, check_count, hide, namespace, placement
+from ._inputs import check_broadcast, check_count, hide, namespace, placement, with_rank
 from ._static import plain, static
 
 if TYPE_CHECKING:
@@ -184,7 +184,14 @@ def pool(x: Array, at: Blocks, mask: Array | None) -> Average:
     A block of padding alone has a mean of zero and the size's logarithm -inf.
     """
     bias = gather_bias(x, mask, at)
-    mean, log_size = average(bias[..., None, :], gather(hide(x, mask), at))
+    tokens = gather(hide(x, mask), at)
+    if bias is None:
+        xp, length = namespace(x), at.index.shape[1]
+        # A product: the fastest sum over the last axis but one that all libraries have.
+        share = xp.full((1, length), 1 / length, dtype=x.dtype, device=placement(x))
+        mean = xp.matmul(share, tokens)[..., 0, :]
+        return Average(mean, xp.full(mean.shape[:-1], math.log(length), dtype=x.dtype, device=placement(x)))
+    mean, log_size = average(bias[..., None, :], tokens)
     return Average(mean[..., 0, :], log_size[..., 0])
 
 
@@ -197,17 +204,16 @@ def gather(x: Array, at: Blocks) -> Array:
     return xp.reshape(x, (*lead, *at.index.shape, d))
 
 
-def gather_bias(x: Array, mask: Array | None, at: Blocks) -> Array:
-    """0 for the tokens of each block, -inf for padding and what fills it up: (..., B, L)."""
+def gather_bias(x: Array, mask: Array | None, at: Blocks) -> Array | None:
+    """0 for the tokens of each block, -inf for padding and what fills it up: (..., B, L); None for all 0."""
+    if mask is None and at.valid is None:
+        return None
     xp, device = namespace(x), placement(x)
-    shape = (1,) * (x.ndim - 2) + at.index.shape
-    bias = xp.zeros(shape, dtype=x.dtype, device=device)
+    keep = None if at.valid is None else with_rank(xp.asarray(at.valid, device=device), x.ndim)
     if mask is not None:
         tokens = gather(mask[..., None], at)[..., 0]
-        bias = xp.where(tokens, xp.zeros(tokens.shape, dtype=x.dtype, device=device), -math.inf)
-    if at.valid is not None:
-        bias = xp.where(xp.asarray(at.valid, device=device), bias, -math.inf)
-    return bias
+        keep = tokens if keep is None else tokens & keep
+    return xp.where(keep, xp.zeros(keep.shape, dtype=x.dtype, device=device), -math.inf)
 
 
 def scatter(x: Array, at: Blocks) -> Array:
@@ -239,7 +245,7 @@ def pooling_ranks(landmarks: Any, noise: Any, query_mask: Any) -> list[tuple[Any
 
 
 def given_landmarks(x: Inputs, landmarks: Any, count: int) -> tuple[Array, Array]:
-    """The caller's own landmarks (..., C, D), scaled as the inputs are."""
+    """The caller's own landmarks (..., C, D)."""
     if not isinstance(landmarks, tuple | list) or len(landmarks) != 2:
         raise TypeError(
             f"landmarks: expected a pair (q_landmarks, k_landmarks), got {type(landmarks).__name__}"
@@ -254,7 +260,7 @@ def given_landmarks(x: Inputs, landmarks: Any, count: int) -> tuple[Array, Array
     check_broadcast(
         q=(x.q, 2), k=(x.k, 2), v=(x.v, 2), **{n: (a, 2) for n, a in zip(names, pair, strict=True)}
     )
-    return x.root_scale * pair[0], x.root_scale * pair[1]
+    return pair[0], pair[1]
 
 
 def resolve_query_mask(x: Inputs, query_mask: Array | None) -> Array | None:

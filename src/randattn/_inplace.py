@@ -1,0 +1,319 @@
+"""The average and its gradient in blocks that stay in the cache, for arrays that can be written to.
+
+The same as `_attend.attend` (tests/shared/test_fused.py), where nothing is traced: NumPy, CuPy and torch.
+Logits stand keys first (..., M, n): sums and maxima over the keys then run along whole rows.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from functools import reduce
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ._attend import Average, Keys, PairWeight, Steps, finite, leading_axes, log_of_sum, past, slices
+from ._inputs import broadcast_shapes, namespace, placement
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    Array = Any
+    At = tuple[slice, ...]
+    # The factors of some queries; of sum(factors * d), the gradients to the queries and to the arrays.
+    Pullback = Callable[[PairWeight, Array, Array], Sequence[Array | None]]
+
+# Logits of a block, over all its axes: with what belongs to them they fill a core's second-level cache.
+BLOCK_LOGITS = 1 << 18
+_MIN_BLOCK_KEYS, _MIN_BLOCK_QUERIES = 1024, 64
+
+
+class Writing(Steps):
+    """Steps that write over their first argument, where the result fits it, and products that are held.
+
+    Fresh arrays for each block would cost as much as the products.
+    """
+
+    def __init__(self, like: Array) -> None:
+        super().__init__(like)
+        self._like = like
+        self._held: dict[str, Array] = {}
+
+    def empty(self, name: str, *shape: int) -> Array:
+        """An array of that shape, until one of that name is asked for again."""
+        size = math.prod(shape)
+        if name not in self._held or self._held[name].shape[0] < size:
+            self._held[name] = self._xp.empty(size, dtype=self._like.dtype, device=placement(self._like))
+        return self._xp.reshape(self._held[name][:size], shape)
+
+    def hold(self, name: str, x: Array) -> None:
+        """Have the next array of that name lie in `x`."""
+        self._held[name] = self._xp.reshape(x, (-1,))
+
+    def matmul(self, name: str, a: Array, b: Array) -> Array:
+        lead = broadcast_shapes(a.shape[:-2], b.shape[:-2])
+        return self._xp.matmul(a, b, out=self.empty(name, *lead, a.shape[-2], b.shape[-1]))
+
+    def scaled(self, name: str, x: Array, y: Array | float) -> Array:
+        """``x y``, which is held like a product of matrices."""
+        shape = broadcast_shapes(x.shape, getattr(y, "shape", ()))
+        return self._xp.multiply(x, y, out=self.empty(name, *shape))
+
+    def add(self, x: Array, y: Array) -> Array:
+        if not _holds(x, y):
+            return x + y
+        x += y
+        return x
+
+    def subtract(self, x: Array, y: Array) -> Array:
+        if not _holds(x, y):
+            return x - y
+        x -= y
+        return x
+
+    def multiply(self, x: Array, y: Array) -> Array:
+        if not _holds(x, y):
+            return x * y
+        x *= y
+        return x
+
+    def exp(self, x: Array) -> Array:
+        return self._xp.exp(x, out=x)
+
+    def at_most(self, x: Array, bound: float) -> Array:
+        return self._xp.minimum(x, self._constant(bound), out=x)
+
+    def at_least(self, x: Array, bound: float) -> Array:
+        return self._xp.maximum(x, self._constant(bound), out=x)
+
+    def _constant(self, value: float) -> Array:
+        return self._xp.asarray(value, dtype=self._like.dtype, device=placement(self._like))
+
+
+class _Block(NamedTuple):
+    """A block of queries, and the keys that it meets: a step for each part of them that is held at a time."""
+
+    at: At  # of the result: its leading axes and its queries
+    q: Array
+    steps: list[list[_Piece]]
+    pair_weight: PairWeight | None
+
+
+class _Piece(NamedTuple):
+    """Keys of one set."""
+
+    keys: Keys
+    number: int  # of the set
+    at: At  # of the set: its leading axes and its keys
+    past: Array | None
+
+    def logits(self, q: Array, steps: Writing) -> Array:
+        """(..., M, n)."""
+        x = _products(self.keys.k, q, steps, f"logits {self.number}")
+        if self.keys.bias is not None:
+            x = steps.add(x, self.keys.bias[..., None])
+        return x if self.past is None else namespace(x).where(self.past, x, -math.inf)
+
+
+def attend(
+    q: Array,
+    *sets: Keys,
+    scale: float = 1.0,
+    pair_weight: PairWeight | None = None,
+    is_causal: bool = False,
+    block: int = BLOCK_LOGITS,
+) -> Average:
+    """`_attend.attend`, a block of queries at a time."""
+    xp, device = namespace(q), placement(q)
+    lead, n = leading_axes(q, sets, None, pair_weight), q.shape[-2]
+    out = xp.empty((*lead, n, sets[0].v.shape[-1]), dtype=q.dtype, device=device)
+    tops, totals = (xp.empty((*lead, n), dtype=q.dtype, device=device) for _ in range(2))
+    limits = xp.finfo(q.dtype)
+    steps = Writing(q)
+    for here in _blocks(q, sets, lead, pair_weight, is_causal, block):
+        rows = here.q if scale == 1 else steps.scaled("rows", here.q, scale)
+        # A row of nothing but -inf has no weight at all, and a maximum that can be subtracted.
+        top = total = acc = None
+        target = out[here.at]
+        direct = _product_shape(rows, here.steps[0][0].keys) == tuple(target.shape)
+        if direct:
+            steps.hold("acc", target)
+        for pieces in here.steps:
+            logits = [piece.logits(rows, steps) for piece in pieces]
+            highest = steps.at_least(reduce(xp.maximum, [xp.max(x, axis=-2) for x in logits]), limits.min)
+            if top is not None:
+                highest = xp.maximum(highest, top)
+                shrink = xp.exp(top - highest)
+                total, acc = total * shrink, steps.multiply(acc, shrink[..., None])
+            top = highest
+            for piece, x in zip(pieces, logits, strict=True):
+                weights = steps.exp(steps.subtract(x, top[..., None, :]))
+                if here.pair_weight is not None:
+                    weights = steps.multiply(weights, here.pair_weight.of(here.q, steps))
+                summed = xp.sum(weights, axis=-2)
+                product = _sums(weights, piece.keys.v, steps, "acc" if acc is None else "more")
+                total = summed if total is None else total + summed
+                acc = product if acc is None else steps.add(acc, product)
+        tops[here.at], totals[here.at] = top, total
+        total = steps.at_least(total, limits.smallest_normal)[..., None]
+        if direct:
+            acc /= total
+        else:
+            target[...] = acc / total
+    return Average(out, log_of_sum(tops, totals))
+
+
+def gradients(
+    q: Array,
+    *sets: Keys,
+    average: Average,
+    cotangent: Average,
+    scale: float = 1.0,
+    pair_weight: PairWeight | None = None,
+    pullback: Pullback | None = None,
+    is_causal: bool = False,
+    block: int = BLOCK_LOGITS,
+) -> tuple[Array, list[Keys], list[Array]]:
+    """The gradients of `attend`, from its result: the weights are made again, block by here."""
+    xp = namespace(q)
+    dq = xp.zeros_like(q)
+    dsets = [Keys(*(None if x is None else xp.zeros_like(x) for x in keys)) for keys in sets]
+    dpair = [] if pair_weight is None else [xp.zeros_like(x) for x in pair_weight.arrays]
+    # What the average itself takes off the gradient of each weight.
+    level = cotangent.log_norm - xp.sum(cotangent.out * average.out, axis=-1)
+    steps = Writing(q)
+    lead = tuple(average.log_norm.shape[:-1])
+    for here in _blocks(q, sets, lead, pair_weight, is_causal, block):
+        rows = here.q if scale == 1 else steps.scaled("rows", here.q, scale)
+        g, norm = cotangent.out[here.at], finite(average.log_norm[here.at])
+        for piece in itertools.chain.from_iterable(here.steps):
+            k, v, bias = piece.keys
+            weights = steps.exp(steps.subtract(piece.logits(rows, steps), norm[..., None, :]))
+            d = steps.add(_products(v, g, steps, "d"), level[here.at][..., None, :])
+            d = steps.multiply(d, weights)
+            if here.pair_weight is not None:
+                factor, drows, *darrays = pullback(here.pair_weight, here.q, d)
+                _accumulate(dq, here.at, drows, 2)
+                for whole, part in zip(dpair, darrays, strict=True):
+                    _accumulate(whole, (*here.at[:-1], slice(None)), part, 2)
+                d, weights = steps.multiply(d, factor), steps.multiply(weights, factor)
+            dk, dv, dbias = dsets[piece.number]
+            along_q = _sums(d, k, steps, "along q")
+            _accumulate(dq, here.at, along_q if scale == 1 else along_q * scale, 2)
+            _accumulate(dk, piece.at, steps.matmul("along k", d, rows), 2)
+            _accumulate(dv, piece.at, steps.matmul("along k", weights, g), 2)
+            if bias is not None:
+                _accumulate(dbias, piece.at, xp.sum(d, axis=-1), 1)
+    return dq, dsets, dpair
+
+
+def _blocks(
+    q: Array, sets: Sequence[Keys], lead: tuple[int, ...], pair_weight: PairWeight | None, is_causal: bool, block: int
+) -> Iterator[_Block]:
+    """Blocks of the leading axes and of the queries, with the keys that they meet."""
+    n = q.shape[-2]
+    for at in _cut(lead, n, sum(keys.k.shape[-2] for keys in sets), block):
+        queries = at[-1]
+        width = max(_MIN_BLOCK_KEYS, block // (queries.stop - queries.start))
+        if pair_weight is not None:
+            width = sets[0].k.shape[-2]
+        steps = []
+        for number, keys in enumerate(sets):
+            m = keys.k.shape[-2]
+            for part in slices(queries.stop if is_causal else m, width if len(sets) == 1 else m):
+                here = (*at[:-1], part)
+                cut = Keys(_part(keys.k, here, 2), _part(keys.v, here, 2), _part(keys.bias, here, 1))
+                seen = None
+                if is_causal and part.stop > queries.start + 1:
+                    seen = past(q[..., queries, :], part.stop - part.start, queries.start, part.start)
+                steps.append([_Piece(cut, number, here, seen)])
+        if len(sets) > 1:
+            steps = [list(itertools.chain.from_iterable(steps))]
+        weight = pair_weight
+        if weight is not None:
+            everywhere = (*at[:-1], slice(None))
+            arrays = tuple(_part(x, everywhere, 2) for x in weight.arrays)
+            weight = weight._replace(mask=_part(weight.mask, at, 1), arrays=arrays)
+        yield _Block(at, _part(q, at, 2), steps, weight)
+
+
+def _cut(lead: tuple[int, ...], n: int, m: int, block: int) -> Iterator[At]:
+    """Slices of the leading axes and of the queries that keep a block within bounds, the first axis first."""
+    if not lead:
+        yield from ((rows,) for rows in slices(n, max(_MIN_BLOCK_QUERIES, block // m)))
+        return
+    size, *rest = lead
+    inside = math.prod(rest) * n * m
+    for part in slices(size, max(1, block // max(1, inside))):
+        whole = [tuple(slice(0, length) for length in (*rest, n))]
+        yield from ((part, *others) for others in (whole if inside <= block else _cut(tuple(rest), n, m, block)))
+
+
+def _part(x: Array | None, at: At, trailing: int) -> Array | None:
+    """What of an array with so many trailing axes, of which the first is cut too, belongs to a block."""
+    if x is None:
+        return None
+    return x[_index(x, at, trailing)]
+
+
+def _index(x: Array, at: At, trailing: int) -> tuple[Any, ...]:
+    *lead, rows = at
+    own = x.shape[: x.ndim - trailing]
+    lead = lead[len(lead) - len(own) :]
+    axes = (slice(None) if size == 1 else part for size, part in zip(own, lead, strict=True))
+    return (*axes, rows, ...)
+
+
+def _products(k: Array, q: Array, steps: Writing, name: str) -> Array:
+    """``k . q``, (..., M, n), laid out in memory with the longer axis last: sums then run along whole rows.
+
+    One product for all tiles (axis -3) of queries that meet the same keys.
+    """
+    xp = namespace(q)
+    if _shared(k, q.shape):
+        *lead, tiles, n, d = q.shape
+        x = steps.matmul(name, k[..., 0, :, :], xp.matrix_transpose(xp.reshape(q, (*lead, tiles * n, d))))
+        return xp.moveaxis(xp.reshape(x, (*x.shape[:-1], tiles, n)), -2, -3)
+    if k.shape[-2] > q.shape[-2]:
+        return xp.matrix_transpose(steps.matmul(name, q, xp.matrix_transpose(k)))
+    return steps.matmul(name, k, xp.matrix_transpose(q))
+
+
+def _sums(weights: Array, v: Array, steps: Writing, name: str) -> Array:
+    """The values summed with weights (..., M, n), as they come from `_products`: (..., n, E)."""
+    xp = namespace(v)
+    if v.shape[-2] == 1:
+        return steps.scaled(name, xp.matrix_transpose(weights), v)
+    if not _shared(v, weights.shape):
+        return steps.matmul(name, xp.matrix_transpose(weights), v)
+    *lead, tiles, m, n = weights.shape
+    x = xp.reshape(xp.moveaxis(weights, -3, -2), (*lead, m, tiles * n))
+    x = steps.matmul(name, xp.matrix_transpose(x), v[..., 0, :, :])
+    return xp.reshape(x, (*x.shape[:-2], tiles, n, x.shape[-1]))
+
+
+def _product_shape(q: Array, keys: Keys) -> tuple[int, ...]:
+    return (*leading_axes(q, [keys], None, None), q.shape[-2], keys.v.shape[-1])
+
+
+def _shared(keys: Array, shape: tuple[int, ...]) -> bool:
+    """Whether an axis of tiles is the queries' alone."""
+    return keys.ndim > 2 and len(shape) == keys.ndim and keys.shape[-3] == 1 < shape[-3]
+
+
+def _holds(x: Array, y: Array) -> bool:
+    """Whether what comes of both has the first one's shape."""
+    theirs = getattr(y, "shape", ())
+    return len(theirs) <= x.ndim and all(
+        b in (1, a) for a, b in zip(reversed(x.shape), reversed(theirs), strict=False)
+    )
+
+
+def _accumulate(whole: Array, at: At, part: Array | None, trailing: int) -> None:
+    """Add a block's share, summed over what the whole is broadcast along."""
+    if part is None:
+        return
+    target = whole[_index(whole, at, trailing)]
+    shared = tuple(
+        axis for axis, (a, b) in enumerate(zip(target.shape, part.shape, strict=True)) if a == 1 < b
+    )
+    target += namespace(part).sum(part, axis=shared, keepdims=True) if shared else part
