@@ -13,7 +13,7 @@ from typing import Any
 from array_api_compat import is_array_api_obj, is_jax_array
 
 import randattn
-import randattn._attend
+from tests import blocks
 
 _compiled: dict[Any, Any] = {}
 
@@ -34,8 +34,7 @@ def _under_jit(function: Any) -> Any:
         fixed = {name: option for name, option in options.items() if not _is_dynamic(option)}
         dynamic = {name: option for name, option in options.items() if _is_dynamic(option)}
         # The sizes of blocks are constants of the compiled program.
-        blocks = (randattn._attend._BLOCK_LOGITS, randattn._attend._MIN_BLOCK_KEYS)
-        key = (function, repr(sorted(fixed.items())), blocks)
+        key = (function, repr(sorted(fixed.items())), blocks.sizes())
         if key not in _compiled:
             _compiled[key] = jax.jit(partial(function, **fixed))
         return _compiled[key](*arrays, **dynamic)

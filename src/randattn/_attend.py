@@ -7,13 +7,14 @@ as a library can do it; the public, checking `attend` and `merge` stand in `_pri
 from __future__ import annotations
 
 import math
+import operator
 from functools import reduce
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ._inputs import broadcast_shapes, namespace, placement, with_rank
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     Array = Any
 
@@ -110,15 +111,22 @@ class Steps:
         return self._xp.where(x < bound, bound, x)
 
 
-def average(logits: Array, v: Array, weight: Array | None = None) -> Average:
+def average(logits: Array, v: Array) -> Average:
     """Average `v` (..., M, E) with weights ``exp(logits)`` (..., N, M), rows without weight included."""
-    xp = namespace(logits)
-    top = finite(xp.max(logits, axis=-1, keepdims=True))
-    weights = xp.exp(logits - top)
+    return _average([logits], [v], None)
+
+
+def _average(logits: Sequence[Array], values: Sequence[Array], weight: Array | None) -> Average:
+    """The average of several sets as one; `weight` is a factor of the weights of a single one."""
+    xp = namespace(logits[0])
+    top = finite(reduce(xp.maximum, [xp.max(x, axis=-1, keepdims=True) for x in logits]))
+    weights = [xp.exp(x - top) for x in logits]
     if weight is not None:
-        weights = weights * weight
-    total = xp.sum(weights, axis=-1, keepdims=True)
-    out = xp.matmul(weights, v) / nonzero(total)
+        weights = [x * weight for x in weights]
+    total = reduce(operator.add, [xp.sum(x, axis=-1, keepdims=True) for x in weights])
+    out = reduce(operator.add, [xp.matmul(x, v) for x, v in zip(weights, values, strict=True)]) / nonzero(
+        total
+    )
     return Average(out, log_of_sum(top, total)[..., 0])
 
 
@@ -153,7 +161,7 @@ def attend(
     lead = math.prod(broadcast_shapes(q.shape[:-2], keys.k.shape[:-2]))
     if lead * n * m <= _BLOCK_LOGITS and not is_causal:
         # No slices: a compiler can keep the sizes symbolic.
-        return attend_whole(q, keys, scale, pair_bias, pair_weight)
+        return attend_whole(q, sets, scale, pair_bias, pair_weight)
     cols = m if pair_weight is not None else min(m, max(_MIN_BLOCK_KEYS, _BLOCK_LOGITS // max(1, lead * n)))
     done: list[Any] = []
     for queries in query_blocks(n, lead * cols):
@@ -166,7 +174,7 @@ def attend(
                 (
                     attend_whole(
                         q[..., queries, :],
-                        keys.of(part),
+                        [keys.of(part)],
                         scale,
                         None if pair_bias is None else pair_bias[..., queries, part],
                         weight,
@@ -185,7 +193,7 @@ def attend(
 
 def attend_whole(
     q: Array,
-    keys: Keys,
+    sets: Sequence[Keys],
     scale: float,
     pair_bias: Array | None,
     pair_weight: PairWeight | None,
@@ -193,17 +201,24 @@ def attend_whole(
 ) -> Average:
     """`attend` without blocks. `first`: causal, from this query and this key on."""
     xp = namespace(q)
-    k, v, bias = keys
-    # The scale goes to the side with fewer tokens: a pass over the other would cost as much as its product.
-    rows, k = (q, k) if scale == 1 else (q * scale, k) if q.shape[-2] < k.shape[-2] else (q, k * scale)
-    logits = xp.matmul(rows, xp.matrix_transpose(k))
-    if bias is not None:
-        logits = logits + bias[..., None, :]
-    if pair_bias is not None:
-        logits = logits + pair_bias
-    if first is not None:
-        logits = xp.where(xp.matrix_transpose(past(q, k.shape[-2], *first)), logits, -math.inf)
-    return average(logits, v, None if pair_weight is None else xp.matrix_transpose(pair_weight.of(q)))
+    logits = []
+    for k, _, bias in sets:
+        # The scale goes to the side with fewer tokens: a pass over the other would cost as much as its product.
+        if scale == 1:
+            x = xp.matmul(q, xp.matrix_transpose(k))
+        elif q.shape[-2] < k.shape[-2]:
+            x = xp.matmul(q * scale, xp.matrix_transpose(k))
+        else:
+            x = xp.matmul(q, xp.matrix_transpose(k * scale))
+        if bias is not None:
+            x = x + bias[..., None, :]
+        if pair_bias is not None:
+            x = x + pair_bias
+        if first is not None:
+            x = xp.where(xp.matrix_transpose(past(q, k.shape[-2], *first)), x, -math.inf)
+        logits.append(x)
+    weight = None if pair_weight is None else xp.matrix_transpose(pair_weight.of(q))
+    return _average(logits, [keys.v for keys in sets], weight)
 
 
 def leading_axes(

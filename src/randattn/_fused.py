@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 # Logits of a block: on a GPU enough to keep it busy, under XLA what its own fusion wants.
 _GPU_BLOCK_LOGITS = 1 << 25
-_TORCH_BLOCK_LOGITS = 1 << 20
 _JAX_BLOCK_LOGITS, _JAX_MOST_LOGITS = 1 << 18, 1 << 22
 _MIN_BLOCK_QUERIES = 64
 
@@ -39,8 +38,11 @@ def attend(
     is_causal: bool = False,
 ) -> Average:
     """`_attend.attend`: the average of all sets' values with weights ``exp(scale q . k + bias)``."""
-    if scale != 1 and sum(math.prod(keys.k.shape) for keys in sets) <= math.prod(q.shape):
-        # On the fewer tokens, once and for all blocks.
+    of_keys, of_queries = sum(math.prod(keys.k.shape) for keys in sets), math.prod(q.shape)
+    if scale != 1 and pair_weight is None and 2 * of_queries < of_keys:
+        q, scale = q * scale, 1.0
+    elif scale != 1 and 2 * of_keys < of_queries:
+        # On the far fewer tokens, once for all blocks.
         sets, scale = tuple(keys._replace(k=keys.k * scale) for keys in sets), 1.0
     if compat.is_jax_array(q):
         return _jax_attend(q, sets, scale, pair_bias, pair_weight, is_causal)
@@ -62,7 +64,10 @@ def _is_plain(arrays: Sequence[Array]) -> bool:
     torch = sys.modules["torch"]
     if torch.compiler.is_compiling():
         return False
-    if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
+    if (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    ):
         return False
     return all(
         type(x) in (torch.Tensor, torch.nn.Parameter) and x.device.type in ("cpu", "cuda") for x in arrays
@@ -89,16 +94,37 @@ def _torch_attend(
             return _torch_forward(q, sets, **options)
 
 
+class _TorchWriting(_inplace.Writing):
+    """With products that are scaled or added as they are made."""
+
+    def matmul(self, name: str, a: Array, b: Array, factor: float = 1.0) -> Array:
+        if factor == 1 or a.shape[:-2] != b.shape[:-2]:
+            return super().matmul(name, a, b, factor)
+        out = self.empty(name, *a.shape[:-1], b.shape[-1])
+        sys.modules["torch"].baddbmm(_batch(out), _batch(a), _batch(b), beta=0, alpha=factor, out=_batch(out))
+        return out
+
+    def add_matmul(self, name: str, x: Array, a: Array, b: Array) -> Array:
+        if not (x.shape[:-2] == a.shape[:-2] == b.shape[:-2] and x.is_contiguous()):
+            return super().add_matmul(name, x, a, b)
+        _batch(x).baddbmm_(_batch(a), _batch(b))
+        return x
+
+
+def _batch(x: Array) -> Array:
+    return x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
+
+
 def _torch_forward(q: Array, sets: Sequence[Keys], **options: Any) -> Average:
     if q.device.type == "cpu" and len(sets) == 1 and options["pair_weight"] is None:
         average = _torch_flash(q, sets[0], options["scale"], options["is_causal"])
         if average is not None:
             return average
-    return _inplace.attend(q, *sets, block=_torch_block(q), **options)
+    return _inplace.attend(q, *sets, block=_block(q), steps=_TorchWriting(q), **options)
 
 
-def _torch_block(q: Array) -> int:
-    return _TORCH_BLOCK_LOGITS if q.device.type == "cpu" else _GPU_BLOCK_LOGITS
+def _block(q: Array) -> int | None:
+    return None if q.device.type == "cpu" else _GPU_BLOCK_LOGITS
 
 
 @functools.cache
@@ -108,10 +134,15 @@ def _torch_function() -> Any:
 
     class Attend(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, sets: Sequence[Keys], options: dict[str, Any], *arrays: Array) -> tuple[Array, Array]:
+        def forward(
+            ctx: Any, sets: Sequence[Keys], options: dict[str, Any], *arrays: Array
+        ) -> tuple[Array, Array]:
             q, sets, pair_weight = _rebuilt(sets, options["pair_weight"], arrays)
             average = _torch_forward(q, sets, **{**options, "pair_weight": pair_weight})
-            ctx.like, ctx.options = sets, {**options, "pair_weight": pair_weight}
+            # The arrays themselves are PyTorch's to keep.
+            ctx.like = [Keys(*(None if x is None else True for x in keys)) for keys in sets]
+            weight = None if pair_weight is None else pair_weight._replace(arrays=())
+            ctx.options = {**options, "pair_weight": weight}
             ctx.save_for_backward(*arrays, *average)
             return tuple(average)
 
@@ -124,7 +155,9 @@ def _torch_function() -> Any:
                 # A gradient of the gradient is asked for: the pure path has all of them.
                 again = _attend.attend(q, *sets, **options)
                 wanted = [x for x in arrays if x.requires_grad]
-                found = iter(torch.autograd.grad(again, wanted, cotangent, create_graph=True, allow_unused=True))
+                found = iter(
+                    torch.autograd.grad(again, wanted, cotangent, create_graph=True, allow_unused=True)
+                )
                 return None, None, *(next(found) if x.requires_grad else None for x in arrays)
             with torch.autocast(q.device.type, enabled=False):
                 dq, dsets, dpair = _inplace.gradients(
@@ -133,10 +166,18 @@ def _torch_function() -> Any:
                     average=Average(out, log_norm),
                     cotangent=Average(*cotangent),
                     pullback=_torch_pullback,
-                    block=_torch_block(q),
+                    wanted=ctx.needs_input_grad[2:],
+                    block=_block(q),
+                    steps=_TorchWriting(q),
                     **options,
                 )
-            return None, None, dq, *(x for keys in dsets for x in keys if x is not None), *dpair
+            given = (
+                x
+                for like, d in zip(ctx.like, dsets, strict=True)
+                for there, x in zip(like, d, strict=True)
+                if there
+            )
+            return None, None, dq, *given, *dpair
 
     return Attend
 
@@ -183,7 +224,7 @@ def _torch_flash(q: Array, keys: Keys, scale: float, is_causal: bool) -> Average
     k, v, bias = keys
     lead = tuple(q.shape[:-2])
     fits = (
-        0 < math.prod(lead)
+        math.prod(lead) > 0
         and len(lead) <= 2
         and tuple(k.shape[:-2]) == lead == tuple(v.shape[:-2])
         and k.shape[-1] == v.shape[-1]
@@ -222,10 +263,14 @@ def _jax_attend(
     is_causal: bool,
 ) -> Average:
     function, mask, arrays = pair_weight or (None, None, ())
-    average = functools.partial(
-        _jax_function(), scale=scale, function=function, is_causal=is_causal, block=_JAX_BLOCK_LOGITS
+    average = _jax_function()
+    return average(
+        *(q, tuple(sets), pair_bias, mask, arrays),
+        scale=scale,
+        function=function,
+        is_causal=is_causal,
+        block=_JAX_BLOCK_LOGITS,
     )
-    return functools.reduce(_attend.merge, (average(q, keys, pair_bias, mask, arrays) for keys in sets))
 
 
 @functools.cache
@@ -237,7 +282,7 @@ def _jax_function() -> Any:
 
 def _jax_blocks(
     q: Array,
-    keys: Keys,
+    sets: tuple[Keys, ...],
     pair_bias: Array | None,
     mask: Array | None,
     arrays: tuple[Array, ...],
@@ -249,71 +294,92 @@ def _jax_blocks(
     block: int,
 ) -> Average:
     """Loops of the compiled program: over leading axes, then queries, then keys, as far as it takes."""
-    n, m = q.shape[-2], keys.k.shape[-2]
-    lead = _attend.leading_axes(q, [keys], pair_bias, PairWeight(function, mask, arrays))
+    n, m = q.shape[-2], sum(keys.k.shape[-2] for keys in sets)
+    pair_weight = None if function is None else PairWeight(function, mask, arrays)
+    lead = _attend.leading_axes(q, sets, pair_bias, pair_weight)
     rows = max(_MIN_BLOCK_QUERIES, block // m)
-    if math.prod(lead) * n * m <= block or (not lead and n <= rows and (function is not None or n * m <= _JAX_MOST_LOGITS)):
-        pair_weight = None if function is None else PairWeight(function, mask, arrays)
+    splits = function is None and len(sets) == 1
+    if math.prod(lead) * n * m <= block or (
+        not lead and n <= rows and not (splits and n * m > _JAX_MOST_LOGITS)
+    ):
         start = (first, 0) if is_causal else None
-        return _attend.attend_whole(q, keys, scale, pair_bias, pair_weight, first=start)
+        return _attend.attend_whole(q, sets, scale, pair_bias, pair_weight, first=start)
 
     jax = sys.modules["jax"]
     again = functools.partial(_jax_blocks, scale=scale, function=function, is_causal=is_causal, block=block)
+    operands = (q, sets, pair_bias, mask, arrays)
     if lead:
-        operands = (q, keys, pair_bias, mask, arrays)
-        size = lead[0]
-        if size == 1:
-            return jax.tree.map(lambda x: x[None], again(*jax.tree.map(lambda x: x[0], operands), first))
-        held = _divisor(size, max(1, block // (math.prod(lead[1:]) * n * m)))
-        leaves, structure = jax.tree.flatten(operands)
-        cut = [x.reshape(size // held, held, *x.shape[1:]) for x in leaves if x.shape[0] == size]
-
-        def of_heads(parts: list[Array]) -> Average:
-            left = iter(parts)
-            here = [next(left) if x.shape[0] == size else x for x in leaves]
-            here = [x[0] for x in here] if held == 1 else here
-            return again(*structure.unflatten(here), first)
-
-        found = jax.lax.map(jax.checkpoint(of_heads), cut)
-        return jax.tree.map(lambda x: x.reshape(size, *x.shape[1 if held == 1 else 2 :]), found)
-
-    jnp = jax.numpy
+        return _over_heads(jax, again, operands, first, lead[0], block // (math.prod(lead[1:]) * n * m))
     if n > rows:
-        rows = _even(n, rows)
-        whole, rest = n - n % rows, n % rows
-        per_query = (q, pair_bias, None if mask is None else mask[:, None])
+        return _over_queries(jax, again, operands, first, _even(n, rows))
+    part = functools.partial(_attend.attend_whole, scale=scale, pair_weight=None)
+    return _over_keys(
+        jax, part, q, sets[0], pair_bias, first if is_causal else None, _even(m, _JAX_MOST_LOGITS // n)
+    )
 
-        def of_queries(part: Any) -> Average:
-            (here, pairs, seen), start = part
-            return again(here, keys, pairs, None if seen is None else seen[:, 0], arrays, start)
 
-        cut = jax.tree.map(lambda x: x[:whole].reshape(whole // rows, rows, x.shape[-1]), per_query)
-        found = jax.lax.map(jax.checkpoint(of_queries), (cut, first + jnp.arange(0, whole, rows)))
-        found = jax.tree.map(lambda x: x.reshape(whole, *x.shape[2:]), found)
-        if not rest:
-            return found
-        tail = of_queries((jax.tree.map(lambda x: x[whole:], per_query), first + whole))
-        return jax.tree.map(lambda *parts: jnp.concat(parts), found, tail)
+def _over_heads(jax: Any, again: Any, operands: Any, first: Any, size: int, most: int) -> Average:
+    """A loop over the first axis, some of it at a time."""
+    if size == 1:
+        here = jax.tree.map(lambda x: x[0], operands)
+        return jax.tree.map(lambda x: x[None], again(*here, first))
+    held = _divisor(size, max(1, most))
+    leaves, structure = jax.tree.flatten(operands)
+    cut = [x.reshape(size // held, held, *x.shape[1:]) for x in leaves if x.shape[0] == size]
 
-    cols = _even(m, _JAX_MOST_LOGITS // n)
+    def of_heads(parts: list[Array]) -> Average:
+        left = iter(parts)
+        here = [next(left) if x.shape[0] == size else x for x in leaves]
+        return again(*structure.unflatten(x[0] if held == 1 else x for x in here), first)
+
+    found = jax.lax.map(jax.checkpoint(of_heads), cut)
+    return jax.tree.map(lambda x: x.reshape(size, *x.shape[1 if held == 1 else 2 :]), found)
+
+
+def _over_queries(jax: Any, again: Any, operands: Any, first: Any, rows: int) -> Average:
+    jnp = jax.numpy
+    q, sets, pair_bias, mask, arrays = operands
+    n = q.shape[0]
+    whole = n - n % rows
+    per_query = (q, pair_bias, None if mask is None else mask[:, None])
+
+    def of_queries(part: Any) -> Average:
+        (here, pairs, seen), start = part
+        return again(here, sets, pairs, None if seen is None else seen[:, 0], arrays, start)
+
+    cut = jax.tree.map(lambda x: x[:whole].reshape(whole // rows, rows, x.shape[-1]), per_query)
+    found = jax.lax.map(jax.checkpoint(of_queries), (cut, first + jnp.arange(0, whole, rows)))
+    found = jax.tree.map(lambda x: x.reshape(whole, *x.shape[2:]), found)
+    if whole == n:
+        return found
+    tail = of_queries((jax.tree.map(lambda x: x[whole:], per_query), first + whole))
+    return jax.tree.map(lambda *parts: jnp.concat(parts), found, tail)
+
+
+def _over_keys(
+    jax: Any, average: Any, q: Array, keys: Keys, pair_bias: Array | None, first: Any, cols: int
+) -> Average:
+    jnp = jax.numpy
+    m = keys.k.shape[0]
     whole = m - m % cols
-    per_key = (keys._replace(bias=None if keys.bias is None else keys.bias[:, None]),
-               None if pair_bias is None else pair_bias.T)
+    bias = None if keys.bias is None else keys.bias[:, None]
+    per_key = (keys._replace(bias=bias), None if pair_bias is None else pair_bias.T)
 
-    def of_keys(here: Any, start: Any) -> Average:
-        (k, v, bias), pairs = here
+    def of_keys(part: Any, start: Any) -> Average:
+        (k, v, bias), pairs = part
         here = Keys(k, v, None if bias is None else bias[:, 0])
-        return _attend.attend_whole(q, here, scale, None if pairs is None else pairs.T, None, first=(first, start) if is_causal else None)
+        pairs = None if pairs is None else pairs.T
+        return average(q, (here,), pair_bias=pairs, first=None if first is None else (first, start))
 
     def step(done: Average, part: Any) -> tuple[Average, None]:
         return _attend.merge(done, of_keys(*part)), None
 
     cut = jax.tree.map(lambda x: x[:whole].reshape(whole // cols, cols, x.shape[-1]), per_key)
-    nothing = Average(jnp.zeros((n, keys.v.shape[-1]), q.dtype), jnp.full((n,), -math.inf, q.dtype))
+    nothing = Average(jnp.zeros((len(q), keys.v.shape[-1]), q.dtype), jnp.full((len(q),), -math.inf, q.dtype))
     found, _ = jax.lax.scan(jax.checkpoint(step), nothing, (cut, jnp.arange(0, whole, cols)))
-    if whole < m:
-        found = _attend.merge(found, of_keys(jax.tree.map(lambda x: x[whole:], per_key), whole))
-    return found
+    if whole == m:
+        return found
+    return _attend.merge(found, of_keys(jax.tree.map(lambda x: x[whole:], per_key), whole))
 
 
 def _even(size: int, most: int) -> int:

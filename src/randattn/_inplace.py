@@ -15,15 +15,15 @@ from ._attend import Average, Keys, PairWeight, Steps, finite, leading_axes, log
 from ._inputs import broadcast_shapes, namespace, placement
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     Array = Any
     At = tuple[slice, ...]
     # The factors of some queries; of sum(factors * d), the gradients to the queries and to the arrays.
     Pullback = Callable[[PairWeight, Array, Array], Sequence[Array | None]]
 
-# Logits of a block, over all its axes: with what belongs to them they fill a core's second-level cache.
-BLOCK_LOGITS = 1 << 18
+# Logits of a block, over all its axes: the fewest at which the products are as fast as whole ones.
+BLOCK_LOGITS = 1 << 20
 _MIN_BLOCK_KEYS, _MIN_BLOCK_QUERIES = 1024, 64
 
 
@@ -45,18 +45,22 @@ class Writing(Steps):
             self._held[name] = self._xp.empty(size, dtype=self._like.dtype, device=placement(self._like))
         return self._xp.reshape(self._held[name][:size], shape)
 
-    def hold(self, name: str, x: Array) -> None:
-        """Have the next array of that name lie in `x`."""
-        self._held[name] = self._xp.reshape(x, (-1,))
+    def hold(self, name: str, x: Array | None) -> None:
+        """Have the next array of that name lie in `x`, or be a new one."""
+        self._held.pop(name, None)
+        if x is not None:
+            self._held[name] = self._xp.reshape(x, (-1,))
 
-    def matmul(self, name: str, a: Array, b: Array) -> Array:
+    def matmul(self, name: str, a: Array, b: Array, factor: float = 1.0) -> Array:
         lead = broadcast_shapes(a.shape[:-2], b.shape[:-2])
-        return self._xp.matmul(a, b, out=self.empty(name, *lead, a.shape[-2], b.shape[-1]))
+        # Of one column and one row: a product of matrices would take longer.
+        product = self._xp.multiply if a.shape[-1] == 1 else self._xp.matmul
+        out = product(a, b, out=self.empty(name, *lead, a.shape[-2], b.shape[-1]))
+        return out if factor == 1 else self.multiply(out, factor)
 
-    def scaled(self, name: str, x: Array, y: Array | float) -> Array:
-        """``x y``, which is held like a product of matrices."""
-        shape = broadcast_shapes(x.shape, getattr(y, "shape", ()))
-        return self._xp.multiply(x, y, out=self.empty(name, *shape))
+    def add_matmul(self, name: str, x: Array, a: Array, b: Array) -> Array:
+        """``x + a b``."""
+        return self.add(x, self.matmul(name, a, b))
 
     def add(self, x: Array, y: Array) -> Array:
         if not _holds(x, y):
@@ -106,9 +110,9 @@ class _Piece(NamedTuple):
     at: At  # of the set: its leading axes and its keys
     past: Array | None
 
-    def logits(self, q: Array, steps: Writing) -> Array:
+    def logits(self, q: Array, scale: float, steps: Writing) -> Array:
         """(..., M, n)."""
-        x = _products(self.keys.k, q, steps, f"logits {self.number}")
+        x = _products(self.keys.k, q, steps, f"logits {self.number}", scale)
         if self.keys.bias is not None:
             x = steps.add(x, self.keys.bias[..., None])
         return x if self.past is None else namespace(x).where(self.past, x, -math.inf)
@@ -120,7 +124,8 @@ def attend(
     scale: float = 1.0,
     pair_weight: PairWeight | None = None,
     is_causal: bool = False,
-    block: int = BLOCK_LOGITS,
+    block: int | None = None,
+    steps: Writing | None = None,
 ) -> Average:
     """`_attend.attend`, a block of queries at a time."""
     xp, device = namespace(q), placement(q)
@@ -128,17 +133,15 @@ def attend(
     out = xp.empty((*lead, n, sets[0].v.shape[-1]), dtype=q.dtype, device=device)
     tops, totals = (xp.empty((*lead, n), dtype=q.dtype, device=device) for _ in range(2))
     limits = xp.finfo(q.dtype)
-    steps = Writing(q)
+    steps, block = steps or Writing(q), block or BLOCK_LOGITS
     for here in _blocks(q, sets, lead, pair_weight, is_causal, block):
-        rows = here.q if scale == 1 else steps.scaled("rows", here.q, scale)
         # A row of nothing but -inf has no weight at all, and a maximum that can be subtracted.
         top = total = acc = None
         target = out[here.at]
-        direct = _product_shape(rows, here.steps[0][0].keys) == tuple(target.shape)
-        if direct:
-            steps.hold("acc", target)
+        direct = _product_shape(here.q, here.steps[0][0].keys) == tuple(target.shape)
+        steps.hold("acc", target if direct else None)
         for pieces in here.steps:
-            logits = [piece.logits(rows, steps) for piece in pieces]
+            logits = [piece.logits(here.q, scale, steps) for piece in pieces]
             highest = steps.at_least(reduce(xp.maximum, [xp.max(x, axis=-2) for x in logits]), limits.min)
             if top is not None:
                 highest = xp.maximum(highest, top)
@@ -150,9 +153,8 @@ def attend(
                 if here.pair_weight is not None:
                     weights = steps.multiply(weights, here.pair_weight.of(here.q, steps))
                 summed = xp.sum(weights, axis=-2)
-                product = _sums(weights, piece.keys.v, steps, "acc" if acc is None else "more")
                 total = summed if total is None else total + summed
-                acc = product if acc is None else steps.add(acc, product)
+                acc = _sums(weights, piece.keys.v, steps, acc)
         tops[here.at], totals[here.at] = top, total
         total = steps.at_least(total, limits.smallest_normal)[..., None]
         if direct:
@@ -170,44 +172,68 @@ def gradients(
     scale: float = 1.0,
     pair_weight: PairWeight | None = None,
     pullback: Pullback | None = None,
+    wanted: Iterable[bool] | None = None,
     is_causal: bool = False,
-    block: int = BLOCK_LOGITS,
-) -> tuple[Array, list[Keys], list[Array]]:
-    """The gradients of `attend`, from its result: the weights are made again, block by here."""
+    block: int | None = None,
+    steps: Writing | None = None,
+) -> tuple[Array | None, list[Keys], list[Array]]:
+    """The gradients of `attend`, from its result: the weights are made again, block by block.
+
+    `wanted` says of `q`, and then of each array of each set, whether its gradient is.
+    """
     xp = namespace(q)
-    dq = xp.zeros_like(q)
-    dsets = [Keys(*(None if x is None else xp.zeros_like(x) for x in keys)) for keys in sets]
+    wanted = iter(wanted or itertools.repeat(True))
+    dq, *rest = (xp.zeros_like(x) if next(wanted) else None for x in (q, *_arrays(sets)))
+    rest = iter(rest)
+    dsets = [Keys(*(None if x is None else next(rest) for x in keys)) for keys in sets]
     dpair = [] if pair_weight is None else [xp.zeros_like(x) for x in pair_weight.arrays]
     # What the average itself takes off the gradient of each weight.
     level = cotangent.log_norm - xp.sum(cotangent.out * average.out, axis=-1)
-    steps = Writing(q)
+    steps, block = steps or Writing(q), block or BLOCK_LOGITS
     lead = tuple(average.log_norm.shape[:-1])
     for here in _blocks(q, sets, lead, pair_weight, is_causal, block):
-        rows = here.q if scale == 1 else steps.scaled("rows", here.q, scale)
         g, norm = cotangent.out[here.at], finite(average.log_norm[here.at])
         for piece in itertools.chain.from_iterable(here.steps):
-            k, v, bias = piece.keys
-            weights = steps.exp(steps.subtract(piece.logits(rows, steps), norm[..., None, :]))
-            d = steps.add(_products(v, g, steps, "d"), level[here.at][..., None, :])
+            k, v, _ = piece.keys
+            weights = steps.exp(steps.subtract(piece.logits(here.q, scale, steps), norm[..., None, :]))
+            d = steps.add(_products(v, g, steps, "d", 1.0), level[here.at][..., None, :])
             d = steps.multiply(d, weights)
             if here.pair_weight is not None:
                 factor, drows, *darrays = pullback(here.pair_weight, here.q, d)
-                _accumulate(dq, here.at, drows, 2)
-                for whole, part in zip(dpair, darrays, strict=True):
-                    _accumulate(whole, (*here.at[:-1], slice(None)), part, 2)
+                everywhere = (*here.at[:-1], slice(None))
+                shares = [
+                    (dq, here.at, drows),
+                    *((x, everywhere, y) for x, y in zip(dpair, darrays, strict=True)),
+                ]
+                for whole, at, part in shares:
+                    if whole is not None and part is not None:
+                        _accumulate(whole, at, part, 2)
                 d, weights = steps.multiply(d, factor), steps.multiply(weights, factor)
             dk, dv, dbias = dsets[piece.number]
-            along_q = _sums(d, k, steps, "along q")
-            _accumulate(dq, here.at, along_q if scale == 1 else along_q * scale, 2)
-            _accumulate(dk, piece.at, steps.matmul("along k", d, rows), 2)
-            _accumulate(dv, piece.at, steps.matmul("along k", weights, g), 2)
-            if bias is not None:
+            if dv is not None:
+                _accumulate(dv, piece.at, steps.matmul("along k", weights, g), 2)
+            if dbias is not None:
                 _accumulate(dbias, piece.at, xp.sum(d, axis=-1), 1)
+            if scale != 1:
+                d = steps.multiply(d, scale)
+            if dq is not None:
+                _accumulate(dq, here.at, _sums(d, k, steps), 2)
+            if dk is not None:
+                _accumulate(dk, piece.at, steps.matmul("along k", d, here.q), 2)
     return dq, dsets, dpair
 
 
+def _arrays(sets: Sequence[Keys]) -> list[Array]:
+    return [x for keys in sets for x in keys if x is not None]
+
+
 def _blocks(
-    q: Array, sets: Sequence[Keys], lead: tuple[int, ...], pair_weight: PairWeight | None, is_causal: bool, block: int
+    q: Array,
+    sets: Sequence[Keys],
+    lead: tuple[int, ...],
+    pair_weight: PairWeight | None,
+    is_causal: bool,
+    block: int,
 ) -> Iterator[_Block]:
     """Blocks of the leading axes and of the queries, with the keys that they meet."""
     n = q.shape[-2]
@@ -245,7 +271,9 @@ def _cut(lead: tuple[int, ...], n: int, m: int, block: int) -> Iterator[At]:
     inside = math.prod(rest) * n * m
     for part in slices(size, max(1, block // max(1, inside))):
         whole = [tuple(slice(0, length) for length in (*rest, n))]
-        yield from ((part, *others) for others in (whole if inside <= block else _cut(tuple(rest), n, m, block)))
+        yield from (
+            (part, *others) for others in (whole if inside <= block else _cut(tuple(rest), n, m, block))
+        )
 
 
 def _part(x: Array | None, at: At, trailing: int) -> Array | None:
@@ -263,31 +291,35 @@ def _index(x: Array, at: At, trailing: int) -> tuple[Any, ...]:
     return (*axes, rows, ...)
 
 
-def _products(k: Array, q: Array, steps: Writing, name: str) -> Array:
-    """``k . q``, (..., M, n), laid out in memory with the longer axis last: sums then run along whole rows.
+def _products(k: Array, q: Array, steps: Writing, name: str, scale: float) -> Array:
+    """``scale k . q``, (..., M, n), with the longer axis last in memory: sums then run along whole rows.
 
     One product for all tiles (axis -3) of queries that meet the same keys.
     """
     xp = namespace(q)
     if _shared(k, q.shape):
         *lead, tiles, n, d = q.shape
-        x = steps.matmul(name, k[..., 0, :, :], xp.matrix_transpose(xp.reshape(q, (*lead, tiles * n, d))))
+        rows = xp.reshape(q, (*lead, tiles * n, d))
+        x = steps.matmul(name, k[..., 0, :, :], xp.matrix_transpose(rows), scale)
         return xp.moveaxis(xp.reshape(x, (*x.shape[:-1], tiles, n)), -2, -3)
     if k.shape[-2] > q.shape[-2]:
-        return xp.matrix_transpose(steps.matmul(name, q, xp.matrix_transpose(k)))
-    return steps.matmul(name, k, xp.matrix_transpose(q))
+        return xp.matrix_transpose(steps.matmul(name, q, xp.matrix_transpose(k), scale))
+    return steps.matmul(name, k, xp.matrix_transpose(q), scale)
 
 
-def _sums(weights: Array, v: Array, steps: Writing, name: str) -> Array:
-    """The values summed with weights (..., M, n), as they come from `_products`: (..., n, E)."""
+def _sums(weights: Array, v: Array, steps: Writing, acc: Array | None = None) -> Array:
+    """The values summed with weights (..., M, n), as they come from `_products`: (..., n, E), added to `acc`."""
     xp = namespace(v)
-    if v.shape[-2] == 1:
-        return steps.scaled(name, xp.matrix_transpose(weights), v)
     if not _shared(v, weights.shape):
-        return steps.matmul(name, xp.matrix_transpose(weights), v)
+        a = xp.matrix_transpose(weights)
+        return steps.matmul("acc", a, v) if acc is None else steps.add_matmul("more", acc, a, v)
     *lead, tiles, m, n = weights.shape
-    x = xp.reshape(xp.moveaxis(weights, -3, -2), (*lead, m, tiles * n))
-    x = steps.matmul(name, xp.matrix_transpose(x), v[..., 0, :, :])
+    a = xp.reshape(xp.moveaxis(weights, -3, -2), (*lead, m, tiles * n))
+    a, v = xp.matrix_transpose(a), v[..., 0, :, :]
+    if acc is None:
+        x = steps.matmul("acc", a, v)
+    else:
+        x = steps.add_matmul("more", xp.reshape(acc, (*acc.shape[:-3], tiles * n, acc.shape[-1])), a, v)
     return xp.reshape(x, (*x.shape[:-2], tiles, n, x.shape[-1]))
 
 
@@ -308,10 +340,8 @@ def _holds(x: Array, y: Array) -> bool:
     )
 
 
-def _accumulate(whole: Array, at: At, part: Array | None, trailing: int) -> None:
+def _accumulate(whole: Array, at: At, part: Array, trailing: int) -> None:
     """Add a block's share, summed over what the whole is broadcast along."""
-    if part is None:
-        return
     target = whole[_index(whole, at, trailing)]
     shared = tuple(
         axis for axis, (a, b) in enumerate(zip(target.shape, part.shape, strict=True)) if a == 1 < b

@@ -5,7 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 
-import randattn._attend
+from tests.blocks import make_small
 from tests.calls import attend, eva, lara, merge, ra, rfa, softmax_attention
 
 N, M, D, E, S = 12, 10, 4, 3, 6
@@ -212,18 +212,14 @@ def test_noise_and_masks_can_have_more_axes_than_the_inputs(lib):
 def test_blocks_change_nothing(lib, name, monkeypatch):
     q, k, v = inputs(m=N)
     expected = lib.numpy(ALL[name](*lib.arrays(q, k, v)))
-    monkeypatch.setattr(randattn._attend, "_BLOCK_LOGITS", 20)
-    monkeypatch.setattr(randattn._attend, "_MIN_BLOCK_KEYS", 5)
-    monkeypatch.setattr(randattn._attend, "_MIN_BLOCK_QUERIES", 1)
+    make_small(monkeypatch)
     lib.close(ALL[name](*lib.arrays(q, k, v)), expected)
 
 
 def test_causal_blocks_change_nothing(lib, monkeypatch):
     q, k, v = inputs(m=N)
     expected = lib.numpy(softmax_attention(*lib.arrays(q, k, v), is_causal=True))
-    monkeypatch.setattr(randattn._attend, "_BLOCK_LOGITS", 60)
-    monkeypatch.setattr(randattn._attend, "_MIN_BLOCK_KEYS", 5)
-    monkeypatch.setattr(randattn._attend, "_MIN_BLOCK_QUERIES", 1)
+    make_small(monkeypatch)
     lib.close(softmax_attention(*lib.arrays(q, k, v), is_causal=True), expected)
 
 
