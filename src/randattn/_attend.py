@@ -11,7 +11,7 @@ import operator
 from functools import reduce
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ._inputs import broadcast_shapes, namespace, placement, with_rank
+from ._inputs import broadcast_shapes, dot, namespace, placement, with_rank
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -40,16 +40,40 @@ class Average(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """A set of keys (..., M, D), their values (..., M, E), and what is added to their logits (..., M)."""
+    """A set of keys.
+
+    Attributes
+    ----------
+    k : array, shape (..., M, D)
+    v : array, shape (..., M, E)
+        Their values.
+    bias : array, shape (..., M), or None
+        Added to their logits.
+    kappa : float or None
+        ``-kappa |k|^2/2`` is added too: with the scale, a frequency w weighs a key by ``xi(k, w)``.
+    """
 
     k: Array
     v: Array
     bias: Array | None = None
+    kappa: float | None = None
 
     def of(self, part: slice) -> Keys:
         """Some of them."""
         bias = None if self.bias is None else self.bias[..., part]
-        return Keys(self.k[..., part, :], self.v[..., part, :], bias)
+        return Keys(self.k[..., part, :], self.v[..., part, :], bias, self.kappa)
+
+    def scaled(self, scale: float) -> Keys:
+        """The same keys in other units, in which their logits are larger by this factor."""
+        kappa = None if self.kappa is None else self.kappa / scale**2
+        return Keys(self.k * scale, self.v, self.bias, kappa)
+
+    def biased(self) -> Keys:
+        """The same, with all that is added in the bias."""
+        if self.kappa is None:
+            return self
+        kappa = (-self.kappa / 2) * dot(self.k, self.k)
+        return Keys(self.k, self.v, kappa if self.bias is None else self.bias + kappa)
 
 
 class PairWeight(NamedTuple):
@@ -85,6 +109,10 @@ class Steps:
     def matmul(self, name: str, a: Array, b: Array) -> Array:
         """The matrix product; the name tells the places apart where it may be held."""
         return self._xp.matmul(a, b)
+
+    def products(self, name: str, k: Array, q: Array) -> Array:
+        """``k . q``, (..., M, n)."""
+        return self.matmul(name, k, self._xp.matrix_transpose(q))
 
     def add(self, x: Array, y: Array) -> Array:
         """``x + y``."""
@@ -156,7 +184,7 @@ def attend(
     """
     if len(sets) > 1:
         return reduce(merge, (attend(q, keys, scale=scale) for keys in sets))
-    (keys,) = sets
+    sets = (keys,) = (sets[0].biased(),)
     n, m = q.shape[-2], keys.k.shape[-2]
     lead = math.prod(broadcast_shapes(q.shape[:-2], keys.k.shape[:-2]))
     if lead * n * m <= _BLOCK_LOGITS and not is_causal:
@@ -202,7 +230,7 @@ def attend_whole(
     """`attend` without blocks. `first`: causal, from this query and this key on."""
     xp = namespace(q)
     logits = []
-    for k, _, bias in sets:
+    for k, _, bias, _ in sets:
         # The scale goes to the side with fewer tokens: a pass over the other would cost as much as its product.
         if scale == 1:
             x = xp.matmul(q, xp.matrix_transpose(k))
@@ -226,7 +254,7 @@ def leading_axes(
 ) -> tuple[int, ...]:
     """Those of the result."""
     arrays = [(q, 2), (pair_bias, 2)]
-    for k, v, bias in sets:
+    for k, v, bias, _ in sets:
         arrays += [(k, 2), (v, 2), (bias, 1)]
     if pair_weight is not None:
         arrays += [(pair_weight.mask, 1), *((x, 2) for x in pair_weight.arrays)]

@@ -205,10 +205,8 @@ def eva(
 
 def _control_variates(x: Inputs, w: Array, at: Blocks) -> Average:
     """``beta_c = f(w_c)`` over the keys of each block alone: (..., B, E), and log Z."""
-    bias = gather(x.kappa[..., None], at)[..., 0]
-    if at.valid is not None:
-        bias = bias + gather_bias(x.k, None, at)
-    beta, log_z = attend(w[..., None, :], Keys(gather(x.k, at), gather(x.v, at), bias), scale=x.root)
+    keys = Keys(gather(x.k, at), gather(x.v, at), gather_bias(x.k, x.key_mask, at), x.scale)
+    beta, log_z = attend(w[..., None, :], keys, scale=x.root)
     return Average(beta[..., 0, :], log_z[..., 0])
 
 

@@ -38,12 +38,14 @@ def attend(
     is_causal: bool = False,
 ) -> Average:
     """`_attend.attend`: the average of all sets' values with weights ``exp(scale q . k + bias)``."""
+    if not compat.is_torch_array(q):
+        sets = tuple(keys.biased() for keys in sets)
     of_keys, of_queries = sum(math.prod(keys.k.shape) for keys in sets), math.prod(q.shape)
     if scale != 1 and pair_weight is None and 2 * of_queries < of_keys:
         q, scale = q * scale, 1.0
     elif scale != 1 and 2 * of_keys < of_queries:
         # On the far fewer tokens, once for all blocks.
-        sets, scale = tuple(keys._replace(k=keys.k * scale) for keys in sets), 1.0
+        sets, scale = tuple(keys.scaled(scale) for keys in sets), 1.0
     if compat.is_jax_array(q):
         return _jax_attend(q, sets, scale, pair_bias, pair_weight, is_causal)
     if pair_bias is None:
@@ -76,7 +78,7 @@ def _is_plain(arrays: Sequence[Array]) -> bool:
 
 def _arrays(q: Array, sets: Sequence[Keys], pair_weight: PairWeight | None) -> list[Array]:
     """All arrays that a gradient could go to."""
-    arrays = [q, *(x for keys in sets for x in keys if x is not None)]
+    arrays = [q, *(x for keys in sets for x in keys[:3] if x is not None)]
     return arrays if pair_weight is None else [*arrays, *pair_weight.arrays]
 
 
@@ -97,6 +99,8 @@ def _torch_attend(
 class _TorchWriting(_inplace.Writing):
     """With products that are scaled or added as they are made."""
 
+    long_rows = False
+
     def matmul(self, name: str, a: Array, b: Array, factor: float = 1.0) -> Array:
         if factor == 1 or a.shape[:-2] != b.shape[:-2]:
             return super().matmul(name, a, b, factor)
@@ -116,6 +120,7 @@ def _batch(x: Array) -> Array:
 
 
 def _torch_forward(q: Array, sets: Sequence[Keys], **options: Any) -> Average:
+    sets = [keys.biased() for keys in sets]
     if q.device.type == "cpu" and len(sets) == 1 and options["pair_weight"] is None:
         average = _torch_flash(q, sets[0], options["scale"], options["is_causal"])
         if average is not None:
@@ -140,7 +145,7 @@ def _torch_function() -> Any:
             q, sets, pair_weight = _rebuilt(sets, options["pair_weight"], arrays)
             average = _torch_forward(q, sets, **{**options, "pair_weight": pair_weight})
             # The arrays themselves are PyTorch's to keep.
-            ctx.like = [Keys(*(None if x is None else True for x in keys)) for keys in sets]
+            ctx.like = [Keys(*(None if x is None else True for x in keys[:3]), keys.kappa) for keys in sets]
             weight = None if pair_weight is None else pair_weight._replace(arrays=())
             ctx.options = {**options, "pair_weight": weight}
             ctx.save_for_backward(*arrays, *average)
@@ -159,27 +164,44 @@ def _torch_function() -> Any:
                     torch.autograd.grad(again, wanted, cotangent, create_graph=True, allow_unused=True)
                 )
                 return None, None, *(next(found) if x.requires_grad else None for x in arrays)
+            wanted = _rebuilt(ctx.like, pair_weight, ctx.needs_input_grad[2:])
             with torch.autocast(q.device.type, enabled=False):
                 dq, dsets, dpair = _inplace.gradients(
                     q,
-                    *sets,
+                    *(keys.biased() for keys in sets),
                     average=Average(out, log_norm),
                     cotangent=Average(*cotangent),
                     pullback=_torch_pullback,
-                    wanted=ctx.needs_input_grad[2:],
+                    wanted=[wanted[0], *(x for keys in wanted[1] for x in _wanted(keys))],
                     block=_block(q),
                     steps=_TorchWriting(q),
                     **options,
                 )
-            given = (
-                x
-                for like, d in zip(ctx.like, dsets, strict=True)
-                for there, x in zip(like, d, strict=True)
-                if there
-            )
+            given = [x for keys, d in zip(sets, dsets, strict=True) for x in _without_kappa(keys, d)]
             return None, None, dq, *given, *dpair
 
     return Attend
+
+
+def _wanted(keys: Keys) -> list[bool]:
+    """What of the gradients to biased keys is needed for those to the keys themselves."""
+    k, v, bias, kappa = keys
+    wanted = [bool(k), bool(v), bool(bias) or bool(k and kappa is not None)]
+    return wanted if kappa is not None or bias is not None else wanted[:2]
+
+
+def _without_kappa(keys: Keys, d: Keys) -> list[Array | None]:
+    """The gradients to the keys themselves, from those to the biased ones."""
+    k, _, bias, kappa = keys
+    dk, dv, dbias, _ = d
+    if kappa is not None and dk is not None:
+        if dbias.shape == k.shape[:-1]:
+            dk.addcmul_(dbias[..., None], k, value=-kappa)
+        else:
+            dk -= kappa * (dbias[..., None] * k).sum_to_size(k.shape)
+    if bias is None:
+        return [dk, dv]
+    return [dk, dv, None if dbias is None else dbias.sum_to_size(bias.shape)]
 
 
 def _rebuilt(
@@ -188,7 +210,7 @@ def _rebuilt(
     """The same structure, of these arrays in the order of `_arrays`."""
     q, *rest = arrays
     left = iter(rest)
-    sets = [Keys(*(None if x is None else next(left) for x in keys)) for keys in sets]
+    sets = [Keys(*(None if x is None else next(left) for x in keys[:3]), keys.kappa) for keys in sets]
     return q, sets, None if pair_weight is None else pair_weight._replace(arrays=tuple(left))
 
 
@@ -221,7 +243,7 @@ def _flash_works() -> bool:
 def _torch_flash(q: Array, keys: Keys, scale: float, is_causal: bool) -> Average | None:
     """PyTorch's own kernel for the CPU; None where it does not fit."""
     torch = sys.modules["torch"]
-    k, v, bias = keys
+    k, v, bias, _ = keys
     lead = tuple(q.shape[:-2])
     fits = (
         math.prod(lead) > 0
@@ -366,7 +388,7 @@ def _over_keys(
     per_key = (keys._replace(bias=bias), None if pair_bias is None else pair_bias.T)
 
     def of_keys(part: Any, start: Any) -> Average:
-        (k, v, bias), pairs = part
+        (k, v, bias, _), pairs = part
         here = Keys(k, v, None if bias is None else bias[:, 0])
         pairs = None if pairs is None else pairs.T
         return average(q, (here,), pair_bias=pairs, first=None if first is None else (first, start))

@@ -12,7 +12,7 @@ from functools import reduce
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ._attend import Average, Keys, PairWeight, Steps, finite, leading_axes, log_of_sum, past, slices
-from ._inputs import broadcast_shapes, namespace, placement
+from ._inputs import broadcast_shapes, dot, namespace, placement
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,6 +32,10 @@ class Writing(Steps):
 
     Fresh arrays for each block would cost as much as the products.
     """
+
+    # Whether the longer axis of the logits is the last one in memory: then sums run along whole rows. With the
+    # shorter one there the product itself may be faster.
+    long_rows = True
 
     def __init__(self, like: Array) -> None:
         super().__init__(like)
@@ -57,6 +61,22 @@ class Writing(Steps):
         product = self._xp.multiply if a.shape[-1] == 1 else self._xp.matmul
         out = product(a, b, out=self.empty(name, *lead, a.shape[-2], b.shape[-1]))
         return out if factor == 1 else self.multiply(out, factor)
+
+    def products(self, name: str, k: Array, q: Array, scale: float = 1.0) -> Array:
+        """``scale k . q``, (..., M, n), in memory as the library is fastest with it.
+
+        One product for all tiles (axis -3) of queries that meet the same keys.
+        """
+        xp = self._xp
+        tiles = _shared(k, q.shape)
+        if tiles:
+            *lead, tiles, n, d = q.shape
+            k, q = k[..., 0, :, :], xp.reshape(q, (*lead, tiles * n, d))
+        if (k.shape[-2] > q.shape[-2]) is self.long_rows:
+            x = xp.matrix_transpose(self.matmul(name, q, xp.matrix_transpose(k), scale))
+        else:
+            x = self.matmul(name, k, xp.matrix_transpose(q), scale)
+        return xp.moveaxis(xp.reshape(x, (*x.shape[:-1], tiles, n)), -2, -3) if tiles else x
 
     def add_matmul(self, name: str, x: Array, a: Array, b: Array) -> Array:
         """``x + a b``."""
@@ -112,7 +132,7 @@ class _Piece(NamedTuple):
 
     def logits(self, q: Array, scale: float, steps: Writing) -> Array:
         """(..., M, n)."""
-        x = _products(self.keys.k, q, steps, f"logits {self.number}", scale)
+        x = steps.products(f"logits {self.number}", self.keys.k, q, scale)
         if self.keys.bias is not None:
             x = steps.add(x, self.keys.bias[..., None])
         return x if self.past is None else namespace(x).where(self.past, x, -math.inf)
@@ -182,49 +202,78 @@ def gradients(
     `wanted` says of `q`, and then of each array of each set, whether its gradient is.
     """
     xp = namespace(q)
-    wanted = iter(wanted or itertools.repeat(True))
-    dq, *rest = (xp.zeros_like(x) if next(wanted) else None for x in (q, *_arrays(sets)))
-    rest = iter(rest)
-    dsets = [Keys(*(None if x is None else next(rest) for x in keys)) for keys in sets]
-    dpair = [] if pair_weight is None else [xp.zeros_like(x) for x in pair_weight.arrays]
-    # What the average itself takes off the gradient of each weight.
-    level = cotangent.log_norm - xp.sum(cotangent.out * average.out, axis=-1)
-    steps, block = steps or Writing(q), block or BLOCK_LOGITS
     lead = tuple(average.log_norm.shape[:-1])
+    wanted = iter(wanted or itertools.repeat(True))
+    dq = _Sum(q, 2, lead) if next(wanted) else None
+    # Blocks of queries that see different keys cut them differently.
+    own = None if is_causal else lead
+    rest = iter([_Sum(x, trailing, own) if next(wanted) else None for x, trailing in _arrays(sets)])
+    dsets = [Keys(*(None if x is None else next(rest) for x in keys[:3])) for keys in sets]
+    dpair = [] if pair_weight is None else [_Sum(x, 2, lead) for x in pair_weight.arrays]
+    # What the average itself takes off the gradient of each weight.
+    level = cotangent.log_norm - dot(cotangent.out, average.out)
+    steps, block = steps or Writing(q), block or BLOCK_LOGITS
     for here in _blocks(q, sets, lead, pair_weight, is_causal, block):
         g, norm = cotangent.out[here.at], finite(average.log_norm[here.at])
         for piece in itertools.chain.from_iterable(here.steps):
-            k, v, _ = piece.keys
+            k, v, _, _ = piece.keys
             weights = steps.exp(steps.subtract(piece.logits(here.q, scale, steps), norm[..., None, :]))
-            d = steps.add(_products(v, g, steps, "d", 1.0), level[here.at][..., None, :])
+            d = steps.add(steps.products("d", v, g), level[here.at][..., None, :])
             d = steps.multiply(d, weights)
             if here.pair_weight is not None:
                 factor, drows, *darrays = pullback(here.pair_weight, here.q, d)
                 everywhere = (*here.at[:-1], slice(None))
-                shares = [
+                for whole, at, part in [
                     (dq, here.at, drows),
                     *((x, everywhere, y) for x, y in zip(dpair, darrays, strict=True)),
-                ]
-                for whole, at, part in shares:
+                ]:
                     if whole is not None and part is not None:
-                        _accumulate(whole, at, part, 2)
+                        whole.add(at, part)
                 d, weights = steps.multiply(d, factor), steps.multiply(weights, factor)
-            dk, dv, dbias = dsets[piece.number]
+            dk, dv, dbias, _ = dsets[piece.number]
             if dv is not None:
-                _accumulate(dv, piece.at, steps.matmul("along k", weights, g), 2)
+                dv.add(piece.at, steps.matmul("along k", weights, g))
             if dbias is not None:
-                _accumulate(dbias, piece.at, xp.sum(d, axis=-1), 1)
+                dbias.add(piece.at, xp.sum(d, axis=-1))
             if scale != 1:
                 d = steps.multiply(d, scale)
             if dq is not None:
-                _accumulate(dq, here.at, _sums(d, k, steps), 2)
+                dq.add(here.at, _sums(d, k, steps))
             if dk is not None:
-                _accumulate(dk, piece.at, steps.matmul("along k", d, here.q), 2)
-    return dq, dsets, dpair
+                dk.add(piece.at, steps.matmul("along k", d, here.q))
+    return (
+        None if dq is None else dq.total,
+        [Keys(*(None if x is None else x.total for x in keys[:3])) for keys in dsets],
+        [x.total for x in dpair],
+    )
 
 
-def _arrays(sets: Sequence[Keys]) -> list[Array]:
-    return [x for keys in sets for x in keys if x is not None]
+class _Sum:
+    """A gradient that blocks add their shares to, summed over what the array is broadcast along."""
+
+    def __init__(self, x: Array, trailing: int, lead: tuple[int, ...] | None) -> None:
+        self._trailing = trailing
+        self._seen: set[tuple[int, ...]] = set()
+        # What no other block adds to need not be zero first: a pass less over the memory.
+        self._is_whole = tuple(x.shape[: x.ndim - trailing]) == lead
+        self.total = (namespace(x).empty_like if self._is_whole else namespace(x).zeros_like)(x)
+
+    def add(self, at: At, part: Array) -> None:
+        target = self.total[_index(self.total, at, self._trailing)]
+        where = tuple(-1 if one.start is None else one.start for one in at)
+        if self._is_whole and where not in self._seen:
+            self._seen.add(where)
+            target[...] = part
+            return
+        shared = tuple(
+            axis for axis, (a, b) in enumerate(zip(target.shape, part.shape, strict=True)) if a == 1 < b
+        )
+        target += namespace(part).sum(part, axis=shared, keepdims=True) if shared else part
+
+
+def _arrays(sets: Sequence[Keys]) -> list[tuple[Array, int]]:
+    """All that are there, with the number of their trailing axes."""
+    return [(x, n) for keys in sets for x, n in zip(keys[:3], (2, 2, 1), strict=True) if x is not None]
 
 
 def _blocks(
@@ -291,36 +340,16 @@ def _index(x: Array, at: At, trailing: int) -> tuple[Any, ...]:
     return (*axes, rows, ...)
 
 
-def _products(k: Array, q: Array, steps: Writing, name: str, scale: float) -> Array:
-    """``scale k . q``, (..., M, n), with the longer axis last in memory: sums then run along whole rows.
-
-    One product for all tiles (axis -3) of queries that meet the same keys.
-    """
-    xp = namespace(q)
-    if _shared(k, q.shape):
-        *lead, tiles, n, d = q.shape
-        rows = xp.reshape(q, (*lead, tiles * n, d))
-        x = steps.matmul(name, k[..., 0, :, :], xp.matrix_transpose(rows), scale)
-        return xp.moveaxis(xp.reshape(x, (*x.shape[:-1], tiles, n)), -2, -3)
-    if k.shape[-2] > q.shape[-2]:
-        return xp.matrix_transpose(steps.matmul(name, q, xp.matrix_transpose(k), scale))
-    return steps.matmul(name, k, xp.matrix_transpose(q), scale)
-
-
 def _sums(weights: Array, v: Array, steps: Writing, acc: Array | None = None) -> Array:
-    """The values summed with weights (..., M, n), as they come from `_products`: (..., n, E), added to `acc`."""
+    """The values summed with weights (..., M, n), as they come from `products`: (..., n, E), added to `acc`."""
     xp = namespace(v)
-    if not _shared(v, weights.shape):
-        a = xp.matrix_transpose(weights)
-        return steps.matmul("acc", a, v) if acc is None else steps.add_matmul("more", acc, a, v)
-    *lead, tiles, m, n = weights.shape
-    a = xp.reshape(xp.moveaxis(weights, -3, -2), (*lead, m, tiles * n))
-    a, v = xp.matrix_transpose(a), v[..., 0, :, :]
-    if acc is None:
-        x = steps.matmul("acc", a, v)
-    else:
-        x = steps.add_matmul("more", xp.reshape(acc, (*acc.shape[:-3], tiles * n, acc.shape[-1])), a, v)
-    return xp.reshape(x, (*x.shape[:-2], tiles, n, x.shape[-1]))
+    a, tiles = xp.matrix_transpose(weights), _shared(v, weights.shape)
+    if tiles:
+        *lead, tiles, n, m = a.shape
+        a, v = xp.reshape(a, (*lead, tiles * n, m)), v[..., 0, :, :]
+        acc = None if acc is None else xp.reshape(acc, (*acc.shape[:-3], tiles * n, acc.shape[-1]))
+    x = steps.matmul("acc", a, v) if acc is None else steps.add_matmul("more", acc, a, v)
+    return xp.reshape(x, (*x.shape[:-2], tiles, n, x.shape[-1])) if tiles else x
 
 
 def _product_shape(q: Array, keys: Keys) -> tuple[int, ...]:
@@ -338,12 +367,3 @@ def _holds(x: Array, y: Array) -> bool:
     return len(theirs) <= x.ndim and all(
         b in (1, a) for a, b in zip(reversed(x.shape), reversed(theirs), strict=False)
     )
-
-
-def _accumulate(whole: Array, at: At, part: Array, trailing: int) -> None:
-    """Add a block's share, summed over what the whole is broadcast along."""
-    target = whole[_index(whole, at, trailing)]
-    shared = tuple(
-        axis for axis, (a, b) in enumerate(zip(target.shape, part.shape, strict=True)) if a == 1 < b
-    )
-    target += namespace(part).sum(part, axis=shared, keepdims=True) if shared else part

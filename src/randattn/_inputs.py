@@ -82,14 +82,6 @@ class Inputs:
         """The logarithm of the key mask: 0 for a key to attend to, -inf for one that is not there."""
         return log_mask(self.key_mask, self.q)
 
-    @property
-    def kappa(self) -> Array:
-        """``-|k|^2/2`` of the scaled keys: with it ``attend(w, k, v, kappa)`` weighs keys by ``xi(k, w)``."""
-        kappa = -0.5 * self.scale * squared_norm(self.k)
-        if self.key_mask is None:
-            return kappa
-        return self.xp.where(self.key_mask, kappa, -math.inf)
-
     def finish(self, out: Array) -> Array:
         """The result as the caller expects it: heads in one axis again, in the inputs' dtype."""
         return self.xp.astype(self.merge_heads(out, 2), self.dtype, copy=False)
@@ -355,9 +347,9 @@ def refuse_causal(estimator: str, is_causal: bool) -> None:
         )
 
 
-def squared_norm(x: Array) -> Array:
-    """``|x|^2`` of the last axis, as a product: squares of their own would be as large as `x`."""
-    return namespace(x).matmul(x[..., None, :], x[..., None])[..., 0, 0]
+def dot(x: Array, y: Array) -> Array:
+    """``x . y`` over the last axis, as a product of matrices: elementwise it would take an array as large."""
+    return namespace(x).matmul(x[..., None, :], y[..., None])[..., 0, 0]
 
 
 def working_precision(x: Array) -> Array:

@@ -187,7 +187,7 @@ def lara(
         mu = xp.concat([mu, mu], axis=-2)
         present = None if there is None else xp.concat([there, there], axis=-1)
 
-    f, log_z = attend(w, Keys(x.k, x.v, x.kappa), scale=x.root)
+    f, log_z = attend(w, Keys(x.k, x.v, x.key_bias, x.scale), scale=x.root)
     log_r, log_mixture = _log_densities(w, mu, present)
     if weighting == "optimal":
         balance = _probability(log_r - log_mixture)
@@ -271,7 +271,7 @@ def _moved(alpha: float, normalize: str) -> Callable[..., Array]:
         steps: Steps, q: Array, mask: Array | None, qt: Array, offset: Array, balance: Array, count: Array
     ) -> Array:
         xp = namespace(q)
-        log_t = steps.add(steps.matmul("t", qt, xp.matrix_transpose(q)), offset)
+        log_t = steps.add(steps.products("t", qt, q), offset)
         if normalize == "queries":
             if mask is not None:
                 log_t = xp.where(mask[..., None, :], log_t, -math.inf)

@@ -116,7 +116,8 @@ def ra(
     check_broadcast(noise=(eps, 3), components=(u, 2))
 
     xp = x.xp
-    keys = Keys(x.k[..., None, :, :], x.v[..., None, :, :], x.kappa[..., None, :])
+    bias = None if x.key_bias is None else x.key_bias[..., None, :]
+    keys = Keys(x.k[..., None, :, :], x.v[..., None, :, :], bias, x.scale).biased()
     means = []
     for rows in query_blocks(n, math.prod(x.lead) * count * x.k.shape[-2]):
         chosen = _sample_keys(x, x.q[..., rows, :], u[..., rows])

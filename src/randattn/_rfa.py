@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ._attend import Keys, finite
 from ._draws import no_draws, normal_draws
 from ._fused import attend
-from ._inputs import check_option, namespace, prepare, refuse_causal, resolve_count, squared_norm
+from ._inputs import check_option, namespace, prepare, refuse_causal, resolve_count, dot
 
 if TYPE_CHECKING:
     from ._inputs import Inputs
@@ -123,7 +123,7 @@ def rfa(
         raise no_draws("rfa")
     if features == "trigonometric":
         return x.finish(_trigonometric(x, w))
-    f, log_z = attend(w, Keys(x.k, x.v, x.kappa), scale=x.root)
+    f, log_z = attend(w, Keys(x.k, x.v, x.key_bias, x.scale), scale=x.root)
     out, _ = attend(x.q, Keys(w, f, log_z), scale=x.root)
     return x.finish(out)
 
@@ -135,7 +135,7 @@ def _trigonometric(x: Inputs, w: Array) -> Array:
     estimate (never the truth) is cut to it.
     """
     xp = x.xp
-    log_weight = 0.5 * x.scale * squared_norm(x.k)[..., None]
+    log_weight = 0.5 * x.scale * dot(x.k, x.k)[..., None]
     lowest, highest = x.v, x.v
     if x.key_mask is not None:
         attended = x.key_mask[..., None]

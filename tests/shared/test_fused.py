@@ -16,7 +16,7 @@ DIFFERENTIABLE = ("torch", "jax")
 def factors(steps, q, mask, k, offset):
     """Some weights that depend on the query, in the steps that blocks may take in place."""
     xp = _attend.namespace(q)
-    x = steps.add(steps.matmul("t", k, xp.matrix_transpose(q)), offset)
+    x = steps.add(steps.products("t", k, q), offset)
     if mask is not None:
         x = xp.where(mask[..., None, :], x, -math.inf)
     return steps.at_least(steps.multiply(steps.exp(steps.at_most(x, 0.0)), 2.0), 0.1)
@@ -52,6 +52,9 @@ def make_cases():
         "shared queries": (draw(1, 3, N, D), [keys(2, 1, e=D, bias=(1, 3))], {"scale": 0.7}),
         "grouped queries": (draw(2, 3, 2, N, D), [keys(2, 3, 1, bias=(2, 3, 1))], {}),
         "bias of more heads": (draw(1, 3, N, D), [keys(1, 3, e=D, bias=(4, 3))], {}),
+        "by features": (draw(2, 3, N, D), [keys(2, 3, e=D)._replace(kappa=0.7)], {"scale": 0.7}),
+        "by features, biased": (draw(2, 3, N, D), [keys(1, 3, bias=(2, 3))._replace(kappa=0.7)], {"scale": 0.7}),
+        "by features, few of them": (draw(2, 3, 40, D), [keys(2, 3, m=2)._replace(kappa=0.5)], {"scale": 0.7}),
         "no values": (draw(2, 3, N, D), [keys(2, 3, e=0)], {}),
         "causal": (draw(2, 3, M, D), [keys(2, 3)], {"is_causal": True}),
         "causal, of one width": (draw(2, 3, M, D), [keys(2, 3, e=D)], {"is_causal": True, "scale": 0.5}),
@@ -73,14 +76,14 @@ CASES = make_cases()
 def arrays_of(q, sets, options):
     """All arrays with a gradient, in order, and what makes a call of such arrays."""
     weight = options.get("pair_weight")
-    arrays = [q, *(x for keys in sets for x in keys if x is not None)]
+    arrays = [q, *(x for keys in sets for x in keys[:3] if x is not None)]
     if weight is not None:
         arrays += weight.arrays
 
     def call(attend, mask, *arrays):
         q, *rest = arrays
         rest = iter(rest)
-        given = [Keys(*(None if x is None else next(rest) for x in keys)) for keys in sets]
+        given = [Keys(*(None if x is None else next(rest) for x in keys[:3]), keys.kappa) for keys in sets]
         more = dict(options)
         if weight is not None:
             more["pair_weight"] = PairWeight(factors, mask, tuple(rest))
@@ -159,7 +162,7 @@ def test_the_same_gradients(lib, case, small, monkeypatch):
         assert np.linalg.norm(lib.numpy(actual) - right) <= 1e-10 * max(1.0, np.linalg.norm(right))
 
 
-@pytest.mark.parametrize("case", ["plain", "of one width", "shared keys", "causal", "windows", "weighted"])
+@pytest.mark.parametrize("case", ["plain", "of one width", "by features", "shared keys", "causal", "windows", "weighted"])
 def test_the_same_second_derivatives(lib, case):
     """The gradient of the norm of the gradient."""
     if lib.name not in DIFFERENTIABLE:
