@@ -169,7 +169,13 @@ def eva(
     how, sizes = _check_groups(tokens, num_groups, group_size, landmarks, noise)
     groups = blocks(tokens, how, sizes)
 
-    kt, log_size = pool(x.k, groups, x.key_mask)
+    # What a window cuts off a group is in the window; the rest is a group of its own.
+    cut = cuts(tokens, (how, sizes), tile) if tile is not None and disjoint else None
+    if cut is None:
+        kt, log_size = pool(x.k, groups, x.key_mask)
+    else:
+        pooled = pool(x.k, cut.atoms, x.key_mask)
+        kt, log_size = _union(pooled, cut.members, cut.is_member)
     if landmarks is None:
         queries = blocks_of_queries(x, groups)
         qt, _ = pool(x.q, queries, resolve_query_mask(x, query_mask))
@@ -188,14 +194,12 @@ def eva(
     windows = blocks(tokens, "tiles", tile)
     near = Keys(gather(x.k, windows), gather(x.v, windows), gather_bias(x.k, x.key_mask, windows))
     log_weight, rests = log_weight[..., None, :], []
-    if disjoint:
-        # What a window cuts off a group is in the window; the rest is a group of its own.
-        cut = cuts(tokens, (how, sizes), tile)
+    if cut is not None:
         atoms = _control_variates(x, take(w, cut.group_of_atom, axis=-2), cut.atoms)
         beta, _ = _union(atoms, cut.members, cut.is_member)
         outside = x.xp.asarray(cut.outside, device=x.device)
         log_weight = x.xp.where(with_rank(outside, x.q.ndim), log_weight, -math.inf)
-        rests = _rests(x, atoms, cut, kt if landmarks is not None else None, group_weight)
+        rests = _rests(atoms, pooled, cut, kt if landmarks is not None else None, group_weight)
     else:
         beta, _ = _control_variates(x, w, groups)
     far = Keys(kt[..., None, :, :], beta[..., None, :, :], log_weight)
@@ -222,15 +226,17 @@ def _union(parts: Average, index: Any, valid: Any) -> Average:
     return Average(out[..., 0, :], log_norm[..., 0])
 
 
-def _rests(x: Inputs, atoms: Average, cut: Cuts, given: Array | None, group_weight: str) -> list[Keys]:
+def _rests(
+    atoms: Average, pooled: Average, cut: Cuts, given: Array | None, group_weight: str
+) -> list[Keys]:
     """For each window the keys, values and log weights of what it leaves of the groups that it cuts."""
     if not cut.rest.size:
         return []
     beta, _ = _union(atoms, cut.rest, cut.is_rest)
-    kt, log_size = _union(pool(x.k, cut.atoms, x.key_mask), cut.rest, cut.is_rest)
+    kt, log_size = _union(pooled, cut.rest, cut.is_rest)
     if given is not None:
         kt = take(given, cut.rest_group, axis=-2)
-        kt = x.xp.reshape(kt, (*kt.shape[:-2], *cut.rest_group.shape, kt.shape[-1]))
+        kt = namespace(kt).reshape(kt, (*kt.shape[:-2], *cut.rest_group.shape, kt.shape[-1]))
     return [Keys(kt, beta, _weight(log_size, group_weight))]
 
 

@@ -51,7 +51,7 @@ def attend(
     if pair_bias is None:
         options = {"scale": scale, "pair_weight": pair_weight, "is_causal": is_causal}
         if compat.is_numpy_array(q):
-            return _inplace.attend(q, *sets, **options)
+            return _inplace.attend(q, *sets, steps=_NumpyWriting(q), **options)
         if compat.is_cupy_array(q):
             return _inplace.attend(q, *sets, block=_GPU_BLOCK_LOGITS, **options)
         if compat.is_torch_array(q) and _is_plain(_arrays(q, sets, pair_weight)):
@@ -94,6 +94,10 @@ def _torch_attend(
             return Average(*_torch_function().apply(sets, options, *arrays))
         with torch.no_grad():
             return _torch_forward(q, sets, **options)
+
+
+class _NumpyWriting(_inplace.Writing):
+    strided = True
 
 
 class _TorchWriting(_inplace.Writing):

@@ -36,6 +36,8 @@ class Writing(Steps):
     # Whether the longer axis of the logits is the last one in memory: then sums run along whole rows. With the
     # shorter one there the product itself may be faster.
     long_rows = True
+    # Whether products can be written to arrays that are not whole in memory.
+    strided = False
 
     def __init__(self, like: Array) -> None:
         super().__init__(like)
@@ -72,6 +74,12 @@ class Writing(Steps):
         if tiles:
             *lead, tiles, n, d = q.shape
             k, q = k[..., 0, :, :], xp.reshape(q, (*lead, tiles * n, d))
+        elif self.strided and k.ndim > 2 and k.shape[-3] == q.shape[-3] > 1:
+            # Tiles beside each other in memory: rows as long as all of them.
+            *lead, count, m, _ = (*broadcast_shapes(k.shape[:-2], q.shape[:-2]), k.shape[-2], 0)
+            out = xp.moveaxis(self.empty(name, *lead, m, count, q.shape[-2]), -2, -3)
+            out = xp.matmul(k, xp.matrix_transpose(q), out=out)
+            return out if scale == 1 else self.multiply(out, scale)
         if (k.shape[-2] > q.shape[-2]) is self.long_rows:
             x = xp.matrix_transpose(self.matmul(name, q, xp.matrix_transpose(k), scale))
         else:
@@ -318,7 +326,9 @@ def _cut(lead: tuple[int, ...], n: int, m: int, block: int) -> Iterator[At]:
         return
     size, *rest = lead
     inside = math.prod(rest) * n * m
-    for part in slices(size, max(1, block // max(1, inside))):
+    # An odd number: rows a power of two apart share their places in a cache.
+    held = max(1, block // max(1, inside))
+    for part in slices(size, held - 1 if held % 2 == 0 and held < size else held):
         whole = [tuple(slice(0, length) for length in (*rest, n))]
         yield from (
             (part, *others) for others in (whole if inside <= block else _cut(tuple(rest), n, m, block))
