@@ -1,6 +1,8 @@
 """Block sizes small enough for a test's few tokens."""
 
-from randattn import _attend, _fused, _inplace
+import sys
+
+from randattn import _attend, _inplace
 
 SIZES = [
     (_attend, "_BLOCK_LOGITS", 20),
@@ -9,18 +11,25 @@ SIZES = [
     (_inplace, "BLOCK_LOGITS", 20),
     (_inplace, "_MIN_BLOCK_KEYS", 5),
     (_inplace, "_MIN_BLOCK_QUERIES", 2),
-    (_fused, "_JAX_BLOCK_LOGITS", 20),
-    (_fused, "_JAX_MOST_LOGITS", 10),
-    (_fused, "_MIN_BLOCK_QUERIES", 2),
+    (_inplace, "_FEW_QUERIES", 2),
 ]
+IN_JAX = [("_BLOCK_LOGITS", 20), ("_MOST_LOGITS", 10), ("_MIN_BLOCK_QUERIES", 2)]
+
+
+def _all():
+    yield from SIZES
+    if "jax" in sys.modules:
+        from randattn import _fused_jax
+
+        yield from ((_fused_jax, *size) for size in IN_JAX)
 
 
 def make_small(monkeypatch):
     """Cut the arrays of a test into many blocks."""
-    for module, name, size in SIZES:
+    for module, name, size in _all():
         monkeypatch.setattr(module, name, size)
 
 
 def sizes():
     """What a compiled program depends on."""
-    return tuple(getattr(module, name) for module, name, _ in SIZES)
+    return tuple(getattr(module, name) for module, name, _ in _all())

@@ -106,7 +106,7 @@ class Steps:
     def __init__(self, like: Array) -> None:
         self._xp = namespace(like)
 
-    def matmul(self, name: str, a: Array, b: Array) -> Array:
+    def matmul(self, name: str, a: Array, b: Array) -> Array:  # noqa: ARG002
         """The matrix product; the name tells the places apart where it may be held."""
         return self._xp.matmul(a, b)
 
@@ -231,7 +231,7 @@ def attend_whole(
     xp = namespace(q)
     logits = []
     for k, _, bias, _ in sets:
-        # The scale goes to the side with fewer tokens: a pass over the other would cost as much as its product.
+        # The scale goes to the fewer tokens: a pass over the others would cost as much as the product.
         if scale == 1:
             x = xp.matmul(q, xp.matrix_transpose(k))
         elif q.shape[-2] < k.shape[-2]:

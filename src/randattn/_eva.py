@@ -226,9 +226,7 @@ def _union(parts: Average, index: Any, valid: Any) -> Average:
     return Average(out[..., 0, :], log_norm[..., 0])
 
 
-def _rests(
-    atoms: Average, pooled: Average, cut: Cuts, given: Array | None, group_weight: str
-) -> list[Keys]:
+def _rests(atoms: Average, pooled: Average, cut: Cuts, given: Array | None, group_weight: str) -> list[Keys]:
     """For each window the keys, values and log weights of what it leaves of the groups that it cuts."""
     if not cut.rest.size:
         return []

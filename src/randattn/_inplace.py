@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 # Logits of a block, over all its axes: the fewest at which the products are as fast as whole ones.
 BLOCK_LOGITS = 1 << 20
 _MIN_BLOCK_KEYS, _MIN_BLOCK_QUERIES = 1024, 64
+_FEW_QUERIES = 512
 
 
 class Writing(Steps):
@@ -33,9 +34,11 @@ class Writing(Steps):
     Fresh arrays for each block would cost as much as the products.
     """
 
-    # Whether the longer axis of the logits is the last one in memory: then sums run along whole rows. With the
-    # shorter one there the product itself may be faster.
+    # Whether the longer axis of the logits is the last one in memory: then sums run along whole rows.
+    # With the shorter one there the product itself may be faster.
     long_rows = True
+    # Whether a product for all heads is faster than one for each.
+    together = False
     # Whether products can be written to arrays that are not whole in memory.
     strided = False
 
@@ -148,12 +151,12 @@ class _Piece(NamedTuple):
 
 def attend(
     q: Array,
-    *sets: Keys,
-    scale: float = 1.0,
-    pair_weight: PairWeight | None = None,
-    is_causal: bool = False,
-    block: int | None = None,
-    steps: Writing | None = None,
+    sets: Sequence[Keys],
+    steps: Writing,
+    scale: float,
+    pair_weight: PairWeight | None,
+    is_causal: bool,
+    block: int,
 ) -> Average:
     """`_attend.attend`, a block of queries at a time."""
     xp, device = namespace(q), placement(q)
@@ -161,12 +164,11 @@ def attend(
     out = xp.empty((*lead, n, sets[0].v.shape[-1]), dtype=q.dtype, device=device)
     tops, totals = (xp.empty((*lead, n), dtype=q.dtype, device=device) for _ in range(2))
     limits = xp.finfo(q.dtype)
-    steps, block = steps or Writing(q), block or BLOCK_LOGITS
-    for here in _blocks(q, sets, lead, pair_weight, is_causal, block):
+    for here in _blocks(q, sets, lead, pair_weight, is_causal, block, steps.together):
         # A row of nothing but -inf has no weight at all, and a maximum that can be subtracted.
         top = total = acc = None
         target = out[here.at]
-        direct = _product_shape(here.q, here.steps[0][0].keys) == tuple(target.shape)
+        direct = not steps.together and _product_shape(here.q, here.steps[0][0].keys) == tuple(target.shape)
         steps.hold("acc", target if direct else None)
         for pieces in here.steps:
             logits = [piece.logits(here.q, scale, steps) for piece in pieces]
@@ -188,22 +190,23 @@ def attend(
         if direct:
             acc /= total
         else:
-            target[...] = acc / total
+            xp.divide(acc, total, out=target)
     return Average(out, log_of_sum(tops, totals))
 
 
 def gradients(
     q: Array,
-    *sets: Keys,
+    sets: Sequence[Keys],
+    steps: Writing,
+    *,
     average: Average,
     cotangent: Average,
-    scale: float = 1.0,
-    pair_weight: PairWeight | None = None,
-    pullback: Pullback | None = None,
-    wanted: Iterable[bool] | None = None,
-    is_causal: bool = False,
-    block: int | None = None,
-    steps: Writing | None = None,
+    wanted: Iterable[bool],
+    scale: float,
+    pair_weight: PairWeight | None,
+    pullback: Pullback,
+    is_causal: bool,
+    block: int,
 ) -> tuple[Array | None, list[Keys], list[Array]]:
     """The gradients of `attend`, from its result: the weights are made again, block by block.
 
@@ -211,17 +214,18 @@ def gradients(
     """
     xp = namespace(q)
     lead = tuple(average.log_norm.shape[:-1])
-    wanted = iter(wanted or itertools.repeat(True))
+    wanted = iter(wanted)
     dq = _Sum(q, 2, lead) if next(wanted) else None
     # Blocks of queries that see different keys cut them differently.
     own = None if is_causal else lead
-    rest = iter([_Sum(x, trailing, own) if next(wanted) else None for x, trailing in _arrays(sets)])
-    dsets = [Keys(*(None if x is None else next(rest) for x in keys[:3])) for keys in sets]
+    dsets = [
+        [None if x is None or not next(wanted) else _Sum(x, n, own) for x, n in _trailing(keys)]
+        for keys in sets
+    ]
     dpair = [] if pair_weight is None else [_Sum(x, 2, lead) for x in pair_weight.arrays]
     # What the average itself takes off the gradient of each weight.
     level = cotangent.log_norm - dot(cotangent.out, average.out)
-    steps, block = steps or Writing(q), block or BLOCK_LOGITS
-    for here in _blocks(q, sets, lead, pair_weight, is_causal, block):
+    for here in _blocks(q, sets, lead, pair_weight, is_causal, block, steps.together):
         g, norm = cotangent.out[here.at], finite(average.log_norm[here.at])
         for piece in itertools.chain.from_iterable(here.steps):
             k, v, _, _ = piece.keys
@@ -238,7 +242,7 @@ def gradients(
                     if whole is not None and part is not None:
                         whole.add(at, part)
                 d, weights = steps.multiply(d, factor), steps.multiply(weights, factor)
-            dk, dv, dbias, _ = dsets[piece.number]
+            dk, dv, dbias = dsets[piece.number]
             if dv is not None:
                 dv.add(piece.at, steps.matmul("along k", weights, g))
             if dbias is not None:
@@ -251,7 +255,7 @@ def gradients(
                 dk.add(piece.at, steps.matmul("along k", d, here.q))
     return (
         None if dq is None else dq.total,
-        [Keys(*(None if x is None else x.total for x in keys[:3])) for keys in dsets],
+        [Keys(*(None if x is None else x.total for x in keys)) for keys in dsets],
         [x.total for x in dpair],
     )
 
@@ -279,9 +283,9 @@ class _Sum:
         target += namespace(part).sum(part, axis=shared, keepdims=True) if shared else part
 
 
-def _arrays(sets: Sequence[Keys]) -> list[tuple[Array, int]]:
-    """All that are there, with the number of their trailing axes."""
-    return [(x, n) for keys in sets for x, n in zip(keys[:3], (2, 2, 1), strict=True) if x is not None]
+def _trailing(keys: Keys) -> zip[tuple[Array | None, int]]:
+    """The arrays of a set, with the number of their trailing axes."""
+    return zip(keys[:3], (2, 2, 1), strict=True)
 
 
 def _blocks(
@@ -291,10 +295,19 @@ def _blocks(
     pair_weight: PairWeight | None,
     is_causal: bool,
     block: int,
+    together: bool,
 ) -> Iterator[_Block]:
     """Blocks of the leading axes and of the queries, with the keys that they meet."""
     n = q.shape[-2]
-    for at in _cut(lead, n, sum(keys.k.shape[-2] for keys in sets), block):
+    m = sum(keys.k.shape[-2] for keys in sets)
+    rows = block // max(1, math.prod(lead) * m)
+    places: Iterator[At]
+    if together and _FEW_QUERIES <= rows < n:
+        whole = tuple(slice(0, size) for size in lead)
+        places = ((*whole, part) for part in slices(n, rows))
+    else:
+        places = _cut(lead, n, m, block)
+    for at in places:
         queries = at[-1]
         width = max(_MIN_BLOCK_KEYS, block // (queries.stop - queries.start))
         if pair_weight is not None:
@@ -351,7 +364,7 @@ def _index(x: Array, at: At, trailing: int) -> tuple[Any, ...]:
 
 
 def _sums(weights: Array, v: Array, steps: Writing, acc: Array | None = None) -> Array:
-    """The values summed with weights (..., M, n), as they come from `products`: (..., n, E), added to `acc`."""
+    """The values summed with weights (..., M, n), laid out as by `products`: (..., n, E), added to `acc`."""
     xp = namespace(v)
     a, tiles = xp.matrix_transpose(weights), _shared(v, weights.shape)
     if tiles:
@@ -368,7 +381,7 @@ def _product_shape(q: Array, keys: Keys) -> tuple[int, ...]:
 
 def _shared(keys: Array, shape: tuple[int, ...]) -> bool:
     """Whether an axis of tiles is the queries' alone."""
-    return keys.ndim > 2 and len(shape) == keys.ndim and keys.shape[-3] == 1 < shape[-3]
+    return bool(keys.ndim > 2 and len(shape) == keys.ndim and keys.shape[-3] == 1 < shape[-3])
 
 
 def _holds(x: Array, y: Array) -> bool:

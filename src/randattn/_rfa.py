@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ._attend import Keys, finite
 from ._draws import no_draws, normal_draws
 from ._fused import attend
-from ._inputs import check_option, namespace, prepare, refuse_causal, resolve_count, dot
+from ._inputs import check_option, dot, namespace, prepare, refuse_causal, resolve_count
 
 if TYPE_CHECKING:
     from ._inputs import Inputs

@@ -209,7 +209,9 @@ def gather_bias(x: Array, mask: Array | None, at: Blocks) -> Array | None:
     if mask is None and at.valid is None:
         return None
     xp, device = namespace(x), placement(x)
-    keep = None if at.valid is None else with_rank(xp.asarray(at.valid, device=device), x.ndim)
+    keep: Array = None
+    if at.valid is not None:
+        keep = with_rank(xp.asarray(at.valid, device=device), x.ndim)
     if mask is not None:
         tokens = gather(mask[..., None], at)[..., 0]
         keep = tokens if keep is None else tokens & keep

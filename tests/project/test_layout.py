@@ -37,22 +37,21 @@ def code_without_texts(path):
     return ast.unparse(tree)
 
 
-def test_only_two_files_name_a_library():
+def test_few_files_name_a_library():
     named = {
         path.name
         for path in SOURCES
         if re.search(rf"\b(?:is_)?({'|'.join(LIBRARIES)})\b|is_\w+_namespace", code_without_texts(path))
     }
-    assert named <= {"_draws.py", "_fused.py"}
-    assert "_draws.py" in named
+    assert named == {"_draws.py", "_fused.py", "_fused_torch.py", "_fused_jax.py"}
 
 
 def test_the_hot_loop_stands_once():
-    """Exponentials of logits are taken in _attend.py, and nowhere by an estimator that is no exception."""
+    """Exponentials of logits are taken where the average is, and by no estimator that is no exception."""
     exponentials = {path.name: len(re.findall(r"\bxp\.exp\(", code_without_texts(path))) for path in SOURCES}
     assert exponentials["_attend.py"] > 0
-    # RFA's signed features are no average; RA samples from a row; LARA's weights alpha are probabilities.
-    allowed = {"_attend.py", "_rfa.py", "_ra.py", "_lara.py"}
+    # RFA's signed features are no average; RA samples from a row; LARA's weights are probabilities.
+    allowed = {"_attend.py", "_inplace.py", "_rfa.py", "_ra.py", "_lara.py"}
     assert {name for name, count in exponentials.items() if count} <= allowed
     for name in ("_softmax.py", "_eva.py"):
         assert exponentials[name] == 0

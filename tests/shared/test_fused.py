@@ -53,8 +53,16 @@ def make_cases():
         "grouped queries": (draw(2, 3, 2, N, D), [keys(2, 3, 1, bias=(2, 3, 1))], {}),
         "bias of more heads": (draw(1, 3, N, D), [keys(1, 3, e=D, bias=(4, 3))], {}),
         "by features": (draw(2, 3, N, D), [keys(2, 3, e=D)._replace(kappa=0.7)], {"scale": 0.7}),
-        "by features, biased": (draw(2, 3, N, D), [keys(1, 3, bias=(2, 3))._replace(kappa=0.7)], {"scale": 0.7}),
-        "by features, few of them": (draw(2, 3, 40, D), [keys(2, 3, m=2)._replace(kappa=0.5)], {"scale": 0.7}),
+        "by features, biased": (
+            draw(2, 3, N, D),
+            [keys(1, 3, bias=(2, 3))._replace(kappa=0.7)],
+            {"scale": 0.7},
+        ),
+        "by features, few of them": (
+            draw(2, 3, 40, D),
+            [keys(2, 3, m=2)._replace(kappa=0.5)],
+            {"scale": 0.7},
+        ),
         "no values": (draw(2, 3, N, D), [keys(2, 3, e=0)], {}),
         "causal": (draw(2, 3, M, D), [keys(2, 3)], {"is_causal": True}),
         "causal, of one width": (draw(2, 3, M, D), [keys(2, 3, e=D)], {"is_causal": True, "scale": 0.5}),
@@ -162,7 +170,9 @@ def test_the_same_gradients(lib, case, small, monkeypatch):
         assert np.linalg.norm(lib.numpy(actual) - right) <= 1e-10 * max(1.0, np.linalg.norm(right))
 
 
-@pytest.mark.parametrize("case", ["plain", "of one width", "by features", "shared keys", "causal", "windows", "weighted"])
+@pytest.mark.parametrize(
+    "case", ["plain", "of one width", "by features", "shared keys", "causal", "windows", "weighted"]
+)
 def test_the_same_second_derivatives(lib, case):
     """The gradient of the norm of the gradient."""
     if lib.name not in DIFFERENTIABLE:
@@ -265,8 +275,10 @@ def test_without_the_kernel_of_pytorch(lib, monkeypatch):
         pytest.skip("for torch")
     arrays, call, mask = prepared(lib, "of one width")
     expected = call(_attend.attend, mask, *arrays)
-    assert _fused._flash_works()
-    monkeypatch.setattr(_fused, "_flash_works", lambda: False)
+    from randattn import _fused_torch
+
+    assert _fused_torch.flash_works()
+    monkeypatch.setattr(_fused_torch, "flash_works", lambda: False)
     actual = call(_fused.attend, mask, *arrays)
     lib.close(actual.out, lib.numpy(expected.out))
     assert isinstance(actual, Average)

@@ -1,0 +1,156 @@
+"""`attend` for JAX: one compiled program, in blocks by its own loops, whose gradients make them again."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from . import _attend
+from ._attend import Average, Keys, PairWeight
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    Array = Any
+
+# Logits of a block that XLA computes as fast as smaller ones, and the most before keys are cut too.
+_BLOCK_LOGITS, _MOST_LOGITS = 1 << 18, 1 << 22
+_MIN_BLOCK_QUERIES = 64
+
+
+def attend(
+    q: Array,
+    sets: Sequence[Keys],
+    scale: float,
+    pair_bias: Array | None,
+    pair_weight: PairWeight | None,
+    is_causal: bool,
+) -> Average:
+    """`_attend.attend`."""
+    function, mask, arrays = pair_weight or (None, None, ())
+    biased = tuple(keys.biased() for keys in sets)
+    out, log_norm = _compiled(
+        *(q, biased, pair_bias, mask, arrays),
+        scale=scale,
+        function=function,
+        is_causal=is_causal,
+        block=_BLOCK_LOGITS,
+        most=_MOST_LOGITS,
+        fewest=_MIN_BLOCK_QUERIES,
+    )
+    return Average(out, log_norm)
+
+
+def _blocks(
+    q: Array,
+    sets: tuple[Keys, ...],
+    pair_bias: Array | None,
+    mask: Array | None,
+    arrays: tuple[Array, ...],
+    first: Any = 0,
+    *,
+    scale: float,
+    function: Any,
+    is_causal: bool,
+    block: int,
+    most: int,
+    fewest: int,
+) -> Average:
+    """Loops of the compiled program: over leading axes, then queries, then keys, as far as it takes."""
+    n, m = q.shape[-2], sum(keys.k.shape[-2] for keys in sets)
+    pair_weight = None if function is None else PairWeight(function, mask, arrays)
+    lead = _attend.leading_axes(q, sets, pair_bias, pair_weight)
+    rows = max(fewest, block // m)
+    splits = function is None and len(sets) == 1
+    if math.prod(lead) * n * m <= block or (not lead and n <= rows and not (splits and n * m > most)):
+        start = (first, 0) if is_causal else None
+        return _attend.attend_whole(q, sets, scale, pair_bias, pair_weight, first=start)
+
+    options = {"scale": scale, "function": function, "is_causal": is_causal}
+    again = functools.partial(_blocks, block=block, most=most, fewest=fewest, **options)
+    operands = (q, sets, pair_bias, mask, arrays)
+    if lead:
+        return _over_heads(again, operands, first, lead[0], block // (math.prod(lead[1:]) * n * m))
+    if n > rows:
+        return _over_queries(again, operands, first, _even(n, rows))
+    part = functools.partial(_attend.attend_whole, scale=scale, pair_weight=None)
+    return _over_keys(part, q, sets[0], pair_bias, first if is_causal else None, _even(m, most // n))
+
+
+# By itself an eager call is one program; within a caller's jit this is a part of that one.
+_compiled = jax.jit(_blocks, static_argnames=("scale", "function", "is_causal", "block", "most", "fewest"))
+
+
+def _over_heads(again: Any, operands: Any, first: Any, size: int, most: int) -> Average:
+    """A loop over the first axis, some of it at a time."""
+    if size == 1:
+        here = jax.tree.map(lambda x: x[0], operands)
+        return jax.tree.map(lambda x: x[None], again(*here, first))
+    held = _divisor(size, max(1, most))
+    leaves, structure = jax.tree.flatten(operands)
+    cut = [x.reshape(size // held, held, *x.shape[1:]) for x in leaves if x.shape[0] == size]
+
+    def of_heads(parts: list[Array]) -> Average:
+        left = iter(parts)
+        here = [next(left) if x.shape[0] == size else x for x in leaves]
+        return again(*structure.unflatten(x[0] if held == 1 else x for x in here), first)
+
+    found = jax.lax.map(jax.checkpoint(of_heads), cut)
+    return jax.tree.map(lambda x: x.reshape(size, *x.shape[1 if held == 1 else 2 :]), found)
+
+
+def _over_queries(again: Any, operands: Any, first: Any, rows: int) -> Average:
+    q, sets, pair_bias, mask, arrays = operands
+    n = q.shape[0]
+    whole = n - n % rows
+    per_query = (q, pair_bias, None if mask is None else mask[:, None])
+
+    def of_queries(part: Any) -> Average:
+        (here, pairs, seen), start = part
+        return again(here, sets, pairs, None if seen is None else seen[:, 0], arrays, start)
+
+    cut = jax.tree.map(lambda x: x[:whole].reshape(whole // rows, rows, x.shape[-1]), per_query)
+    found = jax.lax.map(jax.checkpoint(of_queries), (cut, first + jnp.arange(0, whole, rows)))
+    found = jax.tree.map(lambda x: x.reshape(whole, *x.shape[2:]), found)
+    if whole == n:
+        return found
+    tail = of_queries((jax.tree.map(lambda x: x[whole:], per_query), first + whole))
+    return jax.tree.map(lambda *parts: jnp.concat(parts), found, tail)
+
+
+def _over_keys(average: Any, q: Array, keys: Keys, pair_bias: Array | None, first: Any, cols: int) -> Average:
+    m = keys.k.shape[0]
+    whole = m - m % cols
+    bias = None if keys.bias is None else keys.bias[:, None]
+    per_key = (keys._replace(bias=bias), None if pair_bias is None else pair_bias.T)
+
+    def of_keys(part: Any, start: Any) -> Average:
+        (k, v, bias, _), pairs = part
+        here = Keys(k, v, None if bias is None else bias[:, 0])
+        pairs = None if pairs is None else pairs.T
+        return average(q, (here,), pair_bias=pairs, first=None if first is None else (first, start))
+
+    def step(done: Average, part: Any) -> tuple[Average, None]:
+        return _attend.merge(done, of_keys(*part)), None
+
+    cut = jax.tree.map(lambda x: x[:whole].reshape(whole // cols, cols, x.shape[-1]), per_key)
+    nothing = Average(jnp.zeros((len(q), keys.v.shape[-1]), q.dtype), jnp.full((len(q),), -math.inf, q.dtype))
+    found, _ = jax.lax.scan(jax.checkpoint(step), nothing, (cut, jnp.arange(0, whole, cols)))
+    if whole == m:
+        return found
+    return _attend.merge(found, of_keys(jax.tree.map(lambda x: x[whole:], per_key), whole))
+
+
+def _even(size: int, most: int) -> int:
+    """A size of blocks that divides, unless that would be far smaller than it may be."""
+    divisor = _divisor(size, most)
+    return divisor if 2 * divisor > most else most
+
+
+def _divisor(size: int, most: int) -> int:
+    """The largest divisor that is no larger than this."""
+    return next(d for d in range(min(size, most), 0, -1) if size % d == 0)

@@ -1,0 +1,236 @@
+"""`attend` for PyTorch as it computes at once: its own kernel, blocks in place, and gradients of its own."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from . import _attend, _inplace
+from ._attend import Average, Keys, PairWeight
+from ._fused import GPU_BLOCK_LOGITS
+from ._inputs import broadcast_shapes, with_rank
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    Array = Any
+
+# Private, and without a public counterpart; where it is gone, tests/shared/test_fused.py fails.
+_transformed = torch._C._functorch.peek_interpreter_stack  # noqa: SLF001
+
+
+class Call(NamedTuple):
+    """What `attend` is called with, without the arrays that gradients go to."""
+
+    sets: tuple[tuple[bool, float | None], ...]  # whether a set has a bias, and its kappa
+    scale: float
+    pair_weight: PairWeight | None
+    is_causal: bool
+
+    def arrays(self, arrays: Sequence[Any]) -> tuple[Any, list[Keys], PairWeight | None]:
+        """Of arrays in the order of `_arrays`: the queries, the sets and the weights of pairs."""
+        q, *rest = arrays
+        left = iter(rest)
+        sets = [
+            Keys(next(left), next(left), next(left) if biased else None, kappa) for biased, kappa in self.sets
+        ]
+        weight = self.pair_weight
+        return q, sets, None if weight is None else weight._replace(arrays=tuple(left))
+
+
+def is_plain(q: Array, sets: Sequence[Keys], pair_weight: PairWeight | None) -> bool:
+    """Whether nothing transforms the arrays or looks at their shapes alone."""
+    if _transformed() is not None or torch.autograd.forward_ad._current_level >= 0:  # noqa: SLF001
+        return False
+    return all(
+        type(x) in (torch.Tensor, torch.nn.Parameter) and x.device.type in ("cpu", "cuda")
+        for x in _arrays(q, sets, pair_weight)
+    )
+
+
+def attend(
+    q: Array, sets: Sequence[Keys], scale: float, pair_weight: PairWeight | None, is_causal: bool
+) -> Average:
+    """`_attend.attend`."""
+    arrays = _arrays(q, sets, pair_weight)
+    # autocast would take the products in half precision, and the logits with them.
+    with torch.autocast(q.device.type, enabled=False):
+        if torch.is_grad_enabled() and any(x.requires_grad for x in arrays):
+            weight = None if pair_weight is None else pair_weight._replace(arrays=())
+            own = tuple((keys.bias is not None, keys.kappa) for keys in sets)
+            return Average(*_Attend.apply(Call(own, scale, weight, is_causal), *arrays))
+        with torch.no_grad():
+            return _forward(q, sets, scale, pair_weight, is_causal)
+
+
+def _arrays(q: Array, sets: Sequence[Keys], pair_weight: PairWeight | None) -> list[Array]:
+    """All arrays that a gradient could go to."""
+    arrays = [q, *(x for keys in sets for x in keys[:3] if x is not None)]
+    return arrays if pair_weight is None else [*arrays, *pair_weight.arrays]
+
+
+def _forward(
+    q: Array, sets: Sequence[Keys], scale: float, pair_weight: PairWeight | None, is_causal: bool
+) -> Average:
+    sets = [keys.biased() for keys in sets]
+    if q.device.type == "cpu" and len(sets) == 1 and pair_weight is None:
+        average = _flash(q, sets[0], scale, is_causal)
+        if average is not None:
+            return average
+    return _inplace.attend(q, sets, Writing(q), scale, pair_weight, is_causal, _block(q))
+
+
+def _block(q: Array) -> int:
+    return _inplace.BLOCK_LOGITS if q.device.type == "cpu" else GPU_BLOCK_LOGITS
+
+
+class Writing(_inplace.Writing):
+    """With products that are scaled or added as they are made."""
+
+    long_rows = False
+    together = True
+
+    def matmul(self, name: str, a: Array, b: Array, factor: float = 1.0) -> Array:
+        if factor == 1 or a.shape[:-2] != b.shape[:-2]:
+            return super().matmul(name, a, b, factor)
+        out = self.empty(name, *a.shape[:-1], b.shape[-1])
+        torch.baddbmm(_batch(out), _batch(a), _batch(b), beta=0, alpha=factor, out=_batch(out))
+        return out
+
+    def add_matmul(self, name: str, x: Array, a: Array, b: Array) -> Array:
+        if not (x.shape[:-2] == a.shape[:-2] == b.shape[:-2] and x.is_contiguous()):
+            return super().add_matmul(name, x, a, b)
+        _batch(x).baddbmm_(_batch(a), _batch(b))
+        return x
+
+
+def _batch(x: Array) -> Array:
+    return x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
+
+
+class _Attend(torch.autograd.Function):
+    """The average with a gradient that makes the weights again: none is kept, no N x M array is whole."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, *arrays: Array) -> tuple[Array, Array]:
+        q, sets, pair_weight = call.arrays(arrays)
+        average = _forward(q, sets, call.scale, pair_weight, call.is_causal)
+        ctx.call = call
+        ctx.save_for_backward(*arrays, *average)
+        return tuple(average)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangent: Array) -> tuple[Any, ...]:
+        *arrays, out, log_norm = ctx.saved_tensors
+        call, needed = ctx.call, ctx.needs_input_grad[1:]
+        q, sets, pair_weight = call.arrays(arrays)
+        if torch.is_grad_enabled():
+            # A gradient of the gradient is asked for: the pure path has all of them.
+            again = _attend.attend(
+                q, *sets, scale=call.scale, pair_weight=pair_weight, is_causal=call.is_causal
+            )
+            wanted = [x for x, need in zip(arrays, needed, strict=True) if need]
+            found = iter(torch.autograd.grad(again, wanted, cotangent, create_graph=True, allow_unused=True))
+            return None, *(next(found) if need else None for need in needed)
+        of_q, of_sets, _ = call.arrays(needed)
+        with torch.autocast(q.device.type, enabled=False):
+            dq, dsets, dpair = _inplace.gradients(
+                q,
+                [keys.biased() for keys in sets],
+                Writing(q),
+                average=Average(out, log_norm),
+                cotangent=Average(*cotangent),
+                wanted=[of_q, *(x for keys in of_sets for x in _wanted(keys))],
+                scale=call.scale,
+                pair_weight=pair_weight,
+                pullback=_pullback,
+                is_causal=call.is_causal,
+                block=_block(q),
+            )
+        given = [x for keys, d in zip(sets, dsets, strict=True) for x in _without_kappa(keys, d)]
+        return None, dq, *given, *dpair
+
+
+def _wanted(needed: Keys) -> list[bool]:
+    """What of the gradients to biased keys is needed for those to the keys themselves."""
+    k, v, bias, kappa = needed
+    if kappa is None:
+        return [k, v] if bias is None else [k, v, bias]
+    return [k, v, k or bool(bias)]
+
+
+def _without_kappa(keys: Keys, d: Keys) -> list[Array | None]:
+    """The gradients to the keys themselves, from those to the biased ones."""
+    k, _, bias, kappa = keys
+    dk, dv, dbias, _ = d
+    if kappa is not None and dk is not None and dbias is not None:
+        if dbias.shape == k.shape[:-1]:
+            dk.addcmul_(dbias[..., None], k, value=-kappa)
+        else:
+            dk -= kappa * (dbias[..., None] * k).sum_to_size(k.shape)
+    if bias is None:
+        return [dk, dv]
+    return [dk, dv, None if dbias is None else dbias.sum_to_size(bias.shape)]
+
+
+def _pullback(pair_weight: PairWeight, q: Array, d: Array) -> list[Array | None]:
+    """The factors, and the gradients of sum(factors * d)."""
+    with torch.enable_grad():
+        q, *arrays = (x.detach().requires_grad_() for x in (q, *pair_weight.arrays))
+        factor = pair_weight._replace(arrays=tuple(arrays)).of(q)
+        along = torch.autograd.grad(factor, (q, *arrays), d.sum_to_size(factor.shape), allow_unused=True)
+    return [factor.detach(), *along]
+
+
+def _flash(q: Array, keys: Keys, scale: float, is_causal: bool) -> Average | None:
+    """PyTorch's own kernel for the CPU; None where it does not fit."""
+    k, v, bias, _ = keys
+    lead = tuple(q.shape[:-2])
+    fits = (
+        math.prod(lead) > 0
+        and len(lead) <= 2
+        and tuple(k.shape[:-2]) == lead == tuple(v.shape[:-2])
+        and k.shape[-1] == v.shape[-1]
+        and (bias is None or not is_causal)
+        and flash_works()
+    )
+    if not fits:
+        return None
+    # The kernel takes the last axis as contiguous, without a look.
+    q, k, v = (with_rank(x if x.stride(-1) == 1 else x.contiguous(), 4) for x in (q, k, v))
+    dead = mask = None
+    if bias is not None:
+        # Contiguous, or the kernel would copy the whole mask.
+        bias = with_rank(bias.contiguous(), 3)
+        if broadcast_shapes(bias.shape[:-1], q.shape[:-2]) != tuple(q.shape[:-2]):
+            return None
+        mask = bias[..., None, :].expand(*q.shape[:-1], bias.shape[-1])
+        dead = (bias == -math.inf).all(dim=-1)
+    out, log_norm = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(  # noqa: SLF001
+        q, k, v, is_causal=is_causal, attn_mask=mask, scale=scale
+    )
+    if dead is not None and dead.any():
+        # Its answer to no key at all is no average.
+        out = torch.where(dead[..., None, None], 0.0, out)
+        log_norm = torch.where(dead[..., None], -math.inf, log_norm)
+    n, e = out.shape[-2:]
+    return Average(out.reshape(*lead, n, e), log_norm.reshape(*lead, n))
+
+
+@functools.cache
+def flash_works() -> bool:
+    """Whether PyTorch still has this kernel, and it gives what it gave."""
+    q, k, v = torch.linspace(-1, 1, 3 * 5 * 4, dtype=torch.float64).reshape(3, 1, 1, 5, 4)
+    mask = torch.linspace(0, 1, 5, dtype=q.dtype).expand(1, 1, 5, 5)
+    try:
+        out, log_norm = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(  # noqa: SLF001
+            q, k, v, attn_mask=mask, scale=0.5
+        )
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+    logits = 0.5 * q @ k.mT + mask
+    same = (out, logits.softmax(-1) @ v), (log_norm, logits.logsumexp(-1))
+    return all(torch.allclose(x, y) for x, y in same)
