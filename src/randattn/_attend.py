@@ -192,7 +192,7 @@ def attend(
         return attend_whole(q, sets, scale, pair_bias, pair_weight)
     cols = m if pair_weight is not None else min(m, max(_MIN_BLOCK_KEYS, _BLOCK_LOGITS // max(1, lead * n)))
     done: list[Any] = []
-    for queries in query_blocks(n, lead * cols):
+    for queries in slices(n, rows_of_block(lead * cols)):
         weight = pair_weight
         if weight is not None and weight.mask is not None:
             weight = weight._replace(mask=weight.mask[..., queries])
@@ -261,9 +261,9 @@ def leading_axes(
     return broadcast_shapes(*(x.shape[: x.ndim - trailing] for x, trailing in arrays if x is not None))
 
 
-def query_blocks(n: int, logits_per_query: int) -> Iterator[slice]:
-    """Slices of the queries that keep the logits of one block within bounds."""
-    return slices(n, max(_MIN_BLOCK_QUERIES, _BLOCK_LOGITS // max(1, logits_per_query)))
+def rows_of_block(logits_per_query: int) -> int:
+    """The queries that keep the logits of one block within bounds."""
+    return max(_MIN_BLOCK_QUERIES, _BLOCK_LOGITS // max(1, logits_per_query))
 
 
 def slices(n: int, size: int) -> Iterator[slice]:

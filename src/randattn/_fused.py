@@ -15,8 +15,11 @@ from typing import TYPE_CHECKING, Any
 import array_api_compat as compat
 
 from . import _attend, _inplace
+from ._inputs import namespace
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ._attend import Average, Keys, PairWeight
 
     Array = Any
@@ -64,3 +67,22 @@ def attend(
         sets = tuple(keys.biased() for keys in sets)
         return _inplace.attend(q, sets, steps, scale, pair_weight, is_causal, block)
     return _attend.attend(q, *sets, scale=scale, pair_weight=pair_weight, is_causal=is_causal)
+
+
+def by_rows(function: Callable[..., Array], size: int, *arrays: tuple[Array, int]) -> Array:
+    """`function` of so many rows at a time, which lie on the given axis (-1 or -2) of each array.
+
+    It gives (..., rows, E).
+    """
+    x, axis = arrays[0]
+    if x.shape[axis] <= size:
+        return function(*(x for x, _ in arrays))
+    if compat.is_jax_array(x):
+        from . import _fused_jax
+
+        return _fused_jax.by_rows(function, size, *arrays)
+    done = [
+        function(*(x[..., rows] if axis == -1 else x[..., rows, :] for x, axis in arrays))
+        for rows in _attend.slices(x.shape[axis], size)
+    ]
+    return namespace(x).concat(done, axis=-2)

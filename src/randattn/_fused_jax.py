@@ -13,7 +13,7 @@ from . import _attend
 from ._attend import Average, Keys, PairWeight
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     Array = Any
 
@@ -92,12 +92,14 @@ def _over_heads(again: Any, operands: Any, first: Any, size: int, most: int) -> 
         return jax.tree.map(lambda x: x[None], again(*here, first))
     held = _divisor(size, max(1, most))
     leaves, structure = jax.tree.flatten(operands)
-    cut = [x.reshape(size // held, held, *x.shape[1:]) for x in leaves if x.shape[0] == size]
+    cut = [x for x in leaves if x.shape[0] == size]
+    if held > 1:
+        cut = [x.reshape(size // held, held, *x.shape[1:]) for x in cut]
 
     def of_heads(parts: list[Array]) -> Average:
         left = iter(parts)
-        here = [next(left) if x.shape[0] == size else x for x in leaves]
-        return again(*structure.unflatten(x[0] if held == 1 else x for x in here), first)
+        here = [next(left) if x.shape[0] == size else x if held > 1 else x[0] for x in leaves]
+        return again(*structure.unflatten(here), first)
 
     found = jax.lax.map(jax.checkpoint(of_heads), cut)
     return jax.tree.map(lambda x: x.reshape(size, *x.shape[1 if held == 1 else 2 :]), found)
@@ -143,6 +145,24 @@ def _over_keys(average: Any, q: Array, keys: Keys, pair_bias: Array | None, firs
     if whole == m:
         return found
     return _attend.merge(found, of_keys(jax.tree.map(lambda x: x[whole:], per_key), whole))
+
+
+def by_rows(function: Callable[..., Array], size: int, *arrays: tuple[Array, int]) -> Array:
+    """`function` of so many rows at a time, which lie on the given axis of each array: (..., rows, E)."""
+    (x, axis), *_ = arrays
+    whole = x.shape[axis] - x.shape[axis] % size
+
+    def blocks(x: Array, axis: int) -> Array:
+        x = jnp.moveaxis(jax.lax.slice_in_dim(x, 0, whole, axis=axis), axis, 0)
+        return jnp.moveaxis(x.reshape(whole // size, size, *x.shape[1:]), 1, axis)
+
+    found = jax.lax.map(jax.checkpoint(lambda parts: function(*parts)), [blocks(*one) for one in arrays])
+    found = jnp.moveaxis(found, 0, -3)
+    found = found.reshape(*found.shape[:-3], whole, found.shape[-1])
+    if whole == x.shape[axis]:
+        return found
+    tail = function(*(jax.lax.slice_in_dim(x, whole, x.shape[axis], axis=axis) for x, axis in arrays))
+    return jnp.concat([found, tail], axis=-2)
 
 
 def _even(size: int, most: int) -> int:

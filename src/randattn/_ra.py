@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from ._attend import Keys, finite, query_blocks
+from ._attend import Keys, finite, rows_of_block
 from ._draws import no_draws, normal_draws, uniform_draws
-from ._fused import attend
+from ._fused import attend, by_rows
 from ._inputs import check_broadcast, namespace, prepare, refuse_causal, resolve_count, with_rank
 
 if TYPE_CHECKING:
@@ -118,13 +118,16 @@ def ra(
     xp = x.xp
     bias = None if x.key_bias is None else x.key_bias[..., None, :]
     keys = Keys(x.k[..., None, :, :], x.v[..., None, :, :], bias, x.scale).biased()
-    means = []
-    for rows in query_blocks(n, math.prod(x.lead) * count * x.k.shape[-2]):
-        chosen = _sample_keys(x, x.q[..., rows, :], u[..., rows])
-        w = x.root * (x.q[..., None, rows, :] + chosen) + eps[..., rows, :]
+
+    def mean(q: Array, u: Array, eps: Array) -> Array:
+        w = x.root * (q[..., None, :, :] + _sample_keys(x, q, u)) + eps
         f, _ = attend(w, keys, scale=x.root)
-        means.append(xp.mean(f, axis=-3))
-    return x.finish(xp.concat(means, axis=-2) if len(means) > 1 else means[0])
+        return xp.mean(f, axis=-3)
+
+    rows = rows_of_block(math.prod(x.lead) * count * x.k.shape[-2])
+    eps = xp.broadcast_to(eps, (*eps.shape[:-2], n, d))
+    u = xp.broadcast_to(u, (*u.shape[:-1], n))
+    return x.finish(by_rows(mean, rows, (x.q, -2), (u, -1), (eps, -2)))
 
 
 def _sample_keys(x: Inputs, q: Array, u: Array) -> Array:
