@@ -74,7 +74,33 @@ def _blocks(
     again = functools.partial(_blocks, block=block, most=most, fewest=fewest, **options)
     operands = (q, sets, pair_bias, mask, arrays)
     if lead:
-        return _over_heads(again, operands, first, lead[0], block // (math.prod(lead[1:]) * n * m))
+        inside = math.prod(lead[1:]) * n * m
+        if lead[0] == 1 or inside <= block:
+            return _over_heads(again, operands, first, lead[0], block // inside)
+        # One loop for two axes, or the arrays of a whole head would be copied for the inner one.
+        if len(lead) > 1 and lead[1] > 1:
+            inner = jax.tree.map(lambda x: x.shape[1] > 1, operands)
+            held = _divisor(lead[1], max(1, block * lead[1] // inside))
+            return _over_two(again, operands, inner, first, (lead[0], lead[1]), held, 0)
+        if len(lead) == 1 and n > rows and 4 * m <= n and n % _even(n, rows) == 0:
+            others = jax.tree.map(lambda _: False, (sets, arrays))
+            inner = (
+                True,
+                others[0],
+                None if pair_bias is None else True,
+                None if mask is None else True,
+                others[1],
+            )
+            return _over_two(again, operands, inner, first, (lead[0], n), _even(n, rows), 1)
+        cols = _even(m, max(1, most // n))
+        if len(lead) == 1 and n <= rows and splits and pair_bias is None and not is_causal and m % cols == 0:
+            inner = (False, jax.tree.map(lambda _: True, sets), None, None, ())
+            parts = _over_two(again, operands, inner, first, (lead[0], m // cols), cols, 0, of_keys=True)
+            found = _attend.average(
+                jnp.moveaxis(parts.log_norm, 1, -1)[..., None, :], jnp.moveaxis(parts.out, 1, -2)
+            )
+            return Average(found.out[..., 0, :], found.log_norm[..., 0])
+        return _over_heads(again, operands, first, lead[0], 1)
     if n > rows:
         return _over_queries(again, operands, first, _even(n, rows))
     part = functools.partial(_attend.attend_whole, scale=scale, pair_weight=None)
@@ -103,6 +129,52 @@ def _over_heads(again: Any, operands: Any, first: Any, size: int, most: int) -> 
 
     found = jax.lax.map(jax.checkpoint(of_heads), cut)
     return jax.tree.map(lambda x: x.reshape(size, *x.shape[1 if held == 1 else 2 :]), found)
+
+
+def _over_two(
+    again: Any,
+    operands: Any,
+    inner: Any,
+    first: Any,
+    sizes: tuple[int, int],
+    held: int,
+    step: int,
+    *,
+    of_keys: bool = False,
+) -> Average:
+    """A loop over the first axis and `held` at a time of the next, which not all operands have (`inner`).
+
+    `of_keys`: the next axis is that of the keys, and each of its parts has a result of its own.
+    """
+    size, count = sizes
+    pieces = count if of_keys else count // held
+    leaves, structure = jax.tree.flatten(operands)
+    has_inner = jax.tree.leaves(inner)
+    cut = [
+        x.reshape(x.shape[0] * pieces, held, *x.shape[2:]) if has else x
+        for x, has in zip(leaves, has_inner, strict=True)
+    ]
+    looped = [has and x.shape[0] == size for x, has in zip(leaves, has_inner, strict=True)]
+
+    def of_both(part: Any) -> Average:
+        i, here = part
+        left = iter(here)
+
+        def one(x: Array, whole: Array, has: bool) -> Array:
+            if whole.shape[0] == 1 and not has:
+                return x[0]
+            return jax.lax.dynamic_index_in_dim(x, i % pieces if has else i // pieces, keepdims=False)
+
+        given = [
+            next(left) if loops else one(x, whole, has)
+            for x, whole, has, loops in zip(cut, leaves, has_inner, looped, strict=True)
+        ]
+        return again(*structure.unflatten(given), first + step * held * (i % pieces))
+
+    numbers = jnp.arange(size * pieces)
+    xs = [x for x, loops in zip(cut, looped, strict=True) if loops]
+    found = jax.lax.map(jax.checkpoint(of_both), (numbers, xs))
+    return jax.tree.map(lambda x: x.reshape(size, count, *x.shape[1 if of_keys else 2 :]), found)
 
 
 def _over_queries(again: Any, operands: Any, first: Any, rows: int) -> Average:
