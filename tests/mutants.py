@@ -62,7 +62,7 @@ MUTANTS = [
     ),
     Mutant("cells of pooling one token short", "_segments.py", "-((i + 1) * -n // size)", "(i + 1) * n // size"),
     Mutant("EVA counts the window twice", "_eva.py", "pair_bias=_outside_window(x, cut)", "pair_bias=None"),
-    Mutant("EVA loses what a window leaves of a group", "_eva.py", "if not cut.rest.size:", "if True:"),
+    Mutant("EVA loses what a window leaves of a group", "_eva.py", "if not cut.inside.size:", "if True:"),
     Mutant("EVA's groups without their size", "_eva.py", '    if group_weight == "size":\n', "    if False:\n"),
     Mutant("EVA reads padding in its groups", "_eva.py", "gather_bias(x.k, None, at)", "0"),
     Mutant("masked keys are read", "_inputs.py", "k, v = hide(k, key_mask), hide(v, key_mask)", "pass"),

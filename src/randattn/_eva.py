@@ -9,7 +9,7 @@ import math
 import numbers
 from typing import TYPE_CHECKING, Any
 
-from ._attend import Average, Keys, average
+from ._attend import Average, Keys, average, merge
 from ._draws import normal_draws
 from ._fused import attend
 from ._inputs import (
@@ -140,8 +140,7 @@ def eva(
     alone, at :math:`w_c \sim N((\tilde q_c + \tilde k_c)/2, I)` ([1]_, section 4). Exact where every
     group is one key, or the window is the whole sequence. In O(N (C + W)) time.
 
-    Where a window cuts a group, the part outside the window is a group of its own for its queries. What
-    is left of the groups takes O(E N^2 / (C W^2)) more: little, unless windows are far smaller than groups.
+    Where a window cuts a group, the part outside the window is a group of its own for its queries.
 
     References
     ----------
@@ -175,7 +174,7 @@ def eva(
         kt, log_size = pool(x.k, groups, x.key_mask)
     else:
         pooled = pool(x.k, cut.atoms, x.key_mask)
-        kt, log_size = _union(pooled, cut.members, cut.is_member)
+        kt, log_size = _union(pooled, cut)
     if landmarks is None:
         queries = blocks_of_queries(x, groups)
         qt, _ = pool(x.q, queries, resolve_query_mask(x, query_mask))
@@ -196,7 +195,7 @@ def eva(
     log_weight, rests = log_weight[..., None, :], []
     if cut is not None:
         atoms = _control_variates(x, take(w, cut.group_of_atom, axis=-2), cut.atoms)
-        beta, _ = _union(atoms, cut.members, cut.is_member)
+        beta, _ = _union(atoms, cut)
         outside = x.xp.asarray(cut.outside, device=x.device)
         log_weight = x.xp.where(with_rank(outside, x.q.ndim), log_weight, -math.inf)
         rests = _rests(atoms, pooled, cut, kt if landmarks is not None else None, group_weight)
@@ -214,27 +213,69 @@ def _control_variates(x: Inputs, w: Array, at: Blocks) -> Average:
     return Average(beta[..., 0, :], log_z[..., 0])
 
 
-def _union(parts: Average, index: Any, valid: Any) -> Average:
-    """The averages over unions of disjoint parts, listed by number (..., parts)."""
-    xp = namespace(parts.out)
-    log_norm = take(parts.log_norm, index, axis=-1)
-    log_norm = xp.reshape(log_norm, (*log_norm.shape[:-1], *index.shape))
-    log_norm = xp.where(xp.asarray(valid, device=placement(log_norm)), log_norm, -math.inf)
-    out = take(parts.out, index, axis=-2)
-    out = xp.reshape(out, (*out.shape[:-2], *index.shape, out.shape[-1]))
+def _of_groups(atoms: Average, cut: Cuts) -> Average:
+    """The atoms of each group, beside each other: (..., C, r, E)."""
+    xp = namespace(atoms.out)
+    log_norm = take(atoms.log_norm, cut.members, axis=-1)
+    log_norm = xp.reshape(log_norm, (*log_norm.shape[:-1], *cut.members.shape))
+    log_norm = xp.where(xp.asarray(cut.is_member, device=placement(log_norm)), log_norm, -math.inf)
+    out = take(atoms.out, cut.members, axis=-2)
+    return Average(xp.reshape(out, (*out.shape[:-2], *cut.members.shape, out.shape[-1])), log_norm)
+
+
+def _union(atoms: Average, cut: Cuts) -> Average:
+    """The averages over the groups."""
+    out, log_norm = _of_groups(atoms, cut)
     out, log_norm = average(log_norm[..., None, :], out)
     return Average(out[..., 0, :], log_norm[..., 0])
 
 
+def _others(atoms: Average, cut: Cuts) -> Average:
+    """For each window and each group that it cuts, the average over the other atoms: (..., B, R, E)."""
+    xp = namespace(atoms.out)
+    members = _of_groups(atoms, cut)
+    before, after = (
+        _before(members),
+        _before(Average(xp.flip(members.out, axis=-2), xp.flip(members.log_norm, axis=-1))),
+    )
+    others = merge(before, Average(xp.flip(after.out, axis=-2), xp.flip(after.log_norm, axis=-1)))
+    out = xp.reshape(others.out, (*others.out.shape[:-3], -1, others.out.shape[-1]))
+    log_norm = xp.reshape(others.log_norm, (*others.log_norm.shape[:-2], -1))
+    out, log_norm = take(out, cut.inside, axis=-2), take(log_norm, cut.inside, axis=-1)
+    out = xp.reshape(out, (*out.shape[:-2], *cut.inside.shape, out.shape[-1]))
+    log_norm = xp.reshape(log_norm, (*log_norm.shape[:-1], *cut.inside.shape))
+    is_cut = xp.asarray(cut.is_cut, device=placement(log_norm))
+    return Average(out, xp.where(is_cut, log_norm, -math.inf))
+
+
+def _before(parts: Average) -> Average:
+    """For each part (..., r, E) the average over those before it: a scan of `merge`, by doubling."""
+    xp = namespace(parts.out)
+
+    def later(x: Average, step: int) -> Average:
+        out, log_norm = x.out[..., :step, :], x.log_norm[..., :step]
+        return Average(
+            xp.concat([xp.zeros_like(out), x.out[..., :-step, :]], axis=-2),
+            xp.concat([xp.full_like(log_norm, -math.inf), x.log_norm[..., :-step]], axis=-1),
+        )
+
+    count, step = parts.out.shape[-2], 1
+    parts = later(parts, 1)
+    while step < count:
+        parts = merge(parts, later(parts, step))
+        step *= 2
+    return parts
+
+
 def _rests(atoms: Average, pooled: Average, cut: Cuts, given: Array | None, group_weight: str) -> list[Keys]:
     """For each window the keys, values and log weights of what it leaves of the groups that it cuts."""
-    if not cut.rest.size:
+    if not cut.inside.size:
         return []
-    beta, _ = _union(atoms, cut.rest, cut.is_rest)
-    kt, log_size = _union(pooled, cut.rest, cut.is_rest)
+    beta, _ = _others(atoms, cut)
+    kt, log_size = _others(pooled, cut)
     if given is not None:
-        kt = take(given, cut.rest_group, axis=-2)
-        kt = namespace(kt).reshape(kt, (*kt.shape[:-2], *cut.rest_group.shape, kt.shape[-1]))
+        kt = take(given, cut.group_of_cut, axis=-2)
+        kt = namespace(kt).reshape(kt, (*kt.shape[:-2], *cut.group_of_cut.shape, kt.shape[-1]))
     return [Keys(kt, beta, _weight(log_size, group_weight))]
 
 

@@ -59,9 +59,9 @@ class Cuts(NamedTuple):
     group_of_atom : ndarray of int, shape (A,)
     members, is_member : ndarrays of int and bool, shape (C, r)
         The atoms of each group, filled up.
-    rest, is_rest : ndarrays of int and bool, shape (B, R, r)
-        For each window the groups that it cuts, less the atom inside it.
-    rest_group : ndarray of int, shape (B, R)
+    inside, is_cut : ndarrays of int and bool, shape (B, R)
+        For each window the groups that it cuts: where, among all members, the atom inside it stands.
+    group_of_cut : ndarray of int, shape (B, R)
     outside : ndarray of bool, shape (B, C)
         Whether a group has no token in a window.
     window_of_token : ndarray of int, shape (N,)
@@ -71,9 +71,9 @@ class Cuts(NamedTuple):
     group_of_atom: Any
     members: Any
     is_member: Any
-    rest: Any
-    is_rest: Any
-    rest_group: Any
+    inside: Any
+    is_cut: Any
+    group_of_cut: Any
     outside: Any
     window_of_token: Any
 
@@ -157,13 +157,15 @@ def _cuts(grid: Sizes, groups: tuple[How, Sizes], window: Sizes) -> Cuts:
     cut = np.flatnonzero(np.bincount(atom) < np.bincount(group)[atom_group])
     of_window, is_cut = _list_by(atom_window[cut], window_count)
     inside = cut[of_window] if cut.size else np.zeros_like(of_window)
-    rest_group = atom_group[inside]
-    rest = members[rest_group]
-    is_rest = is_member[rest_group] & (rest != inside[..., None]) & is_cut[..., None]
+    place = np.zeros(len(pairs), dtype=np.int64)
+    place[members[is_member]] = np.flatnonzero(is_member)
 
     outside = np.ones((window_count, group_count), dtype=bool)
     outside[atom_window, atom_group] = False
-    return Cuts(atoms, atom_group, members, is_member, rest, is_rest, rest_group, outside, window_of_token)
+    return Cuts(
+        *(atoms, atom_group, members, is_member),
+        *(place[inside], is_cut, atom_group[inside], outside, window_of_token),
+    )
 
 
 def _list_by(label: Any, count: int) -> tuple[Any, Any]:

@@ -86,9 +86,12 @@ def test_cuts_leave_every_key_once_to_every_query(grid, groups):
             assert sorted(np.concatenate(members)) == sorted(group)
         for w, own in enumerate(by_window):
             seen = [own, *(by_group[c] for c in np.flatnonzero(cut.outside[w]))]
-            seen += [
-                atoms[a] for rest, real in zip(cut.rest[w], cut.is_rest[w], strict=True) for a in rest[real]
-            ]
+            for inside, group in zip(cut.inside[w][cut.is_cut[w]], cut.group_of_cut[w], strict=False):
+                c, place = divmod(inside, cut.members.shape[1])
+                assert c == group
+                assert set(atoms[cut.members[c][place]]) <= set(own)
+                others = np.delete(cut.members[c], place)[np.delete(cut.is_member[c], place)]
+                seen += [atoms[a] for a in others]
             assert sorted(np.concatenate(seen)) == list(range(np.prod(grid)))
             assert all(cut.window_of_token[token] == w for token in own)
 
