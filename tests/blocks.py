@@ -2,12 +2,13 @@
 
 import sys
 
-from randattn import _attend, _inplace
+from randattn import _attend, _fused, _inplace
 
 SIZES = [
     (_attend, "_BLOCK_LOGITS", 20),
     (_attend, "_MIN_BLOCK_KEYS", 5),
     (_attend, "_MIN_BLOCK_QUERIES", 1),
+    (_fused, "SMALL", 0),
     (_inplace, "BLOCK_LOGITS", 20),
     (_inplace, "_MIN_BLOCK_KEYS", 5),
     (_inplace, "_MIN_BLOCK_QUERIES", 2),
@@ -18,6 +19,10 @@ IN_JAX = [("_BLOCK_LOGITS", 20), ("_MOST_LOGITS", 10), ("_MIN_BLOCK_QUERIES", 2)
 
 def _all():
     yield from SIZES
+    if "torch" in sys.modules:
+        from randattn import _fused_torch
+
+        yield _fused_torch, "SMALL", 0
     if "jax" in sys.modules:
         from randattn import _fused_jax
 

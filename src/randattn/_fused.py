@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 # Logits of a block on a GPU: enough to keep it busy.
 GPU_BLOCK_LOGITS = 1 << 25
+# Logits for which laying out blocks takes longer than computing them.
+SMALL = 1 << 16
 
 
 class _NumpyWriting(_inplace.Writing):
@@ -65,6 +67,10 @@ def attend(
         if compat.is_numpy_array(q):
             steps, block = _NumpyWriting(q), _inplace.BLOCK_LOGITS
         sets = tuple(keys.biased() for keys in sets)
+        lead = math.prod(_attend.leading_axes(q, sets, None, pair_weight))
+        if lead * q.shape[-2] * sum(keys.k.shape[-2] for keys in sets) <= SMALL:
+            first = (0, 0) if is_causal else None
+            return _attend.attend_whole(q, sets, scale, None, pair_weight, first)
         return _inplace.attend(q, sets, steps, scale, pair_weight, is_causal, block)
     return _attend.attend(q, *sets, scale=scale, pair_weight=pair_weight, is_causal=is_causal)
 

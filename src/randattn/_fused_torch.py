@@ -10,7 +10,7 @@ import torch
 
 from . import _attend, _inplace
 from ._attend import Average, Keys, PairWeight
-from ._fused import GPU_BLOCK_LOGITS
+from ._fused import GPU_BLOCK_LOGITS, SMALL
 from ._inputs import broadcast_shapes, with_rank
 
 if TYPE_CHECKING:
@@ -80,7 +80,32 @@ def _forward(
         average = _flash(q, sets[0], scale, is_causal)
         if average is not None:
             return average
+    lead = math.prod(_attend.leading_axes(q, sets, None, pair_weight))
+    if not is_causal and lead * q.shape[-2] * sum(keys.k.shape[-2] for keys in sets) <= SMALL:
+        return _whole(q, sets, scale, pair_weight)
     return _inplace.attend(q, sets, Writing(q), scale, pair_weight, is_causal, _block(q))
+
+
+def _whole(q: Array, sets: Sequence[Keys], scale: float, pair_weight: PairWeight | None) -> Average:
+    """Without blocks, in as few calls as PyTorch needs: on small inputs each costs more than its work."""
+    parts = []
+    for k, _, bias, _ in sets:
+        x = (q * scale if scale != 1 else q) @ k.mT
+        parts.append(x if bias is None else x + bias[..., None, :])
+    lead = broadcast_shapes(*(x.shape[:-2] for x in parts))
+    logits = parts[0] if len(parts) == 1 else torch.cat([x.expand(*lead, *x.shape[-2:]) for x in parts], -1)
+    limits = torch.finfo(q.dtype)
+    # A row of nothing but -inf has no weight at all, and a maximum that can be subtracted.
+    top = logits.amax(-1, keepdim=True).clamp_min(limits.min)
+    weights = (logits - top).exp()
+    if pair_weight is not None:
+        weights = weights * pair_weight.of(q).mT
+    total = weights.sum(-1, keepdim=True)
+    weights = weights / total.clamp_min(limits.tiny)
+    out: Array = sum(
+        x @ keys.v for x, keys in zip(weights.split([x.shape[-1] for x in parts], -1), sets, strict=True)
+    )
+    return Average(out, (top + total.log())[..., 0])
 
 
 def _block(q: Array) -> int:

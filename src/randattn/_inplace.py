@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from functools import reduce
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -164,6 +165,7 @@ def attend(
     out = xp.empty((*lead, n, sets[0].v.shape[-1]), dtype=q.dtype, device=device)
     tops, totals = (xp.empty((*lead, n), dtype=q.dtype, device=device) for _ in range(2))
     limits = xp.finfo(q.dtype)
+    smallest = xp.asarray(limits.smallest_normal, dtype=q.dtype, device=device)
     for here in _blocks(q, sets, lead, pair_weight, is_causal, block, steps.together):
         # A row of nothing but -inf has no weight at all, and a maximum that can be subtracted.
         top = total = acc = None
@@ -178,15 +180,22 @@ def attend(
                 shrink = xp.exp(top - highest)
                 total, acc = total * shrink, steps.multiply(acc, shrink[..., None])
             top = highest
-            for piece, x in zip(pieces, logits, strict=True):
-                weights = steps.exp(steps.subtract(x, top[..., None, :]))
-                if here.pair_weight is not None:
-                    weights = steps.multiply(weights, here.pair_weight.of(here.q, steps))
-                summed = xp.sum(weights, axis=-2)
-                total = summed if total is None else total + summed
-                acc = _sums(weights, piece.keys.v, steps, acc)
+            weights = [steps.exp(steps.subtract(x, top[..., None, :])) for x in logits]
+            if here.pair_weight is not None:
+                weights = [steps.multiply(x, here.pair_weight.of(here.q, steps)) for x in weights]
+            total = reduce(operator.add, [xp.sum(x, axis=-2) for x in weights], 0 if total is None else total)
+            if len(here.steps) == 1:
+                # Weights that add up to one: dividing what they give would take longer over its short rows.
+                share = 1 / xp.maximum(total, smallest)
+                weights = [steps.multiply(x, share[..., None, :]) for x in weights]
+            for piece, x in zip(pieces, weights, strict=True):
+                acc = _sums(x, piece.keys.v, steps, acc)
         tops[here.at], totals[here.at] = top, total
-        total = steps.at_least(total, limits.smallest_normal)[..., None]
+        if len(here.steps) == 1:
+            if not direct:
+                target[...] = acc
+            continue
+        total = xp.maximum(total, smallest)[..., None]
         if direct:
             acc /= total
         else:
