@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ._attend import Average, Keys, average, merge
 from ._draws import normal_draws
-from ._fused import attend
+from ._fused import attend, full_precision
 from ._inputs import (
     check_count,
     check_flags,
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     Array = Any
 
 
+@full_precision
 def eva(
     q: Array,
     k: Array,

@@ -8,9 +8,10 @@ them together.
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import array_api_compat as compat
 
@@ -24,10 +25,26 @@ if TYPE_CHECKING:
 
     Array = Any
 
+F = TypeVar("F", bound="Callable[..., Any]")
+
 # Logits of a block on a GPU: enough to keep it busy.
 GPU_BLOCK_LOGITS = 1 << 25
 # Logits for which laying out blocks takes longer than computing them.
 SMALL = 1 << 16
+
+
+def full_precision(function: F) -> F:
+    """Leave PyTorch's autocast: it would take the products in half precision, and the logits with them."""
+
+    @functools.wraps(function)
+    def call(q: Any, *args: Any, **options: Any) -> Any:
+        torch = sys.modules.get("torch")
+        if torch is not None and isinstance(q, torch.Tensor) and torch.is_autocast_enabled(q.device.type):
+            with torch.autocast(q.device.type, enabled=False):
+                return function(q, *args, **options)
+        return function(q, *args, **options)
+
+    return cast("F", call)
 
 
 class _NumpyWriting(_inplace.Writing):

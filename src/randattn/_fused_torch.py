@@ -56,14 +56,12 @@ def attend(
 ) -> Average:
     """`_attend.attend`."""
     arrays = _arrays(q, sets, pair_weight)
-    # autocast would take the products in half precision, and the logits with them.
-    with torch.autocast(q.device.type, enabled=False):
-        if torch.is_grad_enabled() and any(x.requires_grad for x in arrays):
-            weight = None if pair_weight is None else pair_weight._replace(arrays=())
-            own = tuple((keys.bias is not None, keys.kappa) for keys in sets)
-            return Average(*_Attend.apply(Call(own, scale, weight, is_causal), *arrays))
-        with torch.no_grad():
-            return _forward(q, sets, scale, pair_weight, is_causal)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in arrays):
+        weight = None if pair_weight is None else pair_weight._replace(arrays=())
+        own = tuple((keys.bias is not None, keys.kappa) for keys in sets)
+        return Average(*_Attend.apply(Call(own, scale, weight, is_causal), *arrays))
+    with torch.no_grad():
+        return _forward(q, sets, scale, pair_weight, is_causal)
 
 
 def _arrays(q: Array, sets: Sequence[Keys], pair_weight: PairWeight | None) -> list[Array]:

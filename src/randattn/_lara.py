@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ._attend import Keys, PairWeight, finite, nonzero
 from ._draws import normal_draws
-from ._fused import attend
+from ._fused import attend, full_precision
 from ._inputs import (
     check_flags,
     check_option,
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 _SMALLEST_ALPHA = 1e-8
 
 
+@full_precision
 def lara(
     q: Array,
     k: Array,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ._attend import Keys, finite
 from ._draws import no_draws, normal_draws
-from ._fused import attend
+from ._fused import attend, full_precision
 from ._inputs import check_option, dot, namespace, prepare, refuse_causal, resolve_count
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     Array = Any
 
 
+@full_precision
 def rfa(
     q: Array,
     k: Array,
