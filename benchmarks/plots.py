@@ -79,7 +79,7 @@ def _time(rows: list[Row]) -> Figure:
         _time_panel(axes, its, seen)
         axes.set_title(_name(group))
     panels[0].set_ylabel("time of one call (ms)")
-    columns = min(len(seen), 2 * len(groups) + 1)
+    columns = min(len(seen), 2 * len(groups))
     figure.legend(handles=list(seen.values()), loc="outside lower center", ncols=columns)
     return figure
 

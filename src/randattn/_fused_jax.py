@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from . import _attend
 from ._attend import Average, Keys, PairWeight
+from ._fused import GPU_BLOCK_LOGITS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -33,13 +34,14 @@ def attend(
     """`_attend.attend`."""
     function, mask, arrays = pair_weight or (None, None, ())
     biased = tuple(keys.biased() for keys in sets)
+    on_cpu = jax.default_backend() == "cpu"
     out, log_norm = _compiled(
         *(q, biased, pair_bias, mask, arrays),
         scale=scale,
         function=function,
         is_causal=is_causal,
-        block=_BLOCK_LOGITS,
-        most=_MOST_LOGITS,
+        block=_BLOCK_LOGITS if on_cpu else GPU_BLOCK_LOGITS,
+        most=_MOST_LOGITS if on_cpu else GPU_BLOCK_LOGITS,
         fewest=_MIN_BLOCK_QUERIES,
     )
     return Average(out, log_norm)

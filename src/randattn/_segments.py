@@ -64,7 +64,6 @@ class Cuts(NamedTuple):
     group_of_cut : ndarray of int, shape (B, R)
     outside : ndarray of bool, shape (B, C)
         Whether a group has no token in a window.
-    window_of_token : ndarray of int, shape (N,)
     """
 
     atoms: Blocks
@@ -75,7 +74,6 @@ class Cuts(NamedTuple):
     is_cut: Any
     group_of_cut: Any
     outside: Any
-    window_of_token: Any
 
 
 @static
@@ -164,7 +162,7 @@ def _cuts(grid: Sizes, groups: tuple[How, Sizes], window: Sizes) -> Cuts:
     outside[atom_window, atom_group] = False
     return Cuts(
         *(atoms, atom_group, members, is_member),
-        *(place[inside], is_cut, atom_group[inside], outside, window_of_token),
+        *(place[inside], is_cut, atom_group[inside], outside),
     )
 
 
