@@ -80,6 +80,7 @@ def register_tests(library: str, packages: tuple[str, ...]) -> None:
                 session,
                 *("tests/shared", "tests/project", "--backend", library),
                 *("--doctest-modules", "src/randattn", "--ignore", "src/randattn/cli"),
+                *("--ignore-glob", "src/randattn/_fused_*.py"),
             )
         else:
             run_pytest(session, "tests/shared", "--backend", library)

@@ -39,9 +39,11 @@ def full_precision(function: F) -> F:
     @functools.wraps(function)
     def call(q: Any, *args: Any, **options: Any) -> Any:
         torch = sys.modules.get("torch")
-        if torch is not None and isinstance(q, torch.Tensor) and torch.is_autocast_enabled(q.device.type):
-            with torch.autocast(q.device.type, enabled=False):
-                return function(q, *args, **options)
+        if torch is not None and isinstance(q, torch.Tensor):
+            kind = q.device.type
+            if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+                with torch.autocast(kind, enabled=False):
+                    return function(q, *args, **options)
         return function(q, *args, **options)
 
     return cast("F", call)

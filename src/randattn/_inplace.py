@@ -191,15 +191,10 @@ def attend(
             for piece, x in zip(pieces, weights, strict=True):
                 acc = _sums(x, piece.keys.v, steps, acc)
         tops[here.at], totals[here.at] = top, total
-        if len(here.steps) == 1:
-            if not direct:
-                target[...] = acc
-            continue
-        total = xp.maximum(total, smallest)[..., None]
-        if direct:
-            acc /= total
-        else:
-            xp.divide(acc, total, out=target)
+        if len(here.steps) > 1:
+            acc = steps.multiply(acc, 1 / xp.maximum(total, smallest)[..., None])
+        if not direct:
+            target[...] = acc
     return Average(out, log_of_sum(tops, totals))
 
 
