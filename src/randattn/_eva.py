@@ -171,7 +171,7 @@ def eva(
 
     # What a window cuts off a group is in the window; the rest is a group of its own.
     cut = cuts(tokens, (how, sizes), tile) if tile is not None and disjoint else None
-    if cut is None:
+    if cut is None or not cut.inside.size:
         kt, log_size = pool(x.k, groups, x.key_mask)
     else:
         pooled = pool(x.k, cut.atoms, x.key_mask)
@@ -195,13 +195,14 @@ def eva(
     near = Keys(gather(x.k, windows), gather(x.v, windows), gather_bias(x.k, x.key_mask, windows))
     log_weight, rests = log_weight[..., None, :], []
     if cut is not None:
-        atoms = _control_variates(x, take(w, cut.group_of_atom, axis=-2), cut.atoms)
-        beta, _ = _union(atoms, cut)
         outside = x.xp.asarray(cut.outside, device=x.device)
         log_weight = x.xp.where(with_rank(outside, x.q.ndim), log_weight, -math.inf)
-        rests = _rests(atoms, pooled, cut, kt if landmarks is not None else None, group_weight)
-    else:
+    if cut is None or not cut.inside.size:
         beta, _ = _control_variates(x, w, groups)
+    else:
+        atoms = _control_variates(x, take(w, cut.group_of_atom, axis=-2), cut.atoms)
+        beta, _ = _union(atoms, cut)
+        rests = [_rests(atoms, pooled, cut, kt if landmarks is not None else None, group_weight)]
     far = Keys(kt[..., None, :, :], beta[..., None, :, :], log_weight)
     out, _ = attend(gather(x.q, windows), near, far, *rests, scale=x.scale)
     return x.finish(scatter(out, windows))
@@ -268,16 +269,14 @@ def _before(parts: Average) -> Average:
     return parts
 
 
-def _rests(atoms: Average, pooled: Average, cut: Cuts, given: Array | None, group_weight: str) -> list[Keys]:
+def _rests(atoms: Average, pooled: Average, cut: Cuts, given: Array | None, group_weight: str) -> Keys:
     """For each window the keys, values and log weights of what it leaves of the groups that it cuts."""
-    if not cut.inside.size:
-        return []
     beta, _ = _others(atoms, cut)
     kt, log_size = _others(pooled, cut)
     if given is not None:
         kt = take(given, cut.group_of_cut, axis=-2)
         kt = namespace(kt).reshape(kt, (*kt.shape[:-2], *cut.group_of_cut.shape, kt.shape[-1]))
-    return [Keys(kt, beta, _weight(log_size, group_weight))]
+    return Keys(kt, beta, _weight(log_size, group_weight))
 
 
 def _weight(log_size: Array, group_weight: str) -> Array:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
+from functools import reduce
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -87,23 +89,27 @@ def _forward(
 def _whole(q: Array, sets: Sequence[Keys], scale: float, pair_weight: PairWeight | None) -> Average:
     """Without blocks, in as few calls as PyTorch needs: on small inputs each costs more than its work."""
     parts = []
+    scaled = q * scale if scale != 1 else q
     for k, _, bias, _ in sets:
-        x = (q * scale if scale != 1 else q) @ k.mT
+        x = scaled @ k.mT
         parts.append(x if bias is None else x + bias[..., None, :])
     lead = broadcast_shapes(*(x.shape[:-2] for x in parts))
     logits = parts[0] if len(parts) == 1 else torch.cat([x.expand(*lead, *x.shape[-2:]) for x in parts], -1)
-    limits = torch.finfo(q.dtype)
-    # A row of nothing but -inf has no weight at all, and a maximum that can be subtracted.
-    top = logits.amax(-1, keepdim=True).clamp_min(limits.min)
-    weights = (logits - top).exp()
+    log_norm = logits.logsumexp(-1)
+    if not sets[0].v.shape[-1] and pair_weight is None:
+        return Average(logits[..., :0], log_norm)
+    weights = logits.softmax(-1)
+    if any(keys.bias is not None for keys in sets):
+        # A row of nothing but -inf has no weight at all.
+        weights = weights.masked_fill((log_norm == -math.inf)[..., None], 0)
     if pair_weight is not None:
-        weights = weights * pair_weight.of(q).mT
-    total = weights.sum(-1, keepdim=True)
-    weights = weights / total.clamp_min(limits.tiny)
-    out: Array = sum(
-        x @ keys.v for x, keys in zip(weights.split([x.shape[-1] for x in parts], -1), sets, strict=True)
-    )
-    return Average(out, (top + total.log())[..., 0])
+        weights = weights * pair_weight.of(q, Writing(q)).mT
+        total = weights.sum(-1)
+        weights = weights / total.clamp_min(torch.finfo(q.dtype).tiny)[..., None]
+        log_norm = log_norm + total.log()
+    shares = weights.split([x.shape[-1] for x in parts], -1) if len(parts) > 1 else (weights,)
+    out = reduce(operator.add, (x @ keys.v for x, keys in zip(shares, sets, strict=True)))
+    return Average(out, log_norm)
 
 
 def _block(q: Array) -> int:
@@ -122,6 +128,12 @@ class Writing(_inplace.Writing):
         out = self.empty(name, *a.shape[:-1], b.shape[-1])
         torch.baddbmm(_batch(out), _batch(a), _batch(b), beta=0, alpha=factor, out=_batch(out))
         return out
+
+    def at_most(self, x: Array, bound: float) -> Array:
+        return x.clamp_max_(bound)
+
+    def at_least(self, x: Array, bound: float) -> Array:
+        return x.clamp_min_(bound)
 
     def add_matmul(self, name: str, x: Array, a: Array, b: Array) -> Array:
         if not (x.shape[:-2] == a.shape[:-2] == b.shape[:-2] and x.is_contiguous()):

@@ -182,15 +182,19 @@ def lara(
     eps = normal_draws(x, tuple(mu.shape[-2:]), rng=rng, noise=noise, axes="C, D", lead=mu.shape[:-2])
     w = mu if eps is None else mu + noise_scale * eps
     present = there
+    xp = x.xp
     if antithetic and eps is not None:
-        xp = x.xp
         w = xp.concat([w, mu - noise_scale * eps], axis=-2)
         mu = xp.concat([mu, mu], axis=-2)
         present = None if there is None else xp.concat([there, there], axis=-1)
 
     f, log_z = attend(w, Keys(x.k, x.v, x.key_bias, x.scale), scale=x.root)
-    log_r, log_mixture = _log_densities(w, mu, present)
+    # Log densities over that of N(0, I), at each draw: of all proposals together, and of its own.
+    half_norm = xp.sum(mu * mu, axis=-1) / 2
+    _, log_mixture = attend(w, Keys(mu, mu, _only(present, -half_norm)))
+    log_mixture = finite(log_mixture)
     if weighting == "optimal":
+        log_r = xp.sum(w * mu, axis=-1) - half_norm
         balance = _probability(log_r - log_mixture)
         alpha_nc = _optimal(x, qt, there, query_mask, balance, alpha, normalize)
         out, _ = attend(x.q, Keys(w, f, _only(present, log_z - log_r)), scale=x.root, pair_weight=alpha_nc)
@@ -227,15 +231,6 @@ def _landmarks(
     if query_mask is None and x.key_mask is None:
         return qt, kt, None
     return qt, kt, (log_queries > -math.inf) | (log_keys > -math.inf)
-
-
-def _log_densities(w: Array, mu: Array, there: Array | None) -> tuple[Array, Array]:
-    """Of each draw over N(0, I): the log density of its own proposal, and of their sum."""
-    xp = namespace(w)
-    half_norm = xp.sum(mu * mu, axis=-1) / 2
-    log_r = xp.sum(w * mu, axis=-1) - half_norm
-    _, log_mixture = attend(w, Keys(mu, mu, _only(there, -half_norm)))
-    return log_r, finite(log_mixture)
 
 
 def _optimal(
