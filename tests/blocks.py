@@ -35,6 +35,13 @@ def make_small(monkeypatch):
         monkeypatch.setattr(module, name, size)
 
 
+def make_blocks(monkeypatch):
+    """Have the few tokens of a test in blocks of the sizes that are used."""
+    for module, name, size in _all():
+        if name == "SMALL":
+            monkeypatch.setattr(module, name, size)
+
+
 def sizes():
     """What a compiled program depends on."""
     return tuple(getattr(module, name) for module, name, _ in _all())

@@ -101,7 +101,7 @@ class PairWeight(NamedTuple):
 
 
 class Steps:
-    """Elementwise steps, each a new array. `_inplace.Writing` has those that write over the first one."""
+    """Elementwise steps, each a new array. `_writing.Writing` has those that write over the first one."""
 
     def __init__(self, like: Array) -> None:
         self._xp = namespace(like)

@@ -17,9 +17,11 @@ import array_api_compat as compat
 
 from . import _attend, _inplace
 from ._inputs import namespace, placement
+from ._writing import Writing
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from contextlib import AbstractContextManager
 
     from ._attend import Average, Keys, PairWeight
 
@@ -49,8 +51,12 @@ def full_precision(function: F) -> F:
     return cast("F", call)
 
 
-class _NumpyWriting(_inplace.Writing):
-    strided = True
+class _NumpyWriting(Writing):
+    strided = looks = True
+
+    def quietly(self) -> AbstractContextManager[object]:
+        numpy = sys.modules["numpy"]
+        return cast("AbstractContextManager[object]", numpy.errstate(over="ignore", invalid="ignore"))
 
 
 def attend(
@@ -82,7 +88,7 @@ def attend(
         if _fused_torch.is_plain(q, sets, pair_weight):
             return _fused_torch.attend(q, sets, scale, pair_weight, is_causal)
     elif compat.is_numpy_array(q) or compat.is_cupy_array(q):
-        steps, block = _inplace.Writing(q), GPU_BLOCK_LOGITS
+        steps, block = Writing(q), GPU_BLOCK_LOGITS
         if compat.is_numpy_array(q):
             steps, block = _NumpyWriting(q), _inplace.BLOCK_LOGITS
         sets = tuple(keys.biased() for keys in sets)

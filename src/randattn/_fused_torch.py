@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from . import _attend, _inplace
+from . import _attend, _inplace, _writing
 from ._attend import Average, Keys, PairWeight
 from ._fused import GPU_BLOCK_LOGITS, SMALL
 from ._inputs import broadcast_shapes, with_rank
@@ -116,11 +116,15 @@ def _block(q: Array) -> int:
     return _inplace.BLOCK_LOGITS if q.device.type == "cpu" else GPU_BLOCK_LOGITS
 
 
-class Writing(_inplace.Writing):
+class Writing(_writing.Writing):
     """With products that are scaled or added as they are made."""
 
     long_rows = False
     together = True
+
+    def __init__(self, like: Array) -> None:
+        super().__init__(like)
+        self.looks = like.device.type == "cpu"
 
     def matmul(self, name: str, a: Array, b: Array, factor: float = 1.0) -> Array:
         if factor == 1 or a.shape[:-2] != b.shape[:-2]:

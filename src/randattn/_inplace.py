@@ -1,7 +1,6 @@
 """The average and its gradient in blocks that stay in the cache, for arrays that can be written to.
 
 The same as `_attend.attend` (tests/shared/test_fused.py), where nothing is traced: NumPy, CuPy and torch.
-Logits stand keys first (..., M, n): sums and maxima over the keys then run along whole rows.
 """
 
 from __future__ import annotations
@@ -12,11 +11,13 @@ import operator
 from functools import reduce
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ._attend import Average, Keys, PairWeight, Steps, finite, leading_axes, log_of_sum, past, slices
-from ._inputs import broadcast_shapes, dot, namespace, placement
+from ._attend import Average, Keys, PairWeight, finite, leading_axes, log_of_sum, past, slices
+from ._inputs import dot, namespace, placement
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from ._writing import Writing
 
     Array = Any
     At = tuple[slice, ...]
@@ -27,102 +28,18 @@ if TYPE_CHECKING:
 BLOCK_LOGITS = 1 << 20
 _MIN_BLOCK_KEYS, _MIN_BLOCK_QUERIES = 1024, 64
 _FEW_QUERIES = 512
+# Sums of exponentials that need no maximum subtracted, and the most that a bias as a factor may be, in
+# nats: what falls out of float32 is 1e-13 of such a sum.
+_SAFE_SUMS, _SAFE_BIAS = (1e-12, 1e30), 30
 
 
-class Writing(Steps):
-    """Steps that write over their first argument, where the result fits it, and products that are held.
+class _Weights(NamedTuple):
+    """What the keys of a step weigh for a block of queries."""
 
-    Fresh arrays for each block would cost as much as the products.
-    """
-
-    # Whether the longer axis of the logits is the last one in memory: then sums run along whole rows.
-    # With the shorter one there the product itself may be faster.
-    long_rows = True
-    # Whether a product for all heads is faster than one for each.
-    together = False
-    # Whether products can be written to arrays that are not whole in memory.
-    strided = False
-
-    def __init__(self, like: Array) -> None:
-        super().__init__(like)
-        self._like = like
-        self._held: dict[str, Array] = {}
-
-    def empty(self, name: str, *shape: int) -> Array:
-        """An array of that shape, until one of that name is asked for again."""
-        size = math.prod(shape)
-        if name not in self._held or self._held[name].shape[0] < size:
-            self._held[name] = self._xp.empty(size, dtype=self._like.dtype, device=placement(self._like))
-        return self._xp.reshape(self._held[name][:size], shape)
-
-    def hold(self, name: str, x: Array | None) -> None:
-        """Have the next array of that name lie in `x`, or be a new one."""
-        self._held.pop(name, None)
-        if x is not None:
-            self._held[name] = self._xp.reshape(x, (-1,))
-
-    def matmul(self, name: str, a: Array, b: Array, factor: float = 1.0) -> Array:
-        lead = broadcast_shapes(a.shape[:-2], b.shape[:-2])
-        # Of one column and one row: a product of matrices would take longer.
-        product = self._xp.multiply if a.shape[-1] == 1 else self._xp.matmul
-        out = product(a, b, out=self.empty(name, *lead, a.shape[-2], b.shape[-1]))
-        return out if factor == 1 else self.multiply(out, factor)
-
-    def products(self, name: str, k: Array, q: Array, scale: float = 1.0) -> Array:
-        """``scale k . q``, (..., M, n), in memory as the library is fastest with it.
-
-        One product for all tiles (axis -3) of queries that meet the same keys.
-        """
-        xp = self._xp
-        tiles = _shared(k, q.shape)
-        if tiles:
-            *lead, tiles, n, d = q.shape
-            k, q = k[..., 0, :, :], xp.reshape(q, (*lead, tiles * n, d))
-        elif self.strided and k.ndim > 2 and k.shape[-3] == q.shape[-3] > 1:
-            # Tiles beside each other in memory: rows as long as all of them.
-            *lead, count, m, _ = (*broadcast_shapes(k.shape[:-2], q.shape[:-2]), k.shape[-2], 0)
-            out = xp.moveaxis(self.empty(name, *lead, m, count, q.shape[-2]), -2, -3)
-            out = xp.matmul(k, xp.matrix_transpose(q), out=out)
-            return out if scale == 1 else self.multiply(out, scale)
-        if (k.shape[-2] > q.shape[-2]) is self.long_rows:
-            x = xp.matrix_transpose(self.matmul(name, q, xp.matrix_transpose(k), scale))
-        else:
-            x = self.matmul(name, k, xp.matrix_transpose(q), scale)
-        return xp.moveaxis(xp.reshape(x, (*x.shape[:-1], tiles, n)), -2, -3) if tiles else x
-
-    def add_matmul(self, name: str, x: Array, a: Array, b: Array) -> Array:
-        """``x + a b``."""
-        return self.add(x, self.matmul(name, a, b))
-
-    def add(self, x: Array, y: Array) -> Array:
-        if not _holds(x, y):
-            return x + y
-        x += y
-        return x
-
-    def subtract(self, x: Array, y: Array) -> Array:
-        if not _holds(x, y):
-            return x - y
-        x -= y
-        return x
-
-    def multiply(self, x: Array, y: Array) -> Array:
-        if not _holds(x, y):
-            return x * y
-        x *= y
-        return x
-
-    def exp(self, x: Array) -> Array:
-        return self._xp.exp(x, out=x)
-
-    def at_most(self, x: Array, bound: float) -> Array:
-        return self._xp.minimum(x, self._constant(bound), out=x)
-
-    def at_least(self, x: Array, bound: float) -> Array:
-        return self._xp.maximum(x, self._constant(bound), out=x)
-
-    def _constant(self, value: float) -> Array:
-        return self._xp.asarray(value, dtype=self._like.dtype, device=placement(self._like))
+    weights: list[Array]  # of each set, (..., M, n), over exp(top)
+    values: list[Array]  # that they weigh
+    total: Array  # (..., n)
+    top: Array
 
 
 class _Block(NamedTuple):
@@ -133,6 +50,44 @@ class _Block(NamedTuple):
     steps: list[list[_Piece]]
     pair_weight: PairWeight | None
 
+    def weights(self, pieces: Sequence[_Piece], scale: float, steps: Writing, top: Array | None) -> _Weights:
+        """With the maxima subtracted, of `top` too."""
+        xp = namespace(self.q)
+        logits = [piece.logits(self.q, scale, steps) for piece in pieces]
+        # A row of nothing but -inf has no weight at all, and a maximum that can be subtracted.
+        highest = reduce(xp.maximum, [xp.max(x, axis=-2) for x in logits])
+        highest = steps.at_least(highest, xp.finfo(highest.dtype).min)
+        top = highest if top is None else xp.maximum(highest, top)
+        weights = [steps.exp(steps.subtract(x, top[..., None, :])) for x in logits]
+        if self.pair_weight is not None:
+            weights = [steps.multiply(x, self.pair_weight.of(self.q, steps)) for x in weights]
+        total = reduce(operator.add, [xp.sum(x, axis=-2) for x in weights])
+        return _Weights(weights, [piece.keys.v for piece in pieces], total, top)
+
+    def plain_weights(self, pieces: Sequence[_Piece], scale: float, steps: Writing) -> _Weights | None:
+        """Without maxima, which is two passes less; None where the exponentials leave what floats hold."""
+        xp = namespace(self.q)
+        weights, values, totals = [], [], []
+        with steps.quietly():
+            for piece in pieces:
+                is_light = piece.is_light(self.q)
+                x = steps.exp(piece.logits(self.q, scale, steps, biased=not is_light))
+                if self.pair_weight is not None:
+                    x = steps.multiply(x, self.pair_weight.of(self.q, steps))
+                weights.append(x)
+                if is_light:
+                    # The bias as a factor of the values, which are few, not of all weights.
+                    factor = xp.exp(piece.keys.bias)
+                    values.append(piece.keys.v * factor[..., None])
+                    totals.append(xp.matmul(factor[..., None, :], x)[..., 0, :])
+                else:
+                    values.append(piece.keys.v)
+                    totals.append(xp.sum(x, axis=-2))
+            total = reduce(operator.add, totals)
+            if not (xp.min(total) > _SAFE_SUMS[0] and xp.max(total) < _SAFE_SUMS[1]):
+                return None
+        return _Weights(weights, values, total, xp.zeros_like(total))
+
 
 class _Piece(NamedTuple):
     """Keys of one set."""
@@ -142,10 +97,20 @@ class _Piece(NamedTuple):
     at: At  # of the set: its leading axes and its keys
     past: Array | None
 
-    def logits(self, q: Array, scale: float, steps: Writing) -> Array:
+    def is_light(self, q: Array) -> bool:
+        """Whether to weigh the values is far less than to add the bias to all logits, and as good."""
+        k, v, bias, _ = self.keys
+        if bias is None or 4 * k.shape[-2] > q.shape[-2]:
+            return False
+        if not tuple(bias.shape[:-1]) == tuple(k.shape[:-2]) == tuple(v.shape[:-2]):
+            return False
+        xp = namespace(bias)
+        return bool(xp.all((xp.abs(bias) < _SAFE_BIAS) | (bias == -math.inf)))
+
+    def logits(self, q: Array, scale: float, steps: Writing, *, biased: bool = True) -> Array:
         """(..., M, n)."""
         x = steps.products(f"logits {self.number}", self.keys.k, q, scale)
-        if self.keys.bias is not None:
+        if biased and self.keys.bias is not None:
             x = steps.add(x, self.keys.bias[..., None])
         return x if self.past is None else namespace(x).where(self.past, x, -math.inf)
 
@@ -164,32 +129,29 @@ def attend(
     lead, n = leading_axes(q, sets, None, pair_weight), q.shape[-2]
     out = xp.empty((*lead, n, sets[0].v.shape[-1]), dtype=q.dtype, device=device)
     tops, totals = (xp.empty((*lead, n), dtype=q.dtype, device=device) for _ in range(2))
-    limits = xp.finfo(q.dtype)
-    smallest = xp.asarray(limits.smallest_normal, dtype=q.dtype, device=device)
+    smallest = xp.asarray(xp.finfo(q.dtype).smallest_normal, dtype=q.dtype, device=device)
+    plain = steps.looks
     for here in _blocks(q, sets, lead, pair_weight, is_causal, block, steps.together):
-        # A row of nothing but -inf has no weight at all, and a maximum that can be subtracted.
         top = total = acc = None
         target = out[here.at]
         direct = not steps.together and _product_shape(here.q, here.steps[0][0].keys) == tuple(target.shape)
         steps.hold("acc", target if direct else None)
         for pieces in here.steps:
-            logits = [piece.logits(here.q, scale, steps) for piece in pieces]
-            highest = steps.at_least(reduce(xp.maximum, [xp.max(x, axis=-2) for x in logits]), limits.min)
-            if top is not None:
-                highest = xp.maximum(highest, top)
-                shrink = xp.exp(top - highest)
-                total, acc = total * shrink, steps.multiply(acc, shrink[..., None])
-            top = highest
-            weights = [steps.exp(steps.subtract(x, top[..., None, :])) for x in logits]
-            if here.pair_weight is not None:
-                weights = [steps.multiply(x, here.pair_weight.of(here.q, steps)) for x in weights]
-            total = reduce(operator.add, [xp.sum(x, axis=-2) for x in weights], 0 if total is None else total)
+            part = here.plain_weights(pieces, scale, steps) if plain else None
+            if part is None:
+                plain, part = False, here.weights(pieces, scale, steps, top)
+            if top is None:
+                total = part.total
+            else:
+                shrink = xp.exp(top - part.top)
+                total, acc = total * shrink + part.total, steps.multiply(acc, shrink[..., None])
+            top, weights = part.top, part.weights
             if len(here.steps) == 1:
                 # Weights that add up to one: dividing what they give would take longer over its short rows.
-                share = 1 / xp.maximum(total, smallest)
-                weights = [steps.multiply(x, share[..., None, :]) for x in weights]
-            for piece, x in zip(pieces, weights, strict=True):
-                acc = _sums(x, piece.keys.v, steps, acc)
+                share = (1 / xp.maximum(total, smallest))[..., None, :]
+                weights = [steps.multiply(x, share) for x in weights]
+            for x, v in zip(weights, part.values, strict=True):
+                acc = steps.sums(x, v, acc)
         tops[here.at], totals[here.at] = top, total
         if len(here.steps) > 1:
             acc = steps.multiply(acc, 1 / xp.maximum(total, smallest)[..., None])
@@ -254,7 +216,7 @@ def gradients(
             if scale != 1:
                 d = steps.multiply(d, scale)
             if dq is not None:
-                dq.add(here.at, _sums(d, k, steps))
+                dq.add(here.at, steps.sums(d, k))
             if dk is not None:
                 dk.add(piece.at, steps.matmul("along k", d, here.q))
     return (
@@ -367,30 +329,5 @@ def _index(x: Array, at: At, trailing: int) -> tuple[Any, ...]:
     return (*axes, rows, ...)
 
 
-def _sums(weights: Array, v: Array, steps: Writing, acc: Array | None = None) -> Array:
-    """The values summed with weights (..., M, n), laid out as by `products`: (..., n, E), added to `acc`."""
-    xp = namespace(v)
-    a, tiles = xp.matrix_transpose(weights), _shared(v, weights.shape)
-    if tiles:
-        *lead, tiles, n, m = a.shape
-        a, v = xp.reshape(a, (*lead, tiles * n, m)), v[..., 0, :, :]
-        acc = None if acc is None else xp.reshape(acc, (*acc.shape[:-3], tiles * n, acc.shape[-1]))
-    x = steps.matmul("acc", a, v) if acc is None else steps.add_matmul("more", acc, a, v)
-    return xp.reshape(x, (*x.shape[:-2], tiles, n, x.shape[-1])) if tiles else x
-
-
 def _product_shape(q: Array, keys: Keys) -> tuple[int, ...]:
     return (*leading_axes(q, [keys], None, None), q.shape[-2], keys.v.shape[-1])
-
-
-def _shared(keys: Array, shape: tuple[int, ...]) -> bool:
-    """Whether an axis of tiles is the queries' alone."""
-    return bool(keys.ndim > 2 and len(shape) == keys.ndim and keys.shape[-3] == 1 < shape[-3])
-
-
-def _holds(x: Array, y: Array) -> bool:
-    """Whether what comes of both has the first one's shape."""
-    theirs = getattr(y, "shape", ())
-    return len(theirs) <= x.ndim and all(
-        b in (1, a) for a, b in zip(reversed(x.shape), reversed(theirs), strict=False)
-    )

@@ -7,7 +7,7 @@ import pytest
 
 from randattn import _attend, _fused, lara, rfa
 from randattn._attend import Average, Keys, PairWeight
-from tests.blocks import make_small
+from tests.blocks import make_blocks, make_small
 from tests.shared.estimators import ESTIMATORS
 
 N, M, D, E = 11, 13, 3, 4
@@ -40,6 +40,13 @@ def make_cases():
     tiles.bias[0, 2, :3] = -np.inf
     weight = PairWeight(factors, None, (draw(2, 3, M, D), draw(2, 1, M, 1)))
     mask = rng.random((2, 1, N)) < 0.7
+    # Keys of larger and larger logits; biases that logits make up for.
+    growing = keys(2, 3, m=40, bias=(2, 3))
+    growing.k[...] *= np.geomspace(1, 300, 40)[:, None]
+    opposed = keys(2, 3, m=5)
+    opposed = opposed._replace(bias=np.array([86.0, 80.0, 60.0, -np.inf, 0.0]) + np.zeros((2, 3, 1)))
+    along = np.ones((2, 3, 40, D))
+    opposed.k[...] = -(np.maximum(opposed.bias, 0.0)[..., None] + 12.0) / D
     return {
         "plain": (draw(2, 3, N, D), [keys(2, 3)], {}),
         "of one width": (draw(2, 3, N, D), [keys(2, 3, e=D)], {"scale": 0.5}),
@@ -64,6 +71,10 @@ def make_cases():
             [keys(2, 3, m=2)._replace(kappa=0.5)],
             {"scale": 0.7},
         ),
+        "growing logits": (draw(2, 3, N, D), [growing], {}),
+        "few queries, growing logits": (draw(2, 3, 2, D), [growing], {}),
+        "logits far below zero": (along, [keys(2, 3)._replace(k=draw(2, 3, M, D) - 32.0)], {}),
+        "biases that logits oppose": (along, [opposed], {}),
         "no values": (draw(2, 3, N, D), [keys(2, 3, e=0)], {}),
         "causal": (draw(2, 3, M, D), [keys(2, 3)], {"is_causal": True}),
         "causal, of one width": (draw(2, 3, M, D), [keys(2, 3, e=D)], {"is_causal": True, "scale": 0.5}),
@@ -123,9 +134,16 @@ def test_the_same_average(lib, case, small, monkeypatch):
     lib.close(lib.asarray(lib.numpy(actual.log_norm)[left]), lib.numpy(expected.log_norm)[left])
 
 
-@pytest.mark.parametrize("case", ["plain", "causal", "few queries", "many queries", "windows", "weighted"])
-def test_in_single_precision(lib, case):
+@pytest.mark.parametrize(
+    "case",
+    [
+        *("plain", "causal", "few queries", "many queries", "windows", "weighted"),
+        *("logits far below zero", "biases that logits oppose"),
+    ],
+)
+def test_in_single_precision(lib, case, monkeypatch):
     """Blocks of the sizes that are used, against the pure path in float64."""
+    make_blocks(monkeypatch)
     arrays, call, mask = prepared(lib, case)
     expected = lib.numpy(call(_attend.attend, mask, *arrays).out)
     xp = _attend.namespace(arrays[0])
