@@ -68,7 +68,9 @@ def _blocks(
     lead = _attend.leading_axes(q, sets, pair_bias, pair_weight)
     rows = max(fewest, block // m)
     splits = function is None and len(sets) == 1
-    if math.prod(lead) * n * m <= block or (not lead and n <= rows and not (splits and n * m > most)):
+    # What a loop takes of the keys is copied: for fewer queries than features that is the larger array.
+    size = max(n, q.shape[-1]) * m
+    if math.prod(lead) * size <= block or (not lead and n <= rows and not (splits and n * m > most)):
         start = (first, 0) if is_causal else None
         return _attend.attend_whole(q, sets, scale, pair_bias, pair_weight, first=start)
 
@@ -76,7 +78,7 @@ def _blocks(
     again = functools.partial(_blocks, block=block, most=most, fewest=fewest, **options)
     operands = (q, sets, pair_bias, mask, arrays)
     if lead:
-        inside = math.prod(lead[1:]) * n * m
+        inside = math.prod(lead[1:]) * size
         if lead[0] == 1 or inside <= block:
             return _over_heads(again, operands, first, lead[0], block // inside)
         # One loop for two axes, or the arrays of a whole head would be copied for the inner one.
