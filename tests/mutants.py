@@ -77,6 +77,7 @@ MUTANTS = [
     Mutant("exponentials that no float holds", "_inplace.py", "xp.min(total) > _SAFE_SUMS[0]", "xp.min(total) > 0"),
     Mutant("factors that no float holds", "_inplace.py", "xp.abs(bias) < _SAFE_BIAS", "xp.abs(bias) < math.inf"),
     Mutant("a bias that weighs values alone", "_inplace.py", "xp.matmul(factor[..., None, :], x)[..., 0, :]", "xp.sum(x, axis=-2)"),
+    Mutant("keys that a tile leaves out", "_inplace.py", "x[xp.nonzero(xp.broadcast_to(absent, x.shape[:-1]))] = 0", "pass"),
     Mutant("weights of pairs left out", "_inplace.py", "x = steps.multiply(x, self.pair_weight.of(self.q, steps))", "pass"),
     Mutant("a rest that has the window's own keys", "_eva.py", "    parts = later(parts, 1)\n", ""),
     Mutant("orthogonal rows of one length", "_draws.py", "(signs * lengths)[..., None]", "signs[..., None]"),

@@ -70,19 +70,20 @@ class _Block(NamedTuple):
         weights, values, totals = [], [], []
         with steps.quietly():
             for piece in pieces:
-                is_light = piece.is_light(self.q)
-                x = steps.exp(piece.logits(self.q, scale, steps, biased=not is_light))
+                factor = piece.factor(self.q)
+                x = steps.exp(piece.logits(self.q, scale, steps, biased=factor is None))
                 if self.pair_weight is not None:
                     x = steps.multiply(x, self.pair_weight.of(self.q, steps))
                 weights.append(x)
-                if is_light:
-                    # The bias as a factor of the values, which are few, not of all weights.
-                    factor = xp.exp(piece.keys.bias)
-                    values.append(piece.keys.v * factor[..., None])
-                    totals.append(xp.matmul(factor[..., None, :], x)[..., 0, :])
-                else:
+                if factor is None:
                     values.append(piece.keys.v)
                     totals.append(xp.sum(x, axis=-2))
+                    continue
+                absent = piece.keys.bias == -math.inf
+                if piece.has_own_bias and xp.any(absent):
+                    x[xp.nonzero(xp.broadcast_to(absent, x.shape[:-1]))] = 0
+                values.append(piece.keys.v * factor[..., None])
+                totals.append(xp.matmul(factor[..., None, :], x)[..., 0, :])
             total = reduce(operator.add, totals)
             if not (xp.min(total) > _SAFE_SUMS[0] and xp.max(total) < _SAFE_SUMS[1]):
                 return None
@@ -97,15 +98,27 @@ class _Piece(NamedTuple):
     at: At  # of the set: its leading axes and its keys
     past: Array | None
 
-    def is_light(self, q: Array) -> bool:
-        """Whether to weigh the values is far less than to add the bias to all logits, and as good."""
+    @property
+    def has_own_bias(self) -> bool:
+        """Whether tiles of queries that share these keys have each a bias of their own."""
+        k, _, bias, _ = self.keys
+        return bias is not None and k.ndim > 2 and k.shape[-3] == 1 < bias.shape[-2]
+
+    def factor(self, q: Array) -> Array | None:
+        """The bias as a factor of the values: where they are far fewer than the logits, and none is lost.
+
+        Tiles may have biases of their own if all they do is leave out keys.
+        """
         k, v, bias, _ = self.keys
-        if bias is None or 4 * k.shape[-2] > q.shape[-2]:
-            return False
-        if not tuple(bias.shape[:-1]) == tuple(k.shape[:-2]) == tuple(v.shape[:-2]):
-            return False
+        tiles = q.shape[-3] if k.ndim > 2 and k.shape[-3] == 1 else 1
+        if bias is None or 4 * k.shape[-2] > tiles * q.shape[-2]:
+            return None
         xp = namespace(bias)
-        return bool(xp.all((xp.abs(bias) < _SAFE_BIAS) | (bias == -math.inf)))
+        common = xp.max(bias, axis=-2, keepdims=True) if self.has_own_bias else bias
+        if not tuple(common.shape[:-1]) == tuple(k.shape[:-2]) == tuple(v.shape[:-2]):
+            return None
+        safe = (bias == -math.inf) | ((bias == common) & (xp.abs(common) < _SAFE_BIAS))
+        return xp.exp(common) if xp.all(safe) else None
 
     def logits(self, q: Array, scale: float, steps: Writing, *, biased: bool = True) -> Array:
         """(..., M, n)."""

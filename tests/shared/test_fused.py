@@ -38,6 +38,10 @@ def make_cases():
     holes.bias[1, 1] = -np.inf
     tiles = keys(2, 1, m=5, bias=(1, 4))
     tiles.bias[0, 2, :3] = -np.inf
+    apart = keys(2, 1, m=3, bias=(2, 1))
+    seen = np.ones((2, 4, 3), dtype=bool)
+    seen[0, [0, 1, 3], [0, 2, 1]] = seen[1, 2, :2] = False
+    apart = apart._replace(bias=np.where(seen, apart.bias, -np.inf))
     weight = PairWeight(factors, None, (draw(2, 3, M, D), draw(2, 1, M, 1)))
     mask = rng.random((2, 1, N)) < 0.7
     # Keys of larger and larger logits; biases that logits make up for.
@@ -81,6 +85,7 @@ def make_cases():
         "causal, biased": (draw(2, 3, M, D), [keys(2, 3, e=D, bias=(2, 3))], {"is_causal": True}),
         "two sets": (draw(2, 3, N, D), [keys(2, 3), keys(2, 1, m=4, bias=(1, 3))], {"scale": 0.7}),
         "windows": (draw(2, 4, 3, D), [keys(2, 4, m=3), tiles, keys(2, 4, m=1, bias=(2, 4))], {"scale": 0.7}),
+        "windows that leave out keys": (draw(2, 4, 3, D), [keys(2, 4, m=3), apart], {"scale": 0.7}),
         "weighted": (draw(2, 3, N, D), [keys(2, 3, bias=(2, 3))], {"pair_weight": weight, "scale": 0.6}),
         "weighted, masked": (
             draw(2, 3, N, D),
@@ -138,7 +143,7 @@ def test_the_same_average(lib, case, small, monkeypatch):
     "case",
     [
         *("plain", "causal", "few queries", "many queries", "windows", "weighted"),
-        *("logits far below zero", "biases that logits oppose"),
+        *("logits far below zero", "biases that logits oppose", "windows that leave out keys"),
     ],
 )
 def test_in_single_precision(lib, case, monkeypatch):
