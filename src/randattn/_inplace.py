@@ -70,7 +70,8 @@ class _Block(NamedTuple):
         weights, values, totals = [], [], []
         with steps.quietly():
             for piece in pieces:
-                factor = piece.factor(self.q)
+                # Sums with factors are products, and those of many small tiles slow where rows are short.
+                factor = piece.factor(self.q) if steps.long_rows or len(pieces) == 1 else None
                 x = steps.exp(piece.logits(self.q, scale, steps, biased=factor is None))
                 if self.pair_weight is not None:
                     x = steps.multiply(x, self.pair_weight.of(self.q, steps))
