@@ -2,7 +2,7 @@
 
 import sys
 
-from randattn import _attend, _fused, _inplace
+from randattn import _attend, _fused, _inplace, _rfa
 
 SIZES = [
     (_attend, "_BLOCK_LOGITS", 20),
@@ -13,6 +13,7 @@ SIZES = [
     (_inplace, "_MIN_BLOCK_KEYS", 5),
     (_inplace, "_MIN_BLOCK_QUERIES", 2),
     (_inplace, "_FEW_QUERIES", 2),
+    (_rfa, "_BLOCK_TOKENS", 5),
 ]
 IN_JAX = [("_BLOCK_LOGITS", 20), ("_MOST_LOGITS", 10), ("_MIN_BLOCK_QUERIES", 2)]
 

@@ -50,11 +50,13 @@ def softmax(q, k, v, scale=None, keep=None):
 
 
 @per_head
-def rfa_positive(q, k, v, w):
+def rfa_positive(q, k, v, w, is_causal=False):
     q, k = scaled(q, k)
     phi_q = np.array([[xi(x, one) for one in w] for x in q])
     phi_k = np.array([[xi(x, one) for one in w] for x in k])
     weights = phi_q @ phi_k.T
+    if is_causal:
+        weights = np.tril(weights)
     return weights @ v / weights.sum(axis=1, keepdims=True)
 
 

@@ -5,16 +5,18 @@ from ._eva import eva
 from ._lara import lara
 from ._primitives import attend, merge
 from ._ra import ra
-from ._rfa import rfa
+from ._rfa import RFAState, rfa, rfa_step
 from ._softmax import softmax_attention
 
 __all__ = [
     "Average",
+    "RFAState",
     "attend",
     "eva",
     "lara",
     "merge",
     "ra",
     "rfa",
+    "rfa_step",
     "softmax_attention",
 ]

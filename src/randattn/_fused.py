@@ -128,3 +128,21 @@ def by_rows(function: Callable[..., Array], size: int, *arrays: tuple[Array, int
         for rows in _attend.slices(x.shape[axis], size)
     ]
     return namespace(x).concat(done, axis=-2)
+
+
+def carry(
+    function: Callable[..., tuple[Any, Array]], state: Any, size: int, *arrays: Array
+) -> tuple[Any, Array]:
+    """Go along the tokens (axis -2 of `arrays`), so many at a time: (state, tokens) -> (state, results)."""
+    n = arrays[0].shape[-2]
+    if n <= size:
+        return function(state, *arrays)
+    if compat.is_jax_array(arrays[0]):
+        from . import _fused_jax
+
+        return _fused_jax.carry(function, state, size, *arrays)
+    done = []
+    for rows in _attend.slices(n, size):
+        state, out = function(state, *(x[..., rows, :] for x in arrays))
+        done.append(out)
+    return state, namespace(done[0]).concat(done, axis=-2)

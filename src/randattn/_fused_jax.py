@@ -241,6 +241,27 @@ def by_rows(function: Callable[..., Array], size: int, *arrays: tuple[Array, int
     return jnp.concat([found, tail], axis=-2)
 
 
+def carry(
+    function: Callable[..., tuple[Any, Array]], state: Any, size: int, *arrays: Array
+) -> tuple[Any, Array]:
+    """Go along the tokens, so many at a time: (state, tokens) -> (state, results)."""
+    n = arrays[0].shape[-2]
+    whole = n - n % size
+
+    def blocks(x: Array) -> Array:
+        x = jax.lax.slice_in_dim(x, 0, whole, axis=-2)
+        return jnp.moveaxis(x.reshape(*x.shape[:-2], whole // size, size, x.shape[-1]), -3, 0)
+
+    step = jax.checkpoint(lambda state, rows: function(state, *rows))
+    state, out = jax.lax.scan(step, state, [blocks(x) for x in arrays])
+    out = jnp.moveaxis(out, 0, -3)
+    out = out.reshape(*out.shape[:-3], whole, out.shape[-1])
+    if whole == n:
+        return state, out
+    state, tail = function(state, *(jax.lax.slice_in_dim(x, whole, n, axis=-2) for x in arrays))
+    return state, jnp.concat([out, tail], axis=-2)
+
+
 def _even(size: int, most: int) -> int:
     """A size of blocks that divides, unless that would be far smaller than it may be."""
     divisor = _divisor(size, most)

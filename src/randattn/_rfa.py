@@ -1,19 +1,56 @@
-"""Random-feature attention: ``attend(q, W, f(W), log Z(W)).out`` with ``W ~ N(0, I)``."""
+"""Random-feature attention: ``attend(q, W, f(W), log Z(W)).out`` with ``W ~ N(0, I)``.
+
+Causal, a block of tokens at a time: f(W) and log Z(W) of the keys before it are all there is to carry.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ._attend import Keys, finite
+from ._attend import Average, Keys, average, finite, merge, past
 from ._draws import no_draws, normal_draws
-from ._fused import attend, full_precision
-from ._inputs import check_option, dot, namespace, prepare, refuse_causal, resolve_count
+from ._fused import attend, carry, full_precision
+from ._inputs import (
+    broadcast_shapes,
+    check_causal,
+    check_flags,
+    check_option,
+    dot,
+    namespace,
+    placement,
+    prepare,
+    resolve_count,
+)
+from ._states import match_state
 
 if TYPE_CHECKING:
     from ._inputs import Inputs
 
     Array = Any
+
+# Tokens of a block: as many as features make its own products as large as those with the state.
+_BLOCK_TOKENS = 128
+
+
+class RFAState(NamedTuple):
+    """What `rfa` keeps of all tokens so far; its size is that of a few tokens, however many there were.
+
+    Attributes
+    ----------
+    frequencies : array, shape (..., S, D)
+    out : array, shape (..., S, E)
+        For each frequency w the average f(w) of the values so far.
+    log_norm : array, shape (..., S)
+        ``log Z(w)``, in nats; -inf before the first key.
+    scale : array, shape ()
+        Factor of the logits.
+    """
+
+    frequencies: Array
+    out: Array
+    log_norm: Array
+    scale: Array
 
 
 @full_precision
@@ -31,8 +68,9 @@ def rfa(
     scale: float | None = None,
     key_mask: Array | None = None,
     is_causal: bool = False,
+    return_state: bool = False,
     enable_gqa: bool = False,
-) -> Array:
+) -> Any:
     r"""Random-feature attention (RFA, Performer): linear time, consistent.
 
     Parameters
@@ -62,7 +100,10 @@ def rfa(
         True = attend. What lies under False is never read, whatever it holds; any amount of it
         leaves the other outputs unchanged to rounding.
     is_causal : bool, default False
-        Not there yet.
+        Query n sees the keys up to n; N = M, positive features. Of the pairs within 128 tokens, those
+        whose kernel is 87 nats below what their norms allow are taken at that distance.
+    return_state : bool, default False
+        With ``is_causal=True``: return the state after the last token too, for `rfa_step`.
     enable_gqa : bool, default False
         Let `q` have a multiple of the heads (axis -3) of `k` and `v`.
 
@@ -70,16 +111,21 @@ def rfa(
     -------
     array, shape (..., N, E)
         Of the inputs' library, dtype and device; half precision is summed in float32. A query with
-        no key left gets zeros.
+        no key left gets zeros. With ``return_state=True``, a pair of this and an `RFAState`.
 
     Raises
     ------
     TypeError
         Not arrays, or of different libraries or dtypes, or not floating; a generator of another library.
     ValueError
-        Shapes, devices, counts or options that do not fit; both or neither of `rng` and `noise`.
+        Shapes, devices, counts or options that do not fit; both or neither of `rng` and `noise`;
+        ``is_causal=True`` with N != M.
     NotImplementedError
-        ``is_causal=True``.
+        ``is_causal=True`` with trigonometric features.
+
+    See Also
+    --------
+    rfa_step : The next tokens.
 
     Notes
     -----
@@ -114,8 +160,13 @@ def rfa(
     """
     check_option("features", features, ("positive", "trigonometric"))
     check_option("draws", draws, ("iid", "orthogonal"))
-    refuse_causal("rfa", is_causal)
+    check_flags(return_state=return_state)
     x = prepare(q, k, v, scale=scale, key_mask=key_mask, enable_gqa=enable_gqa, also=[(noise, 2)])
+    check_causal(x, is_causal)
+    if return_state and not is_causal:
+        raise ValueError("return_state: expected is_causal=True with it")
+    if is_causal and features != "positive":
+        raise NotImplementedError("is_causal: features='trigonometric' have no causal form, 'positive' have")
     count = resolve_count("num_samples", num_samples, 64, noise=(noise, -2))
     w = normal_draws(
         x, (count, x.q.shape[-1]), rng=rng, noise=noise, axes="S, D", orthogonal=draws == "orthogonal"
@@ -124,9 +175,126 @@ def rfa(
         raise no_draws("rfa")
     if features == "trigonometric":
         return x.finish(_trigonometric(x, w))
+    if is_causal:
+        state, out = _causal(x, w, _nothing(x, w), x.root)
+        scale = x.xp.asarray(x.scale, dtype=x.q.dtype, device=x.device)
+        return (x.finish(out), _given_back(x, w, state, scale)) if return_state else x.finish(out)
     f, log_z = attend(w, Keys(x.k, x.v, x.key_bias, x.scale), scale=x.root)
     out, _ = attend(x.q, Keys(w, f, log_z), scale=x.root)
     return x.finish(out)
+
+
+@full_precision
+def rfa_step(
+    q: Array,
+    k: Array,
+    v: Array,
+    state: RFAState,
+    /,
+    *,
+    key_mask: Array | None = None,
+    enable_gqa: bool = False,
+) -> tuple[Array, RFAState]:
+    """Causal `rfa` of the next tokens.
+
+    Parameters
+    ----------
+    q : array, shape (..., T, D)
+        One or more tokens, heads first.
+    k : array, shape (..., T, D)
+    v : array, shape (..., T, E)
+    state : RFAState
+        Of all tokens before, from `rfa` with ``return_state=True`` or from this function.
+    key_mask : boolean array, shape (..., T), optional
+        True = attend, also in later steps.
+    enable_gqa : bool, default False
+        Let `q` have a multiple of the heads (axis -3) of `k` and `v`.
+
+    Returns
+    -------
+    out : array, shape (..., T, E)
+        What one call of `rfa` on all tokens gives for these.
+    state : RFAState
+        After these tokens.
+
+    Raises
+    ------
+    TypeError
+        Not arrays, or of different libraries or dtypes; not an `RFAState` of these.
+    ValueError
+        Shapes or devices that do not fit each other or the state.
+
+    See Also
+    --------
+    rfa
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from randattn import rfa, rfa_step
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 2, 6, 4))
+    >>> prefill, state = rfa(q[:, :5], k[:, :5], v[:, :5], rng=0, is_causal=True, return_state=True)
+    >>> step, state = rfa_step(q[:, 5:], k[:, 5:], v[:, 5:], state)
+    >>> bool(np.allclose(step, rfa(q, k, v, rng=0, is_causal=True)[:, 5:]))
+    True
+    """
+    x = prepare(q, k, v, scale=1.0, key_mask=key_mask, enable_gqa=enable_gqa)
+    check_causal(x, is_causal=True)
+    sizes = {
+        "frequencies": (None, x.q.shape[-1]),
+        "out": (None, x.v.shape[-1]),
+        "log_norm": (None,),
+        "scale": (),
+    }
+    w, f, log_z, scale = match_state("rfa", RFAState, state, x, sizes)
+    after, out = _causal(x, w, Average(f, log_z), x.xp.sqrt(scale))
+    return x.finish(out), _given_back(x, w, after, scale)
+
+
+def _nothing(x: Inputs, w: Array) -> Average:
+    """The averages over no key."""
+    lead = broadcast_shapes(x.lead, w.shape[:-2])
+    shape = (*lead, w.shape[-2], x.v.shape[-1])
+    out = x.xp.zeros(shape, dtype=x.q.dtype, device=x.device)
+    return Average(out, x.xp.full(shape[:-1], -math.inf, dtype=x.q.dtype, device=x.device))
+
+
+def _given_back(x: Inputs, w: Array, state: Average, scale: Array) -> RFAState:
+    return RFAState(x.merge_heads(w, 2), x.merge_heads(state.out, 2), x.merge_heads(state.log_norm, 1), scale)
+
+
+def _causal(x: Inputs, w: Array, before: Average, root: Any) -> tuple[Average, Array]:
+    """A scan of `merge` over blocks of tokens: the state after the last one, and the results."""
+
+    def block(before: Average, q: Array, k: Array, v: Array, *bias: Array) -> tuple[Average, Array]:
+        keys = Keys(root * k, v, bias[0][..., 0] if bias else None, 1.0)
+        return _block(w, before, root * q, keys)
+
+    bias = [] if x.key_bias is None else [x.key_bias[..., None]]
+    return carry(block, before, _BLOCK_TOKENS, x.q, x.k, x.v, *bias)
+
+
+def _block(w: Array, before: Average, q: Array, keys: Keys) -> tuple[Average, Array]:
+    """The keys before the block through the state, those in it by their kernel with each query."""
+    xp = namespace(q)
+    _, v, bias, _ = keys
+    along_q = xp.matmul(q, xp.matrix_transpose(w))
+    along_k = xp.matmul(keys.k, xp.matrix_transpose(w)) - (dot(keys.k, keys.k) / 2)[..., None]
+    # xi(q, w) xi(k, w), each over its maximum. What is moved from one to the other first, and what is
+    # subtracted, is of the past alone: a key to come must not push the others below the smallest float.
+    level = xp.logaddexp(before.log_norm[..., None, :], along_k[..., :1, :])
+    along_q, along_k = along_q + level, along_k - level
+    top_q, top_k = (xp.max(y, axis=-1, keepdims=True) for y in (along_q, along_k))
+    kernel = xp.matmul(xp.exp(along_q - top_q), xp.matrix_transpose(xp.exp(along_k - top_k)))
+    smallest = xp.asarray(xp.finfo(kernel.dtype).smallest_normal, dtype=kernel.dtype, device=placement(q))
+    log_weight = xp.log(xp.maximum(kernel, smallest)) + xp.matrix_transpose(top_k)
+    if bias is not None:
+        log_weight = log_weight + bias[..., None, :]
+    seen = xp.matrix_transpose(past(q, v.shape[-2], 0, 0))
+    out, log_norm = average(xp.where(seen, log_weight, -math.inf), v)
+
+    out, _ = merge(attend(q, Keys(w, *before)), Average(out, log_norm + top_q[..., 0]))
+    return merge(before, attend(w, keys)), out
 
 
 def _trigonometric(x: Inputs, w: Array) -> Array:
