@@ -43,9 +43,7 @@ def measure(library: Library, plan: Plan, say: Say) -> Iterator[Row]:
         yield from import_time(plan, say)
 
 
-def products(
-    library: Library, plan: Plan, say: Say, only: Collection[tuple[Case, str]] | None = None
-) -> Iterator[Row]:
+def products(library: Library, plan: Plan, say: Say, only: Collection[Case] | None = None) -> Iterator[Row]:
     """Time over the four matrix products alone, which no estimator can do without.
 
     `only` leaves out all but some cases, to measure those again.

@@ -155,7 +155,15 @@ def _average(logits: Sequence[Array], values: Sequence[Array], weight: Array | N
     out = reduce(operator.add, [xp.matmul(x, v) for x, v in zip(weights, values, strict=True)]) / nonzero(
         total
     )
-    return Average(out, log_of_sum(top, total)[..., 0])
+    return of_one_shape(out, log_of_sum(top, total)[..., 0])
+
+
+def of_one_shape(out: Array, log_norm: Array) -> Average:
+    """The two, also where values have leading axes that logits have not."""
+    shape = tuple(out.shape[:-1])
+    if tuple(log_norm.shape) == shape:
+        return Average(out, log_norm)
+    return Average(out, namespace(out).broadcast_to(log_norm, shape))
 
 
 def merge(a: Average, b: Average) -> Average:

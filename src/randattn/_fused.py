@@ -2,7 +2,8 @@
 
 Arrays that can be written to go through `_inplace.py`, PyTorch's with gradients and a kernel of their
 own (`_fused_torch.py`); JAX's are compiled, in blocks by its own loops (`_fused_jax.py`); all others,
-and what PyTorch traces or transforms, go through the pure `_attend.py`. tests/shared/test_fused.py holds
+what PyTorch traces or transforms, and on other libraries than JAX a bias of pairs, go through the pure
+`_attend.py`. tests/shared/test_fused.py holds
 them together.
 """
 

@@ -97,7 +97,8 @@ def _whole(q: Array, sets: Sequence[Keys], scale: float, pair_weight: PairWeight
     logits = parts[0] if len(parts) == 1 else torch.cat([x.expand(*lead, *x.shape[-2:]) for x in parts], -1)
     log_norm = logits.logsumexp(-1)
     if not sets[0].v.shape[-1] and pair_weight is None:
-        return Average(logits[..., :0], log_norm)
+        lead = _attend.leading_axes(q, sets, None, None)
+        return _attend.of_one_shape(logits[..., :0].expand(*lead, *q.shape[-2:-1], 0), log_norm)
     weights = logits.softmax(-1)
     if any(keys.bias is not None for keys in sets):
         # A row of nothing but -inf has no weight at all.
@@ -109,7 +110,7 @@ def _whole(q: Array, sets: Sequence[Keys], scale: float, pair_weight: PairWeight
         log_norm = log_norm + total.log()
     shares = weights.split([x.shape[-1] for x in parts], -1) if len(parts) > 1 else (weights,)
     out = reduce(operator.add, (x @ keys.v for x, keys in zip(shares, sets, strict=True)))
-    return Average(out, log_norm)
+    return _attend.of_one_shape(out, log_norm)
 
 
 def _block(q: Array) -> int:
@@ -165,32 +166,43 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, *cotangent: Array) -> tuple[Any, ...]:
         *arrays, out, log_norm = ctx.saved_tensors
         call, needed = ctx.call, ctx.needs_input_grad[1:]
-        q, sets, pair_weight = call.arrays(arrays)
-        if torch.is_grad_enabled():
-            # A gradient of the gradient is asked for: the pure path has all of them.
-            again = _attend.attend(
-                q, *sets, scale=call.scale, pair_weight=pair_weight, is_causal=call.is_causal
-            )
-            wanted = [x for x, need in zip(arrays, needed, strict=True) if need]
-            found = iter(torch.autograd.grad(again, wanted, cotangent, create_graph=True, allow_unused=True))
-            return None, *(next(found) if need else None for need in needed)
-        of_q, of_sets, _ = call.arrays(needed)
-        with torch.autocast(q.device.type, enabled=False):
-            dq, dsets, dpair = _inplace.gradients(
-                q,
-                [keys.biased() for keys in sets],
-                Writing(q),
-                average=Average(out, log_norm),
-                cotangent=Average(*cotangent),
-                wanted=[of_q, *(x for keys in of_sets for x in _wanted(keys))],
-                scale=call.scale,
-                pair_weight=pair_weight,
-                pullback=_pullback,
-                is_causal=call.is_causal,
-                block=_block(q),
-            )
-        given = [x for keys, d in zip(sets, dsets, strict=True) for x in _without_kappa(keys, d)]
-        return None, dq, *given, *dpair
+        # The caller's autocast may be on here: it would take the products in half precision.
+        with torch.autocast(arrays[0].device.type, enabled=False):
+            again = _again if torch.is_grad_enabled() else _backward
+            return None, *again(call, needed, arrays, Average(out, log_norm), Average(*cotangent))
+
+
+def _again(
+    call: Call, needed: Sequence[bool], arrays: list[Array], _: Average, cotangent: Average
+) -> list[Array | None]:
+    """The gradients by the pure path, which has gradients of gradients."""
+    q, sets, pair_weight = call.arrays(arrays)
+    average = _attend.attend(q, *sets, scale=call.scale, pair_weight=pair_weight, is_causal=call.is_causal)
+    wanted = [x for x, need in zip(arrays, needed, strict=True) if need]
+    found = iter(torch.autograd.grad(average, wanted, cotangent, create_graph=True, allow_unused=True))
+    return [next(found) if need else None for need in needed]
+
+
+def _backward(
+    call: Call, needed: Sequence[bool], arrays: list[Array], average: Average, cotangent: Average
+) -> list[Array | None]:
+    q, sets, pair_weight = call.arrays(arrays)
+    of_q, of_sets, _ = call.arrays(needed)
+    dq, dsets, dpair = _inplace.gradients(
+        q,
+        [keys.biased() for keys in sets],
+        Writing(q),
+        average=average,
+        cotangent=cotangent,
+        wanted=[of_q, *(x for keys in of_sets for x in _wanted(keys))],
+        scale=call.scale,
+        pair_weight=pair_weight,
+        pullback=_pullback,
+        is_causal=call.is_causal,
+        block=_block(q),
+    )
+    given = [x for keys, d in zip(sets, dsets, strict=True) for x in _without_kappa(keys, d)]
+    return [dq, *given, *dpair]
 
 
 def _wanted(needed: Keys) -> list[bool]:

@@ -29,8 +29,8 @@ BLOCK_LOGITS = 1 << 20
 _MIN_BLOCK_KEYS, _MIN_BLOCK_QUERIES = 1024, 64
 _FEW_QUERIES = 512
 # Sums of exponentials that need no maximum subtracted, and the most that a bias as a factor may be, in
-# nats: what falls out of float32 is 1e-13 of such a sum.
-_SAFE_SUMS, _SAFE_BIAS = (1e-12, 1e30), 30
+# nats: what falls out of float32 is 1e-13 of such a sum, and times values up to 1e18 it stays within.
+_SAFE_SUMS, _SAFE_BIAS = (1e-12, 1e18), 30
 
 
 class _Weights(NamedTuple):
@@ -81,7 +81,7 @@ class _Block(NamedTuple):
                     totals.append(xp.sum(x, axis=-2))
                     continue
                 absent = piece.keys.bias == -math.inf
-                if piece.has_own_bias and xp.any(absent):
+                if piece.has_own_bias(self.q) and xp.any(absent):
                     x[xp.nonzero(xp.broadcast_to(absent, x.shape[:-1]))] = 0
                 values.append(piece.keys.v * factor[..., None])
                 totals.append(xp.matmul(factor[..., None, :], x)[..., 0, :])
@@ -99,11 +99,10 @@ class _Piece(NamedTuple):
     at: At  # of the set: its leading axes and its keys
     past: Array | None
 
-    @property
-    def has_own_bias(self) -> bool:
+    def has_own_bias(self, q: Array) -> bool:
         """Whether tiles of queries that share these keys have each a bias of their own."""
         k, _, bias, _ = self.keys
-        return bias is not None and k.ndim > 2 and k.shape[-3] == 1 < bias.shape[-2]
+        return bias is not None and k.ndim > 2 and k.shape[-3] == 1 < bias.shape[-2] == q.shape[-3]
 
     def factor(self, q: Array) -> Array | None:
         """The bias as a factor of the values: where they are far fewer than the logits, and none is lost.
@@ -115,7 +114,7 @@ class _Piece(NamedTuple):
         if bias is None or 4 * k.shape[-2] > tiles * q.shape[-2]:
             return None
         xp = namespace(bias)
-        common = xp.max(bias, axis=-2, keepdims=True) if self.has_own_bias else bias
+        common = xp.max(bias, axis=-2, keepdims=True) if self.has_own_bias(q) else bias
         if not tuple(common.shape[:-1]) == tuple(k.shape[:-2]) == tuple(v.shape[:-2]):
             return None
         safe = (bias == -math.inf) | ((bias == common) & (xp.abs(common) < _SAFE_BIAS))
@@ -281,17 +280,17 @@ def _blocks(
     n = q.shape[-2]
     m = sum(keys.k.shape[-2] for keys in sets)
     rows = block // max(1, math.prod(lead) * m)
-    places: Iterator[At]
     if together and _FEW_QUERIES <= rows < n:
         whole = tuple(slice(0, size) for size in lead)
-        places = ((*whole, part) for part in slices(n, rows))
+        places = [(*whole, part) for part in slices(n, rows)]
     else:
-        places = _cut(lead, n, m, block)
+        places = list(_cut(lead, n, m, block))
+    # One for all blocks: gradients count on keys that are cut at the same places.
+    width = max(_MIN_BLOCK_KEYS, block // max(rows.stop - rows.start for *_, rows in places))
+    if pair_weight is not None:
+        width = sets[0].k.shape[-2]
     for at in places:
         queries = at[-1]
-        width = max(_MIN_BLOCK_KEYS, block // (queries.stop - queries.start))
-        if pair_weight is not None:
-            width = sets[0].k.shape[-2]
         steps = []
         for number, keys in enumerate(sets):
             m = keys.k.shape[-2]

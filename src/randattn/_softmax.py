@@ -59,7 +59,8 @@ def softmax_attention(
     Notes
     -----
     :math:`\mathrm{out}_n = \sum_m \mathrm{softmax}_m(s\, q_n \cdot k_m)\, v_m`, in O(N M D) time and
-    O(N E) memory. A gradient keeps the logits of every block.
+    O(N E) memory. Gradients on PyTorch and JAX make the logits again, block by block; where PyTorch
+    compiles or transforms the call, those of every block are kept.
 
     Examples
     --------

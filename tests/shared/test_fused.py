@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from randattn import _attend, _fused, lara, rfa
+from randattn import _attend, _fused, _inplace, lara, rfa, softmax_attention
 from randattn._attend import Average, Keys, PairWeight
 from tests.blocks import make_blocks, make_small
 from tests.shared.estimators import ESTIMATORS
@@ -38,6 +38,9 @@ def make_cases():
     holes.bias[1, 1] = -np.inf
     tiles = keys(2, 1, m=5, bias=(1, 4))
     tiles.bias[0, 2, :3] = -np.inf
+    alike = keys(1, m=3, bias=(4,))
+    alike.bias[...] = alike.bias[0]
+    holed = alike._replace(bias=np.where(np.eye(4, 3, 1, dtype=bool), -np.inf, alike.bias))
     apart = keys(2, 1, m=3, bias=(2, 1))
     seen = np.ones((2, 4, 3), dtype=bool)
     seen[0, [0, 1, 3], [0, 2, 1]] = seen[1, 2, :2] = False
@@ -64,6 +67,9 @@ def make_cases():
         "shared queries": (draw(1, 3, N, D), [keys(2, 1, e=D, bias=(1, 3))], {"scale": 0.7}),
         "grouped queries": (draw(2, 3, 2, N, D), [keys(2, 3, 1, bias=(2, 3, 1))], {}),
         "bias of more heads": (draw(1, 3, N, D), [keys(1, 3, e=D, bias=(4, 3))], {}),
+        "bias of more heads, few keys": (draw(1, 40, D), [alike], {}),
+        "bias of more heads, a hole": (draw(1, 40, D), [holed], {}),
+        "values of more heads": (draw(1, N, D), [keys(1)._replace(v=draw(3, M, E))], {}),
         "by features": (draw(2, 3, N, D), [keys(2, 3, e=D)._replace(kappa=0.7)], {"scale": 0.7}),
         "by features, biased": (
             draw(2, 3, N, D),
@@ -144,6 +150,7 @@ def test_the_same_average(lib, case, small, monkeypatch):
     [
         *("plain", "causal", "few queries", "many queries", "windows", "weighted"),
         *("logits far below zero", "biases that logits oppose", "windows that leave out keys"),
+        *("bias of more heads, few keys", "bias of more heads, a hole"),
     ],
 )
 def test_in_single_precision(lib, case, monkeypatch):
@@ -154,6 +161,32 @@ def test_in_single_precision(lib, case, monkeypatch):
     xp = _attend.namespace(arrays[0])
     single = [xp.astype(x, xp.float32) for x in arrays]
     lib.close(call(_fused.attend, mask, *single).out, expected, rtol=3e-6)
+
+
+def test_a_last_block_of_queries_that_is_shorter(lib, monkeypatch):
+    """It cuts the keys at the same places: their gradients are sums over all blocks."""
+    if lib.name not in DIFFERENTIABLE:
+        pytest.skip("for torch, jax")
+    rng = np.random.default_rng(0)
+    arrays = lib.arrays(*(rng.standard_normal(shape) for shape in ((25, D), (60, D), (60, E))))
+    cotangents = lib.arrays(rng.standard_normal((25, E)), rng.standard_normal(25))
+
+    def gradients(attend):
+        return pullback(lib, lambda q, k, v: tuple(attend(q, Keys(k, v))), arrays, cotangents)
+
+    expected = gradients(_attend.attend)
+    make_small(monkeypatch)
+    for name, size in (("BLOCK_LOGITS", 200), ("_MIN_BLOCK_QUERIES", 14), ("_FEW_QUERIES", 100)):
+        monkeypatch.setattr(_inplace, name, size)
+    for actual, right in zip(gradients(_fused.attend), expected, strict=True):
+        lib.close(actual, lib.numpy(right))
+
+
+def test_large_values_of_large_sums(lib, monkeypatch):
+    """Keys in several steps, whose sums are far from float32's end until they meet the values."""
+    make_small(monkeypatch)
+    q, k, v = lib.arrays(np.ones((8, 4)), np.full((90, 4), 59 / 4), np.full((90, 3), 1e17), dtype="float32")
+    lib.close(_fused.attend(q, Keys(k, v)).out, np.full((8, 3), 1e17), rtol=1e-5)
 
 
 def pullback(lib, function, arrays, cotangents):
@@ -291,6 +324,20 @@ def test_autocast_changes_nothing(lib, name):
     again = torch.autograd.grad(actual.sum(), q)[0]
     assert torch.equal(actual, expected)
     assert torch.equal(again, slope)
+
+
+def test_a_gradient_of_gradients_within_autocast(lib):
+    """What PyTorch calls there by itself is in half precision; the average is not."""
+    if lib.name != "torch":
+        pytest.skip("for torch")
+    import torch
+
+    q, k, v = (lib.asarray(x, "float32") for x in 3 * np.random.default_rng(5).standard_normal((3, 2, N, D)))
+    q.requires_grad_()
+    expected = torch.autograd.grad(softmax_attention(q, k, v).sum(), q)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = torch.autograd.grad(softmax_attention(q, k, v).sum(), q, create_graph=True)[0]
+    lib.close(actual, lib.numpy(expected), rtol=1e-5)
 
 
 def test_without_the_kernel_of_pytorch(lib, monkeypatch):
