@@ -286,7 +286,7 @@ def _blocks(
     else:
         places = list(_cut(lead, n, m, block))
     # One for all blocks: gradients count on keys that are cut at the same places.
-    width = max(_MIN_BLOCK_KEYS, block // max(rows.stop - rows.start for *_, rows in places))
+    width = max(_MIN_BLOCK_KEYS, block // max((rows.stop - rows.start for *_, rows in places), default=1))
     if pair_weight is not None:
         width = sets[0].k.shape[-2]
     for at in places:

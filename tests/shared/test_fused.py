@@ -63,6 +63,8 @@ def make_cases():
         "many queries": (draw(2, 3, 40, D), [keys(2, 3, m=2, e=D, bias=(2, 3))], {"scale": 0.3}),
         "no key left": (draw(2, 3, N, D), [holes], {}),
         "no key left, of one width": (draw(2, 3, N, D), [holes._replace(v=holes.v[..., :D])], {}),
+        "no head": (draw(0, N, D), [keys(0, e=D)], {}),
+        "no head, causal": (draw(0, M, D), [keys(0)], {"is_causal": True}),
         "shared keys": (draw(2, 3, N, D), [keys(1, 3, bias=(2, 1))], {"scale": 0.7}),
         "shared queries": (draw(1, 3, N, D), [keys(2, 1, e=D, bias=(1, 3))], {"scale": 0.7}),
         "grouped queries": (draw(2, 3, 2, N, D), [keys(2, 3, 1, bias=(2, 3, 1))], {}),
