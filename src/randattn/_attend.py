@@ -188,10 +188,12 @@ def attend(
 ) -> Average:
     """Average the values of all sets with weights ``exp(scale q . k + bias)``.
 
-    `pair_bias` (..., N, M) and `pair_weight`, for one set alone, belong to a query and a key.
+    `pair_bias` (..., N, M) and `pair_weight`, for one set alone, belong to a query and a key. Causal is
+    the first set.
     """
     if len(sets) > 1:
-        return reduce(merge, (attend(q, keys, scale=scale) for keys in sets))
+        parts = [attend(q, keys, scale=scale) for keys in sets[1:]]
+        return reduce(merge, parts, attend(q, sets[0], scale=scale, is_causal=is_causal))
     sets = (keys,) = (sets[0].biased(),)
     n, m = q.shape[-2], keys.k.shape[-2]
     lead = math.prod(broadcast_shapes(q.shape[:-2], keys.k.shape[:-2]))
@@ -238,7 +240,7 @@ def attend_whole(
     """`attend` without blocks. `first`: causal, from this query and this key on."""
     xp = namespace(q)
     logits = []
-    for k, _, bias, _ in sets:
+    for number, (k, _, bias, _) in enumerate(sets):
         # The scale goes to the fewer tokens: a pass over the others would cost as much as the product.
         if scale == 1:
             x = xp.matmul(q, xp.matrix_transpose(k))
@@ -250,7 +252,7 @@ def attend_whole(
             x = x + bias[..., None, :]
         if pair_bias is not None:
             x = x + pair_bias
-        if first is not None:
+        if first is not None and number == 0:
             x = xp.where(xp.matrix_transpose(past(q, k.shape[-2], *first)), x, -math.inf)
         logits.append(x)
     weight = None if pair_weight is None else xp.matrix_transpose(pair_weight.of(q))

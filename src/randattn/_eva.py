@@ -13,6 +13,7 @@ from ._attend import Average, Keys, average, merge
 from ._draws import normal_draws
 from ._fused import attend, full_precision
 from ._inputs import (
+    check_causal,
     check_count,
     check_flags,
     check_option,
@@ -20,7 +21,6 @@ from ._inputs import (
     namespace,
     placement,
     prepare,
-    refuse_causal,
     resolve_count,
     with_rank,
 )
@@ -115,7 +115,8 @@ def eva(
         True = attend. What lies under False is never read, whatever it holds; a group of padding alone
         has no weight. Padding may move the borders of the groups, nothing else.
     is_causal : bool, default False
-        Not there yet.
+        Query n sees the keys up to n: those of its window, and the groups that are over where the window
+        begins. N = M; `group_size` divides `window`, by default it is as large.
     enable_gqa : bool, default False
         Let `q` have a multiple of the heads (axis -3) of `k` and `v`.
 
@@ -131,15 +132,14 @@ def eva(
         Not arrays, or of different libraries or dtypes, or not floating; a generator of another library.
     ValueError
         Shapes, devices, counts or options that do not fit; both `rng` and `noise`.
-    NotImplementedError
-        ``is_causal=True``.
 
     Notes
     -----
     Softmax attention over the keys E of the window and one key :math:`\tilde k_c` for each group
     :math:`P_c`, its mean, with the value :math:`\beta_c = f(w_c)`, the f of `rfa` over the group's keys
     alone, at :math:`w_c \sim N((\tilde q_c + \tilde k_c)/2, I)` ([1]_, section 4). Exact where every
-    group is one key, or the window is the whole sequence. In O(N (C + W)) time.
+    group is one key, or the window is the whole sequence. In O(N (C + W)) time; causal, the groups are as
+    many as the sequence is long, N / group_size.
 
     Where a window cuts a group, the part outside the window is a group of its own for its queries.
 
@@ -161,16 +161,18 @@ def eva(
     check_option("group_weight", group_weight, ("size", "unit"))
     noise_scale = check_real("noise_scale", noise_scale)
     check_flags(disjoint=disjoint)
-    refuse_causal("eva", is_causal)
     also = pooling_ranks(landmarks, noise, query_mask)
     x = prepare(q, k, v, scale=scale, key_mask=key_mask, enable_gqa=enable_gqa, also=also)
     tokens = check_grid(grid, x.q.shape[-2], x.k.shape[-2])
     tile = _check_window(x, window, tokens)
+    check_causal(x, is_causal)
+    if is_causal:
+        group_size = _check_causal_groups(tile, num_groups, group_size, disjoint)
     how, sizes = _check_groups(tokens, num_groups, group_size, landmarks, noise)
     groups = blocks(tokens, how, sizes)
 
     # What a window cuts off a group is in the window; the rest is a group of its own.
-    cut = cuts(tokens, (how, sizes), tile) if tile is not None and disjoint else None
+    cut = cuts(tokens, (how, sizes), tile) if tile is not None and disjoint and not is_causal else None
     if cut is None or not cut.inside.size:
         kt, log_size = pool(x.k, groups, x.key_mask)
     else:
@@ -197,6 +199,9 @@ def eva(
     if cut is not None:
         outside = x.xp.asarray(cut.outside, device=x.device)
         log_weight = x.xp.where(with_rank(outside, x.q.ndim), log_weight, -math.inf)
+    if is_causal:
+        before = _groups_before(x, windows, groups)
+        log_weight = x.xp.where(with_rank(before, x.q.ndim), log_weight, -math.inf)
     if cut is None or not cut.inside.size:
         beta, _ = _control_variates(x, w, groups)
     else:
@@ -204,7 +209,7 @@ def eva(
         beta, _ = _union(atoms, cut)
         rests = [_rests(atoms, pooled, cut, kt if landmarks is not None else None, group_weight)]
     far = Keys(kt[..., None, :, :], beta[..., None, :, :], log_weight)
-    out, _ = attend(gather(x.q, windows), near, far, *rests, scale=x.scale)
+    out, _ = attend(gather(x.q, windows), near, far, *rests, scale=x.scale, is_causal=is_causal)
     return x.finish(scatter(out, windows))
 
 
@@ -296,6 +301,27 @@ def _check_window(x: Inputs, window: int | Sizes, tokens: Sizes) -> Sizes | None
             f"window: expected 0 where there are not as many queries ({n}) as keys ({m}), got {window}"
         )
     return check_sizes("window", window, tokens)
+
+
+def _check_causal_groups(tile: Sizes | None, num_groups: Any, group_size: Any, disjoint: bool) -> Any:
+    """Groups that are over where a window begins."""
+    if tile is None or len(tile) != 1:
+        raise ValueError("is_causal: eva expects a window, and tokens in a row")
+    if num_groups is not None or not disjoint:
+        raise ValueError("is_causal: expected group_size, not num_groups, and disjoint=True")
+    (size,) = check_sizes("group_size", tile if group_size is None else group_size, tile)
+    if tile[0] % size:
+        raise ValueError(
+            f"group_size: expected a divisor of the window ({tile[0]}) where is_causal, got {size}"
+        )
+    return size
+
+
+def _groups_before(x: Inputs, windows: Blocks, groups: Blocks) -> Array:
+    """Whether a group is over where a window begins: (B, C)."""
+    starts = x.xp.asarray(windows.index[:, :1], device=x.device)
+    ends = x.xp.asarray(groups.index.max(axis=1)[None, :], device=x.device)
+    return ends < starts
 
 
 def _check_groups(

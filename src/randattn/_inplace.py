@@ -294,11 +294,12 @@ def _blocks(
         steps = []
         for number, keys in enumerate(sets):
             m = keys.k.shape[-2]
-            for part in slices(queries.stop if is_causal else m, width if len(sets) == 1 else m):
+            is_cut = is_causal and number == 0
+            for part in slices(queries.stop if is_cut else m, width if len(sets) == 1 else m):
                 here = (*at[:-1], part)
                 cut = Keys(_part(keys.k, here, 2), _part(keys.v, here, 2), _part(keys.bias, here, 1))
                 seen = None
-                if is_causal and part.stop > queries.start + 1:
+                if is_cut and part.stop > queries.start + 1:
                     seen = past(q[..., queries, :], part.stop - part.start, queries.start, part.start)
                 steps.append([_Piece(cut, number, here, seen)])
         if len(sets) > 1:

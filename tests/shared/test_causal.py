@@ -9,13 +9,16 @@ from array_api_compat import array_namespace
 
 from randattn import RFAState, rfa_step
 from tests.blocks import make_small
-from tests.calls import rfa, softmax_attention
+from tests.calls import eva, rfa, softmax_attention
 from tests.reference import rfa_positive
 
 N, D, E, S = 14, 4, 3, 8
 CAUSAL = {
     "softmax": partial(softmax_attention, is_causal=True),
     "rfa": partial(rfa, num_samples=S, rng=0, is_causal=True),
+    "eva": partial(eva, window=4, rng=0, is_causal=True),
+    "eva groups": partial(eva, window=4, group_size=2, is_causal=True),
+    "eva unit": partial(eva, window=6, group_size=3, group_weight="unit", rng=0, is_causal=True),
     "rfa orthogonal": partial(rfa, num_samples=S, draws="orthogonal", rng=0, is_causal=True),
 }
 DIFFERENTIABLE = ("torch", "jax")
@@ -54,6 +57,23 @@ def test_rfa_in_single_precision(lib, blocks):
     arrays = lib.arrays(q, k, v, w, dtype="float32")
     out = rfa(*arrays[:3], noise=arrays[3], is_causal=True)
     lib.close(out, rfa_positive(q, k, v, w, is_causal=True), rtol=2e-5)
+
+
+def test_eva_of_single_keys_is_exact(lib, blocks):
+    arrays = lib.arrays(*inputs())
+    exact = lib.numpy(softmax_attention(*arrays, is_causal=True))
+    lib.close(eva(*arrays, window=4, group_size=1, rng=0, is_causal=True), exact)
+    lib.close(eva(*arrays, window=N, is_causal=True), exact)
+
+
+def test_eva_is_that_of_the_tokens_so_far(lib, blocks):
+    """For the last window: the same window and groups without a causal mask, on the keys up to a token."""
+    q, k, v = inputs()
+    out = lib.numpy(eva(*lib.arrays(q, k, v), window=4, group_size=2, is_causal=True))
+    for n in range(5, N + 1):
+        so_far = lib.arrays(*(x[..., :n, :] for x in (q, k, v)))
+        expected = lib.numpy(eva(*so_far, window=4, group_size=2))
+        np.testing.assert_allclose(out[..., n - 1, :], expected[..., -1, :], rtol=1e-11)
 
 
 @pytest.mark.parametrize("name", CAUSAL)
@@ -135,18 +155,22 @@ def test_gradients_by_differences(lib, blocks, name):
 
 
 @pytest.mark.parametrize("name", CAUSAL)
-def test_padding_at_the_end_changes_nothing(lib, blocks, name):
-    """And none of it is read; a query before which all is padding gets zeros."""
+def test_padding_changes_nothing(lib, blocks, name):
+    """And none of it is read; a query before which all is padding gets zeros.
+
+    At the beginning it moves the borders of EVA's windows.
+    """
     data = inputs()
     mask = np.arange(N) < 9
-    mask[:2] = False
+    start = 0 if name.startswith("eva") else 2
+    mask[:start] = False
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         padded = [np.where(mask[:, None], x, np.nan) for x in data[1:]]
         out = lib.numpy(CAUSAL[name](*lib.arrays(data[0], *padded), key_mask=lib.asarray(mask)))
-    alone = lib.numpy(CAUSAL[name](*lib.arrays(*(x[..., 2:9, :] for x in data))))
-    np.testing.assert_allclose(out[..., 2:9, :], alone, rtol=1e-11)
-    assert np.all(out[..., :2, :] == 0)
+    alone = lib.numpy(CAUSAL[name](*lib.arrays(*(x[..., start:9, :] for x in data))))
+    np.testing.assert_allclose(out[..., start:9, :], alone, rtol=1e-11)
+    assert np.all(out[..., :start, :] == 0)
 
 
 def stream(lib, arrays, cuts, **options):
@@ -247,5 +271,12 @@ def test_calls_without_a_meaning(lib):
         rfa(q, k[..., :5, :], v[..., :5, :], rng=0, is_causal=True)
     with pytest.raises(ValueError, match="return_state: expected is_causal=True"):
         rfa(q, k, v, rng=0, return_state=True)
+    with pytest.raises(ValueError, match=r"is_causal: expected as many keys as queries \(14\), got 5"):
+        eva(q, k[..., :5, :], v[..., :5, :], window=0, is_causal=True)
+    with pytest.raises(ValueError, match=r"group_size: expected a divisor of the window \(4\)"):
+        eva(q, k, v, window=4, group_size=3, is_causal=True)
+    for options in ({"window": 0}, {"grid": (2, 7), "window": 4}, {"num_groups": 3}, {"disjoint": False}):
+        with pytest.raises(ValueError, match="is_causal: "):
+            eva(q, k, v, is_causal=True, **options)
     with pytest.raises(NotImplementedError, match="is_causal: features='trigonometric'"):
         rfa(q, k, v, rng=0, features="trigonometric", is_causal=True)

@@ -132,7 +132,7 @@ def test_scales(lib, name):
             function(*arrays, scale=scale, **options)
 
 
-@pytest.mark.parametrize("name", ["ra", "lara", "eva"])
+@pytest.mark.parametrize("name", ["ra", "lara"])
 def test_causal_is_not_there_yet(lib, name):
     function, options = ESTIMATOR_FUNCTIONS[name]
     with pytest.raises(NotImplementedError, match=f"is_causal: {name}"):
