@@ -2,6 +2,7 @@
 
 from ._attend import Average
 from ._eva import eva
+from ._eva_step import EVAState, eva_step
 from ._lara import lara
 from ._primitives import attend, merge
 from ._ra import ra
@@ -10,9 +11,11 @@ from ._softmax import softmax_attention
 
 __all__ = [
     "Average",
+    "EVAState",
     "RFAState",
     "attend",
     "eva",
+    "eva_step",
     "lara",
     "merge",
     "ra",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ._attend import Average, Keys, average, merge
 from ._draws import normal_draws
+from ._eva_step import state_after
 from ._fused import attend, full_precision
 from ._inputs import (
     check_causal,
@@ -68,8 +69,10 @@ def eva(
     scale: float | None = None,
     key_mask: Array | None = None,
     is_causal: bool = False,
+    return_state: bool = False,
+    max_tokens: int | None = None,
     enable_gqa: bool = False,
-) -> Array:
+) -> Any:
     r"""EVA: a window of keys exactly, every group of other keys by one control variate.
 
     Parameters
@@ -117,12 +120,17 @@ def eva(
     is_causal : bool, default False
         Query n sees the keys up to n: those of its window, and the groups that are over where the window
         begins. N = M; `group_size` divides `window`, by default it is as large.
+    return_state : bool, default False
+        With ``is_causal=True``: return the state after the last token too, for `eva_step`.
+    max_tokens : int, optional
+        With ``is_causal=True``: draw, and with ``return_state=True`` keep places, for the groups of so many
+        tokens, by default N.
     enable_gqa : bool, default False
         Let `q` have a multiple of the heads (axis -3) of `k` and `v`.
 
     Returns
     -------
-    array, shape (..., N, E)
+    array, shape (..., N, E), or a pair of it and an `EVAState` with ``return_state=True``
         Of the inputs' library, dtype and device; half precision is summed in float32. A query with
         no key left gets zeros.
 
@@ -160,16 +168,21 @@ def eva(
     """
     check_option("group_weight", group_weight, ("size", "unit"))
     noise_scale = check_real("noise_scale", noise_scale)
-    check_flags(disjoint=disjoint)
+    check_flags(disjoint=disjoint, return_state=return_state)
+    if return_state and (not is_causal or landmarks is not None or query_mask is not None):
+        raise ValueError("return_state: expected is_causal=True, and neither landmarks nor query_mask")
     also = pooling_ranks(landmarks, noise, query_mask)
     x = prepare(q, k, v, scale=scale, key_mask=key_mask, enable_gqa=enable_gqa, also=also)
     tokens = check_grid(grid, x.q.shape[-2], x.k.shape[-2])
-    tile = _check_window(x, window, tokens)
     check_causal(x, is_causal)
+    tile = _check_window(x, window, tokens)
     if is_causal:
-        group_size = _check_causal_groups(tile, num_groups, group_size, disjoint)
-    how, sizes = _check_groups(tokens, num_groups, group_size, landmarks, noise)
+        how: How = "tiles"
+        tile, sizes = _causal_sizes(tokens, window, num_groups, group_size, grid, disjoint)
+    else:
+        how, sizes = _check_groups(tokens, num_groups, group_size, landmarks, noise)
     groups = blocks(tokens, how, sizes)
+    count = _check_max_tokens(max_tokens, is_causal, x.q.shape[-2], sizes, groups)
 
     # What a window cuts off a group is in the window; the rest is a group of its own.
     cut = cuts(tokens, (how, sizes), tile) if tile is not None and disjoint and not is_causal else None
@@ -184,9 +197,10 @@ def eva(
     else:
         qt, kt = given_landmarks(x, landmarks, groups.index.shape[0])
     w = x.root * (qt + kt) / 2
-    eps = normal_draws(x, tuple(w.shape[-2:]), rng=rng, noise=noise, axes="C, D", lead=w.shape[:-2])
+    eps = normal_draws(x, (count, w.shape[-1]), rng=rng, noise=noise, axes="C, D", lead=w.shape[:-2])
     if eps is not None:
-        w = w + noise_scale * eps
+        eps = noise_scale * eps
+        w = w + eps[..., : w.shape[-2], :]
 
     log_weight = _weight(log_size, group_weight)
     if tile is None:
@@ -195,7 +209,8 @@ def eva(
 
     windows = blocks(tokens, "tiles", tile)
     near = Keys(gather(x.k, windows), gather(x.v, windows), gather_bias(x.k, x.key_mask, windows))
-    log_weight, rests = log_weight[..., None, :], []
+    log_weights, rests = log_weight, []
+    log_weight = log_weight[..., None, :]
     if cut is not None:
         outside = x.xp.asarray(cut.outside, device=x.device)
         log_weight = x.xp.where(with_rank(outside, x.q.ndim), log_weight, -math.inf)
@@ -210,7 +225,12 @@ def eva(
         rests = [_rests(atoms, pooled, cut, kt if landmarks is not None else None, group_weight)]
     far = Keys(kt[..., None, :, :], beta[..., None, :, :], log_weight)
     out, _ = attend(gather(x.q, windows), near, far, *rests, scale=x.scale, is_causal=is_causal)
-    return x.finish(scatter(out, windows))
+    out = x.finish(scatter(out, windows))
+    if not return_state:
+        return out
+    assert tile is not None
+    own = Keys(kt, beta, log_weights)
+    return out, state_after(x, tile[0], sizes[0], own, eps, count, group_weight == "size")
 
 
 def _control_variates(x: Inputs, w: Array, at: Blocks) -> Average:
@@ -303,18 +323,36 @@ def _check_window(x: Inputs, window: int | Sizes, tokens: Sizes) -> Sizes | None
     return check_sizes("window", window, tokens)
 
 
-def _check_causal_groups(tile: Sizes | None, num_groups: Any, group_size: Any, disjoint: bool) -> Any:
-    """Groups that are over where a window begins."""
-    if tile is None or len(tile) != 1:
-        raise ValueError("is_causal: eva expects a window, and tokens in a row")
+def _causal_sizes(
+    tokens: Sizes, window: Any, num_groups: Any, group_size: Any, grid: Any, disjoint: bool
+) -> tuple[Sizes, Sizes]:
+    """A window, and groups that are over where one begins; of a shorter sequence, too."""
+    if window == 0 or len(tokens) != 1:
+        raise ValueError(
+            f"is_causal: eva expects a window and tokens in a row, got window {window}, grid {grid}"
+        )
     if num_groups is not None or not disjoint:
         raise ValueError("is_causal: expected group_size, not num_groups, and disjoint=True")
-    (size,) = check_sizes("group_size", tile if group_size is None else group_size, tile)
-    if tile[0] % size:
+    sizes = [
+        check_count(name, *size)
+        if isinstance(size, tuple | list) and len(size) == 1
+        else check_count(name, size)
+        for name, size in (("window", window), ("group_size", window if group_size is None else group_size))
+    ]
+    if sizes[0] % sizes[1]:
         raise ValueError(
-            f"group_size: expected a divisor of the window ({tile[0]}) where is_causal, got {size}"
+            f"group_size: expected a divisor of the window ({sizes[0]}) where is_causal, got {sizes[1]}"
         )
-    return size
+    return (sizes[0],), (sizes[1],)
+
+
+def _check_max_tokens(value: Any, is_causal: bool, n: int, sizes: Sizes, groups: Blocks) -> int:
+    """The groups to draw for."""
+    if value is None:
+        return int(groups.index.shape[0])
+    if not is_causal:
+        raise ValueError("max_tokens: expected is_causal=True with it")
+    return -(-check_count("max_tokens", value, minimum=n) // sizes[0])
 
 
 def _groups_before(x: Inputs, windows: Blocks, groups: Blocks) -> Array:

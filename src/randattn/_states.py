@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 # Fields that heads and sequences may share.
 SHARED = ("frequencies",)
+WHOLE_NUMBERS = ("tokens",)
 
 
 def match_state(
@@ -28,7 +29,7 @@ def match_state(
     for name, trailing in sizes.items():
         field = getattr(state, name)
         check_like(f"state.{name}", field, x.q)
-        if field.dtype != x.q.dtype:
+        if name not in WHOLE_NUMBERS and field.dtype != x.q.dtype:
             raise TypeError(f"state.{name}: expected dtype {x.q.dtype}, got {field.dtype}")
         got = tuple(field.shape)
         own = got[len(got) - len(trailing) :]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from array_api_compat import array_namespace
 
-from randattn import RFAState, rfa_step
+from randattn import EVAState, RFAState, eva_step, rfa_step
 from tests.blocks import make_small
 from tests.calls import eva, rfa, softmax_attention
 from tests.reference import rfa_positive
@@ -174,85 +174,115 @@ def test_padding_changes_nothing(lib, blocks, name):
     assert np.all(out[..., :start, :] == 0)
 
 
-def stream(lib, arrays, cuts, **options):
+STREAMS = {
+    "rfa": (partial(rfa, num_samples=S, rng=0), rfa_step, RFAState),
+    "eva": (partial(eva, window=4, group_size=2, max_tokens=N), eva_step, EVAState),
+    "eva drawn": (partial(eva, window=6, group_size=3, rng=0, max_tokens=N), eva_step, EVAState),
+    "eva unit": (partial(eva, window=4, group_weight="unit", rng=0, max_tokens=N), eva_step, EVAState),
+}
+
+
+def stream(lib, name, arrays, cuts, mask=None, **options):
     """A call on the first tokens, and steps of the others, cut at these places."""
+    call, step, kind = STREAMS[name]
     starts = [0, *cuts]
-    parts = [
-        [x[..., start:stop, :] for x in arrays] for start, stop in zip(starts, [*cuts, None], strict=True)
-    ]
-    out, state = rfa(*parts[0], is_causal=True, return_state=True, **options)
-    outs = [out]
-    for part in parts[1:]:
-        out, state = rfa_step(*part, state, enable_gqa=options.get("enable_gqa", False))
+    outs, state = [], None
+    for start, stop in zip(starts, [*cuts, None], strict=True):
+        part = [x[..., start:stop, :] for x in arrays]
+        seen = {} if mask is None else {"key_mask": mask[..., start:stop]}
+        if state is None:
+            out, state = call(*part, is_causal=True, return_state=True, **seen, **options)
+        else:
+            out, state = step(*part, state, enable_gqa=options.get("enable_gqa", False), **seen)
         outs.append(out)
+    assert isinstance(state, kind)
     return array_namespace(out).concat(outs, axis=-2), state
 
 
 @pytest.mark.parametrize("cuts", [range(1, N), [5, 6, 12]])
-def test_steps_give_what_one_call_gives(lib, blocks, cuts):
-    arrays, noise = lib.arrays(*inputs()), lib.asarray(draws())
-    whole, end = rfa(*arrays, noise=noise, is_causal=True, return_state=True)
-    out, state = stream(lib, arrays, list(cuts), noise=noise)
+@pytest.mark.parametrize("name", STREAMS)
+def test_steps_give_what_one_call_gives(lib, blocks, name, cuts):
+    arrays = lib.arrays(*inputs())
+    whole, end = STREAMS[name][0](*arrays, is_causal=True, return_state=True)
+    out, state = stream(lib, name, arrays, list(cuts))
     lib.close(out, lib.numpy(whole))
-    assert isinstance(state, RFAState)
     for x, y in zip(state, end, strict=True):
-        assert x.dtype == arrays[0].dtype
-        lib.close(x, lib.numpy(y))
+        assert (x.dtype, tuple(x.shape)) == (y.dtype, tuple(y.shape))
+        if name == "rfa":
+            lib.close(x, lib.numpy(y))
 
 
-def test_steps_of_grouped_queries(lib):
+@pytest.mark.parametrize("name", STREAMS)
+def test_steps_of_grouped_queries(lib, name):
     q, k, v = inputs(lead=(2, 6))
-    arrays, noise = lib.arrays(q, k[:, :2], v[:, :2]), lib.asarray(draws((6,)))
-    options = {"noise": noise, "enable_gqa": True, "scale": 0.3}
-    whole = rfa(*arrays, is_causal=True, **options)
-    out, state = stream(lib, arrays, [5, 9], **options)
+    arrays = lib.arrays(q, k[:, :2], v[:, :2])
+    options = {"enable_gqa": True, "scale": 0.3}
+    whole = STREAMS[name][0](*arrays, is_causal=True, **options)
+    out, _ = stream(lib, name, arrays, [5, 9], **options)
     lib.close(out, lib.numpy(whole))
-    assert tuple(state.out.shape) == (2, 6, S, E)
     repeated = lib.arrays(q, *(np.repeat(x[:, :2], 3, axis=1) for x in (k, v)))
-    lib.close(rfa(*repeated, is_causal=True, noise=noise, scale=0.3), lib.numpy(whole))
+    lib.close(STREAMS[name][0](*repeated, is_causal=True, scale=0.3), lib.numpy(whole))
 
 
-def test_a_state_of_half_precision_is_in_float32(lib):
+@pytest.mark.parametrize("name", STREAMS)
+def test_padding_in_steps(lib, name):
+    data, mask = inputs(), np.ones((2, 1, N), dtype=bool)
+    mask[0, 0, [0, 4, 5, 6, 7, 11]] = False
+    hidden = [data[0], *(np.where(mask[..., None], x, np.nan) for x in data[1:])]
+    arrays, seen = lib.arrays(*hidden), lib.asarray(mask)
+    whole = STREAMS[name][0](*arrays, is_causal=True, key_mask=seen)
+    out, _ = stream(lib, name, arrays, [3, 7, 12], mask=seen)
+    lib.close(out, lib.numpy(whole))
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_a_state_of_half_precision_is_in_float32(lib, name):
+    call, step, _ = STREAMS[name]
     for dtype in lib.half:
-        arrays = lib.arrays(*inputs(), dtype=dtype)
-        out, state = rfa(*arrays, rng=0, is_causal=True, return_state=True)
-        step, again = rfa_step(*(x[..., -1:, :] for x in arrays), state)
-        assert out.dtype == step.dtype == arrays[0].dtype
-        assert state.out.dtype == again.out.dtype == lib.xp.float32
+        arrays = lib.arrays(*inputs(n=N - 1), dtype=dtype)
+        out, state = call(*arrays, is_causal=True, return_state=True)
+        one, again = step(*(x[..., -1:, :] for x in arrays), state)
+        assert out.dtype == one.dtype == arrays[0].dtype
+        for old, new in zip(state, again, strict=True):
+            assert old.dtype == new.dtype
+            assert old.dtype == lib.xp.float32 or old.ndim == 0
 
 
-def test_padding_in_a_step(lib):
-    q, k, v = inputs()
-    _, state = rfa(*lib.arrays(q, k, v), rng=0, is_causal=True, return_state=True)
-    hidden = lib.arrays(q[..., :2, :], k[..., :2, :] + np.nan, v[..., :2, :] + np.nan)
-    _, after = rfa_step(*hidden, state, key_mask=lib.asarray(np.zeros(2, dtype=bool)))
-    for x, y in zip(state, after, strict=True):
-        lib.close(x, lib.numpy(y))
+def test_eva_beyond_its_places(lib):
+    arrays = lib.arrays(*inputs())
+    _, state = eva(*arrays, window=4, is_causal=True, return_state=True)
+    out, _ = eva_step(*arrays, state)
+    # N = 14 in groups of 4 are 16 places.
+    assert np.all(np.isfinite(lib.numpy(out)[..., :2, :]))
+    assert np.all(np.isnan(lib.numpy(out)[..., 2:, :]))
 
 
-def test_a_scan_of_steps(lib):
+@pytest.mark.parametrize("name", STREAMS)
+def test_a_scan_of_steps(lib, name):
     if lib.name != "jax":
         pytest.skip("for jax")
     import jax
 
-    arrays, noise = lib.arrays(*inputs()), lib.asarray(draws())
-    first = [x[..., :1, :] for x in arrays]
-    _, start = rfa(*first, noise=noise, is_causal=True, return_state=True)
+    call, take_step, _ = STREAMS[name]
+    arrays = lib.arrays(*inputs())
+    _, start = call(*(x[..., :1, :] for x in arrays), is_causal=True, return_state=True)
 
     def step(state, token):
-        out, state = rfa_step(*(x[..., None, :] for x in token), state)
+        out, state = take_step(*(x[..., None, :] for x in token), state)
         return state, out
 
     tokens = [jax.numpy.moveaxis(x[..., 1:, :], -2, 0) for x in arrays]
     _, out = jax.jit(lambda state, tokens: jax.lax.scan(step, state, tokens))(start, tokens)
-    whole = lib.numpy(rfa(*arrays, noise=noise, is_causal=True))
+    whole = lib.numpy(call(*arrays, is_causal=True))
     lib.close(jax.numpy.moveaxis(out[..., 0, :], 0, -2), whole[..., 1:, :])
 
 
 def test_states_that_do_not_fit(lib):
     arrays = lib.arrays(*inputs())
     _, state = rfa(*arrays, rng=0, is_causal=True, return_state=True)
-    with pytest.raises(TypeError, match=r"state: expected one of rfa, RFAState, got tuple"):
+    with pytest.raises(TypeError, match="state: expected one of eva, EVAState, got RFAState"):
+        eva_step(*arrays, state)
+    with pytest.raises(TypeError, match="state: expected one of rfa, RFAState, got tuple"):
         rfa_step(*arrays, tuple(state))
     with pytest.raises(ValueError, match=r"state\.frequencies: expected trailing axes"):
         rfa_step(*(x[..., :2] for x in arrays), state)
@@ -276,6 +306,10 @@ def test_calls_without_a_meaning(lib):
         eva(q, k[..., :5, :], v[..., :5, :], window=0, is_causal=True)
     with pytest.raises(ValueError, match=r"group_size: expected a divisor of the window \(4\)"):
         eva(q, k, v, window=4, group_size=3, is_causal=True)
+    with pytest.raises(ValueError, match="return_state: expected is_causal=True"):
+        eva(q, k, v, return_state=True)
+    with pytest.raises(ValueError, match="max_tokens: expected at least 14, got 13"):
+        eva(q, k, v, is_causal=True, max_tokens=13)
     for options in ({"window": 0}, {"grid": (2, 7), "window": 4}, {"num_groups": 3}, {"disjoint": False}):
         with pytest.raises(ValueError, match="is_causal: "):
             eva(q, k, v, is_causal=True, **options)
