@@ -75,7 +75,9 @@ def eva_step(
     q : array, shape (..., T, D)
         One or more tokens, heads first.
     k : array, shape (..., T, D)
+        Their keys.
     v : array, shape (..., T, E)
+        Their values.
     state : EVAState
         Of all tokens before, from `eva` with ``return_state=True`` or from this function.
     key_mask : boolean array, shape (..., T), optional

@@ -202,7 +202,9 @@ def rfa_step(
     q : array, shape (..., T, D)
         One or more tokens, heads first.
     k : array, shape (..., T, D)
+        Their keys.
     v : array, shape (..., T, E)
+        Their values.
     state : RFAState
         Of all tokens before, from `rfa` with ``return_state=True`` or from this function.
     key_mask : boolean array, shape (..., T), optional
