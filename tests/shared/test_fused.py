@@ -135,6 +135,8 @@ def prepared(lib, case):
 @pytest.mark.parametrize("small", [False, True])
 @pytest.mark.parametrize("case", CASES)
 def test_the_same_average(lib, case, small, monkeypatch):
+    if lib.name == "dask" and case.startswith("no head"):
+        pytest.skip("Dask has no maximum over nothing")
     arrays, call, mask = prepared(lib, case)
     expected = call(_attend.attend, mask, *arrays)
     if small:
