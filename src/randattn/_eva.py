@@ -186,11 +186,12 @@ def eva(
 
     # What a window cuts off a group is in the window; the rest is a group of its own.
     cut = cuts(tokens, (how, sizes), tile) if tile is not None and disjoint and not is_causal else None
-    if cut is None or not cut.inside.size:
+    split = cut if cut is not None and cut.inside.size else None
+    if split is None:
         kt, log_size = pool(x.k, groups, x.key_mask)
     else:
-        pooled = pool(x.k, cut.atoms, x.key_mask)
-        kt, log_size = _union(pooled, cut)
+        pooled = pool(x.k, split.atoms, x.key_mask)
+        kt, log_size = _union(pooled, split)
     if landmarks is None:
         queries = blocks_of_queries(x, groups)
         qt, _ = pool(x.q, queries, resolve_query_mask(x, query_mask))
@@ -217,12 +218,12 @@ def eva(
     if is_causal:
         before = _groups_before(x, windows, groups)
         log_weight = x.xp.where(with_rank(before, x.q.ndim), log_weight, -math.inf)
-    if cut is None or not cut.inside.size:
+    if split is None:
         beta, _ = _control_variates(x, w, groups)
     else:
-        atoms = _control_variates(x, take(w, cut.group_of_atom, axis=-2), cut.atoms)
-        beta, _ = _union(atoms, cut)
-        rests = [_rests(atoms, pooled, cut, kt if landmarks is not None else None, group_weight)]
+        atoms = _control_variates(x, take(w, split.group_of_atom, axis=-2), split.atoms)
+        beta, _ = _union(atoms, split)
+        rests = [_rests(atoms, pooled, split, kt if landmarks is not None else None, group_weight)]
     far = Keys(kt[..., None, :, :], beta[..., None, :, :], log_weight)
     out, _ = attend(gather(x.q, windows), near, far, *rests, scale=x.scale, is_causal=is_causal)
     out = x.finish(scatter(out, windows))

@@ -58,9 +58,7 @@ class _Block(NamedTuple):
         highest = reduce(xp.maximum, [xp.max(x, axis=-2) for x in logits])
         highest = steps.at_least(highest, xp.finfo(highest.dtype).min)
         top = highest if top is None else xp.maximum(highest, top)
-        weights = [steps.exp(steps.subtract(x, top[..., None, :])) for x in logits]
-        if self.pair_weight is not None:
-            weights = [steps.multiply(x, self.pair_weight.of(self.q, steps)) for x in weights]
+        weights = [self._paired(steps.exp(steps.subtract(x, top[..., None, :])), steps) for x in logits]
         total = reduce(operator.add, [xp.sum(x, axis=-2) for x in weights])
         return _Weights(weights, [piece.keys.v for piece in pieces], total, top)
 
@@ -72,9 +70,7 @@ class _Block(NamedTuple):
             for piece in pieces:
                 # Sums with factors are products, and those of many small tiles slow where rows are short.
                 factor = piece.factor(self.q) if steps.long_rows or len(pieces) == 1 else None
-                x = steps.exp(piece.logits(self.q, scale, steps, biased=factor is None))
-                if self.pair_weight is not None:
-                    x = steps.multiply(x, self.pair_weight.of(self.q, steps))
+                x = self._paired(steps.exp(piece.logits(self.q, scale, steps, biased=factor is None)), steps)
                 weights.append(x)
                 if factor is None:
                     values.append(piece.keys.v)
@@ -89,6 +85,12 @@ class _Block(NamedTuple):
             if not (xp.min(total) > _SAFE_SUMS[0] and xp.max(total) < _SAFE_SUMS[1]):
                 return None
         return _Weights(weights, values, total, xp.zeros_like(total))
+
+    def _paired(self, weights: Array, steps: Writing) -> Array:
+        """The weights with those of the pairs."""
+        if self.pair_weight is None:
+            return weights
+        return steps.multiply(weights, self.pair_weight.of(self.q, steps))
 
 
 class _Piece(NamedTuple):
