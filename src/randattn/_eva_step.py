@@ -171,9 +171,9 @@ def _one(state: EVAState, q: Array, k: Array, v: Array, bias: Array) -> tuple[EV
 
     bias_of_group = parts(kept[..., None])[..., 0]
     (mean_q, _), (mean_k, log_size) = (_mean(parts(y), bias_of_group) for y in (queries, keys))
-    number = xp.arange(count, dtype=state.tokens.dtype, device=device)[:, None]
     first = (state.tokens - place) // length
-    number = number - first - xp.arange(groups, dtype=state.tokens.dtype, device=device)
+    number = xp.arange(count, dtype=state.tokens.dtype, device=device)[:, None] - first
+    number = number - xp.arange(groups, dtype=state.tokens.dtype, device=device)[None, :]
     is_new = xp.astype((number == 0) & (place == window - 1), dtype)
     here = xp.astype(number == 0, dtype)
     root = xp.sqrt(state.scale)
