@@ -28,6 +28,7 @@ from ._inputs import (
 from ._segments import (
     blocks,
     blocks_of_queries,
+    blocks_over,
     check_grid,
     check_sizes,
     cuts,
@@ -216,7 +217,7 @@ def eva(
         outside = x.xp.asarray(cut.outside, device=x.device)
         log_weight = x.xp.where(with_rank(outside, x.q.ndim), log_weight, -math.inf)
     if is_causal:
-        before = _groups_before(x, windows, groups)
+        before = x.xp.asarray(blocks_over(tokens, (how, sizes), tile), device=x.device)
         log_weight = x.xp.where(with_rank(before, x.q.ndim), log_weight, -math.inf)
     if split is None:
         beta, _ = _control_variates(x, w, groups)
@@ -354,13 +355,6 @@ def _check_max_tokens(value: Any, is_causal: bool, n: int, sizes: Sizes, groups:
     if not is_causal:
         raise ValueError("max_tokens: expected is_causal=True with it")
     return -(-check_count("max_tokens", value, minimum=n) // sizes[0])
-
-
-def _groups_before(x: Inputs, windows: Blocks, groups: Blocks) -> Array:
-    """Whether a group is over where a window begins: (B, C)."""
-    starts = x.xp.asarray(windows.index[:, :1], device=x.device)
-    ends = x.xp.asarray(groups.index.max(axis=1)[None, :], device=x.device)
-    return ends < starts
 
 
 def _check_groups(
