@@ -94,6 +94,28 @@ def test_lara_with_padding_is_its_definition(lib, options):
     lib.close(out, lara_causal(q, k, v, noise, keep=keep, **options))
 
 
+@pytest.mark.parametrize("weighting", ["balance", "optimal"])
+def test_lara_estimates_the_weight_of_what_is_before_the_window(lib, weighting):
+    """Without bias. With the values 1 in a query's window and 0 before it, the result tells the estimate."""
+    if lib.name != "numpy":
+        pytest.skip("of NumPy's: the others agree with it")
+    rng, window, n = np.random.default_rng(5), 4, 12
+    q, k = 0.7 * rng.standard_normal((2, n, D))
+    noise = rng.standard_normal((20_000, 3, D))
+    # A clamped weight would be a bias: near segments have none.
+    options = {"weighting": weighting, "alpha": 0.05, "scale": 1.0, "noise": noise, "window": window}
+    for first in (4, 8):
+        v = (np.arange(n) >= first)[:, None] * np.ones((n, 1))
+        share = lara(q, k, v, is_causal=True, **options)[:, first : first + window, 0]
+        weights = np.exp(q @ k.T)[first : first + window]
+        exact = np.tril(weights[:, first : first + window]).sum(axis=1)
+        estimates = exact * (1 / share - 1)
+        expected = weights[:, :first].sum(axis=1)
+        z = (estimates.mean(axis=0) - expected) / (estimates.std(axis=0) / np.sqrt(len(noise)))
+        assert np.all(np.abs(z) < 4)
+        assert np.all(np.abs(estimates.mean(axis=0) / expected - 1) < 0.05)
+
+
 @pytest.mark.parametrize("name", ["rfa", "lara", "lara balance"])
 def test_estimates_approach_causal_softmax(lib, name):
     """As the root of the number of draws: 16 times as many would divide the error by four."""
