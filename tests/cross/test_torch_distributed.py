@@ -1,10 +1,10 @@
 """The recipes of docs/torch_distributed.md, in two processes: results, gradients, and what travels."""
 
-import os
+import contextlib
+import io
 import re
 import runpy
-import subprocess
-import sys
+import warnings
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,9 @@ PAGE = Path(__file__).parents[2] / "docs" / "torch_distributed.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
 WORLD, SEED = 2, 3
 LEAD, N, D, E = (2, 3), 96, 4, 5
+# The first rank has more tokens, the second nothing but padding.
+UNEVEN = 70
+MASK = torch.arange(N) < 60
 
 # Each recipe: its name in the page, its options, the one-process call, and how many numbers a rank sends.
 CASES = {
@@ -60,6 +63,8 @@ def results(function, q, k, v, weights):
     """The output and the gradients, in float64."""
     inputs = [x.clone().requires_grad_() for x in (q, k, v)]
     out = function(*inputs)
+    # A causal recipe gives its state, too.
+    out = out[0] if isinstance(out, tuple) else out
     gradients = torch.autograd.grad((weights * out).sum(), inputs)
     return [x.detach().numpy() for x in (out, *gradients)]
 
@@ -93,30 +98,48 @@ def count_what_travels(sent):
 
 def start(rank, directory):
     torch.set_num_threads(1)
+    # What the recipes call must not be deprecated.
+    warnings.simplefilter("error")
     store = f"file://{directory}/store"
     # Where one process waits for what the other never sends, fail soon.
     dist.init_process_group("gloo", store, timedelta(seconds=60), rank=rank, world_size=WORLD)
 
 
 def worker(rank, directory):
-    """Every recipe on one rank's tokens, for two lengths; the results to a file."""
+    """All that the page has, on one rank's tokens; what it finds, to a file."""
     start(rank, directory)
     page = runpy.run_path(f"{directory}/example.py", run_name="example")
     sent = {}
     count_what_travels(sent)
+    found = run_cases(page, rank, sent)
+
+    *_, state = page["sharded_causal_rfa"](*list(shards(tokens(N)[:3]))[rank], num_samples=7, seed=SEED)
+    found.update({f"state {field}": x.numpy() for field, x in state._asdict().items()})
+
+    own = [x.split([UNEVEN, N - UNEVEN], dim=-2)[rank] for x in tokens(N)[:3]]
+    mask = MASK.split([UNEVEN, N - UNEVEN])[rank]
+    found["uneven"] = page["sharded_rfa"](*own, num_samples=7, seed=SEED, key_mask=mask).numpy()
+
+    # The page's own comparison, which closes the group. It is open already.
+    dist.init_process_group = lambda backend: None
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        page["main"]()
+    np.savez(f"{directory}/rank{rank}.npz", printed=printed.getvalue(), **found)
+
+
+def run_cases(page, rank, sent):
+    """Every recipe, for two lengths: results, gradients, and the bytes of the messages."""
     found = {}
     for name, (recipe, options, *_) in CASES.items():
         function = partial(page[recipe], **options, seed=SEED)
-        first = (lambda f: lambda *x: f(*x)[0])(function) if recipe == "sharded_causal_rfa" else function
         for n in (N, 4 * N):
             sent.update(forward=[], backward=[])
             own = list(shards(tokens(n)))[rank]
-            for i, x in enumerate(results(first, *own)):
+            for i, x in enumerate(results(function, *own)):
                 found[f"{name} {n} {i}"] = x
             for way, sizes in sent.items():
                 found[f"{name} {n} {way}"] = np.asarray(sizes)
-    np.savez(f"{directory}/rank{rank}.npz", **found)
-    dist.destroy_process_group()
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -148,3 +171,22 @@ def test_what_travels_does_not_grow(found, name):
             assert forward.sum() == 8 * 6 * numbers
             # The gradient of each message, in reverse.
             assert list(backward) == list(forward[::-1])
+
+
+def test_the_last_rank_has_the_state_of_the_whole_sequence(found):
+    _, whole = rfa(*tokens(N)[:3], num_samples=7, rng=SEED, is_causal=True, return_state=True)
+    for field, x in whole._asdict().items():
+        np.testing.assert_allclose(found[-1][f"state {field}"], x.numpy(), rtol=1e-12, err_msg=field)
+
+
+def test_ranks_may_differ_in_tokens_and_padding(found):
+    whole = rfa(*tokens(N)[:3], num_samples=7, rng=SEED, key_mask=MASK).numpy()
+    ours = np.concatenate([rank["uneven"] for rank in found], axis=-2)
+    np.testing.assert_allclose(ours, whole, rtol=0, atol=1e-12 * np.abs(whole).max())
+
+
+def test_the_page_compares_itself(found):
+    for rank in found:
+        lines = str(rank["printed"]).splitlines()
+        assert [line.rpartition(" ")[0] for line in lines] == ["rfa", "causal rfa", "lara", "eva"]
+        assert all(float(line.split()[-1]) < 1e-12 for line in lines)
