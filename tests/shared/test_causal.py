@@ -168,6 +168,18 @@ def test_the_future_changes_nothing(lib, blocks, name):
         assert not np.allclose(again[..., n:, :], out[..., n:, :])
 
 
+def test_a_key_to_come_that_outweighs_all_others(lib):
+    """By a thousand nats along one frequency: what was before it would vanish beside it."""
+    (q, k, v), w = inputs(), draws()
+    w[..., 0, :] *= 45 / np.linalg.norm(w[..., 0, :], axis=-1, keepdims=True)
+    n = 6
+    before = lib.numpy(rfa(*lib.arrays(q, k, v), noise=lib.asarray(w), is_causal=True))
+    k[..., n, :] = w[..., 0, :] * D**0.25
+    after = lib.numpy(rfa(*lib.arrays(q, k, v), noise=lib.asarray(w), is_causal=True))
+    np.testing.assert_allclose(after[..., :n, :], before[..., :n, :], rtol=1e-12)
+    assert np.all(np.isfinite(after))
+
+
 @pytest.mark.parametrize("name", CAUSAL)
 def test_weights_add_up_to_one(lib, blocks, name):
     q, k, v = inputs()
