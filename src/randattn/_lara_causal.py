@@ -8,11 +8,11 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ._attend import Average, Keys, merge
+from ._attend import Average, Keys, average, merge
 from ._causal import nothing, scan
 from ._fused import attend, carry
 from ._inputs import dot, with_rank
-from ._lara_weights import optimal, probability
+from ._lara_weights import only, optimal, probability
 from ._segments import blocks, blocks_over, gather, gather_bias, scatter, take
 
 if TYPE_CHECKING:
@@ -53,17 +53,16 @@ def causal(x: Inputs, proposals: Proposals, window: int, *, weighting: str, alph
     log_r = xp.concat(
         [*(dot(one, mu) - half_norm for one in draws), xp.zeros_like(standard[..., 0])], axis=-1
     )
-    log_mixtures = _log_mixtures(x, proposals, w, window)
+    log_mixtures, are_there = _log_mixtures(x, proposals, w, window)
 
-    def before_window(q: Array, before: Average, log_mixture: Array) -> Average:
-        if weighting == "balance":
-            keys, pair_weight = Keys(w, before.out, before.log_norm - log_mixture), None
-        else:
-            there = log_mixture < math.inf
-            keys = Keys(w, before.out, xp.where(there, before.log_norm - log_r, -math.inf))
+    def before_window(q: Array, before: Average, log_mixture: Array, there: Array) -> Average:
+        log_density = log_mixture if weighting == "balance" else log_r
+        keys = Keys(w, before.out, only(there, before.log_norm - log_density))
+        pair_weight = None
+        if weighting == "optimal":
             pair_weight = optimal(
                 x.root * qt,
-                xp.where(there, xp.zeros_like(log_mixture), -math.inf)[..., : qt.shape[-2]],
+                only(there, xp.zeros_like(log_mixture))[..., : qt.shape[-2]],
                 probability(log_r - log_mixture),
                 mask=None,
                 alpha=alpha,
@@ -77,6 +76,7 @@ def causal(x: Inputs, proposals: Proposals, window: int, *, weighting: str, alph
     def block(
         before: Average,
         log_mixture: Array,
+        there: Array,
         q: Array,
         out: Array,
         log_norm: Array,
@@ -85,13 +85,15 @@ def causal(x: Inputs, proposals: Proposals, window: int, *, weighting: str, alph
         *bias: Array,
     ) -> tuple[Average, Array]:
         own = Average(out, log_norm[..., 0])
-        out, _ = merge(own, before_window(q, before, log_mixture[..., 0, :]))
-        keys = Keys(k, v, bias[0][..., 0] if bias else None, x.scale)
-        return merge(before, attend(w, keys, scale=x.root)), out
+        out, _ = merge(own, before_window(q, before, log_mixture[..., 0, :], there[..., 0, :]))
+        log_xi = xp.matmul(x.root * w, xp.matrix_transpose(k)) - (x.scale / 2 * dot(k, k))[..., None, :]
+        if bias:
+            log_xi = log_xi + xp.matrix_transpose(bias[0])
+        return merge(before, average(log_xi, v)), out
 
     bias = [] if x.key_bias is None else [x.key_bias[..., None]]
     tokens = [x.q, *_windows(x, window), x.k, x.v, *bias]
-    _, out = scan(block, nothing(x, w), (log_mixtures, 1), *((y, window) for y in tokens))
+    _, out = scan(block, nothing(x, w), (log_mixtures, 1), (are_there, 1), *((y, window) for y in tokens))
     return out
 
 
@@ -103,10 +105,10 @@ def _windows(x: Inputs, window: int) -> tuple[Array, Array]:
     return scatter(out, at), scatter(log_norm[..., None], at)
 
 
-def _log_mixtures(x: Inputs, proposals: Proposals, w: Array, window: int) -> Array:
+def _log_mixtures(x: Inputs, proposals: Proposals, w: Array, window: int) -> tuple[Array, Array]:
     """For each window, the log density at each draw of all proposals that are there: (..., B, K).
 
-    Over that of N(0, I), and times their number; inf for a draw whose own proposal is not there.
+    Over that of N(0, I), and times their number. And whether a draw's own proposal is there.
     """
     xp, (_, mu, there, draws, standard) = x.xp, proposals
     copies, others = len(draws), standard.shape[-2]
@@ -125,5 +127,4 @@ def _log_mixtures(x: Inputs, proposals: Proposals, w: Array, window: int) -> Arr
     if there is not None:
         is_there = is_there & there[..., None, :]
     always = xp.ones_like(is_there[..., :1])
-    is_there = xp.concat([is_there] * copies + [always] * others, axis=-1)
-    return xp.where(is_there, log_mixtures, math.inf)
+    return log_mixtures, xp.concat([is_there] * copies + [always] * others, axis=-1)
