@@ -112,6 +112,15 @@ def mean_of_rows(x: Array) -> Array:
     return xp.matmul(share, x)[..., 0, :]
 
 
+def lanes_of(x: Array) -> int:
+    """In how many parts of one length the tokens of `x` (..., N, D) may lie on devices of their own."""
+    if not compat.is_jax_array(x):
+        return 1
+    from . import _fused_jax
+
+    return math.gcd(x.shape[-2], _fused_jax.mesh_size(x))
+
+
 def by_rows(function: Callable[..., Array], size: int, *arrays: tuple[Array, int]) -> Array:
     """`function` of so many rows at a time, which lie on the given axis (-1 or -2) of each array.
 

@@ -23,8 +23,8 @@ from ._inputs import (
     refuse_causal,
     resolve_count,
 )
+from ._plans import blocks
 from ._segments import (
-    blocks,
     blocks_of_queries,
     check_grid,
     check_sizes,
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from ._attend import Steps
     from ._inputs import Inputs
-    from ._segments import How
+    from ._plans import How
 
     Array = Any
 

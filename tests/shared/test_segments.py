@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from randattn._segments import blocks, check_sizes, cuts, gather, scatter
+from randattn._plans import blocks, cuts
+from randattn._segments import check_sizes, gather, scatter
 
 GRIDS = [(12,), (13,), (1,), (4, 6), (5, 7), (1, 9), (2, 3, 5), (4, 4, 4)]
 
@@ -80,17 +81,18 @@ def test_cuts_leave_every_key_once_to_every_query(grid, groups):
         sizes = tuple(min(size, n) for n in grid)
         tile = tuple(min(window, n) for n in grid)
         cut, by_window = cuts(grid, (how, sizes), tile), tokens_of(blocks(grid, "tiles", tile))
-        by_group, atoms = tokens_of(blocks(grid, how, sizes)), tokens_of(cut.atoms)
+        by_group, atoms = tokens_of(blocks(grid, how, sizes)), tokens_of(cut.pieces.atoms)
+        (level,) = cut.pieces.levels
         for c, group in enumerate(by_group):
-            members = [atoms[a] for a in cut.members[c][cut.is_member[c]]]
+            members = [atoms[a] for a in level.index[c][level.valid[c]]]
             assert sorted(np.concatenate(members)) == sorted(group)
         for w, own in enumerate(by_window):
             seen = [own, *(by_group[c] for c in np.flatnonzero(cut.outside[w]))]
-            for inside, group in zip(cut.inside[w][cut.is_cut[w]], cut.group_of_cut[w], strict=False):
-                c, place = divmod(inside, cut.members.shape[1])
+            for inside, group in zip(level.inside[w][cut.is_cut[w]], cut.group_of_cut[w], strict=False):
+                c, place = divmod(inside, level.index.shape[1])
                 assert c == group
-                assert set(atoms[cut.members[c][place]]) <= set(own)
-                others = np.delete(cut.members[c], place)[np.delete(cut.is_member[c], place)]
+                assert set(atoms[level.index[c][place]]) <= set(own)
+                others = np.delete(level.index[c], place)[np.delete(level.valid[c], place)]
                 seen += [atoms[a] for a in others]
             assert sorted(np.concatenate(seen)) == list(range(np.prod(grid)))
 
