@@ -189,7 +189,8 @@ def eva(
     cut = cuts(tokens, (how, sizes), tile, lanes) if tile is not None and disjoint and not is_causal else None
     rest = cut if cut is not None and cut.is_cut.size else None
     parts = pieces(groups, lanes) if rest is None and lanes > 1 else None if rest is None else rest.pieces
-    pooled = pool(x.k, groups if parts is None else parts.atoms, x.key_mask)
+    atoms = groups if parts is None else parts.atoms
+    pooled = pool(x.k, atoms, x.key_mask)
     kt, log_size = pooled if parts is None else union(pooled, parts)
     if landmarks is None:
         queries = blocks_of_queries(x, groups)
@@ -203,12 +204,9 @@ def eva(
         w = w + eps[..., : w.shape[-2], :]
 
     log_weight = _weight(log_size, group_weight)
-    atoms = (
-        _control_variates(x, w, groups)
-        if parts is None
-        else _control_variates(x, take(w, parts.group_of_atom, axis=-2), parts.atoms)
-    )
-    beta, _ = atoms if parts is None else union(atoms, parts)
+    own = w if parts is None or not parts.levels else take(w, parts.group_of_atom, axis=-2)
+    values = _control_variates(x, own, atoms)
+    beta, _ = values if parts is None else union(values, parts)
     if tile is None:
         return x.finish(attend(x.q, Keys(kt, beta, log_weight), scale=x.scale).out)
 
@@ -223,7 +221,7 @@ def eva(
         before = _groups_before(x, at, groups)
         log_weight = x.xp.where(with_rank(before, x.q.ndim), log_weight, -math.inf)
     if rest is not None:
-        rests = [_rests(atoms, pooled, rest, kt if landmarks is not None else None, group_weight)]
+        rests = [_rests(values, pooled, rest, kt if landmarks is not None else None, group_weight)]
     far = Keys(kt[..., None, :, :], beta[..., None, :, :], log_weight)
     out, _ = attend(gather(x.q, at), near, far, *rests, scale=x.scale, is_causal=is_causal)
     out = x.finish(scatter(out, at))

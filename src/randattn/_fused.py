@@ -37,7 +37,10 @@ SMALL = 1 << 16
 
 
 def full_precision(function: F) -> F:
-    """Leave PyTorch's autocast: it would take the products in half precision, and the logits with them."""
+    """Leave PyTorch's autocast: it would take the products in half precision, and the logits with them.
+
+    JAX: leave the layouts of what is inside to its compiler, also on a mesh with explicit axes.
+    """
 
     @functools.wraps(function)
     def call(q: Any, *args: Any, **options: Any) -> Any:
@@ -47,6 +50,10 @@ def full_precision(function: F) -> F:
             if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
                 with torch.autocast(kind, enabled=False):
                     return function(q, *args, **options)
+        if compat.is_jax_array(q):
+            from . import _fused_jax_mesh
+
+            return _fused_jax_mesh.laid_by_compiler(function, q, *args, **options)
         return function(q, *args, **options)
 
     return cast("F", call)
@@ -116,9 +123,9 @@ def lanes_of(x: Array) -> int:
     """In how many parts of one length the tokens of `x` (..., N, D) may lie on devices of their own."""
     if not compat.is_jax_array(x):
         return 1
-    from . import _fused_jax
+    from . import _fused_jax_mesh
 
-    return math.gcd(x.shape[-2], _fused_jax.mesh_size(x))
+    return math.gcd(x.shape[-2], _fused_jax_mesh.mesh_size(x))
 
 
 def by_rows(function: Callable[..., Array], size: int, *arrays: tuple[Array, int]) -> Array:

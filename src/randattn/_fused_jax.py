@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from . import _attend
 from ._attend import Average, Keys, PairWeight
 from ._fused import GPU_BLOCK_LOGITS
+from ._fused_jax_mesh import attend_on_mesh, mesh_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -39,7 +40,7 @@ def attend(
     if devices > 1:
         most = devices * (_MOST_LOGITS if on_cpu else GPU_BLOCK_LOGITS)
         options = {"scale": scale, "function": function, "is_causal": is_causal}
-        return _compiled_on_mesh(q, biased, pair_bias, mask, arrays, devices=devices, most=most, **options)
+        return attend_on_mesh(q, biased, pair_bias, mask, arrays, devices=devices, most=most, **options)
     out, log_norm = _compiled(
         *(q, biased, pair_bias, mask, arrays),
         scale=scale,
@@ -226,97 +227,6 @@ def _over_keys(average: Any, q: Array, keys: Keys, pair_bias: Array | None, firs
     if whole == m:
         return found
     return _attend.merge(found, of_keys(jax.tree.map(lambda x: x[whole:], per_key), whole))
-
-
-def mesh_size(*arrays: Array) -> int:
-    """The devices that one of these arrays may be laid over; 1 where it lies on one."""
-    typeof = getattr(jax, "typeof", None)  # JAX 0.6
-    return 1 if typeof is None else max(_devices(typeof(x).sharding.mesh) for x in arrays)
-
-
-def _devices(mesh: Any) -> int:
-    # Within `jax.shard_map` the mesh's axes are manual: nothing is left to lay out.
-    kinds = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
-    return math.prod(size for size, kind in kinds if kind != jax.sharding.AxisType.Manual)
-
-
-def _on_mesh(
-    q: Array,
-    sets: tuple[Keys, ...],
-    pair_bias: Array | None,
-    mask: Array | None,
-    arrays: tuple[Array, ...],
-    *,
-    scale: float,
-    function: Any,
-    is_causal: bool,
-    devices: int,
-    most: int,
-) -> Average:
-    """The same on a mesh, where a loop along an axis would bring all of it to every device.
-
-    The longer axis of tokens is cut in lanes, each on one device, and a loop goes along all of them at once.
-    """
-    n, m = q.shape[-2], sum(keys.k.shape[-2] for keys in sets)
-    pair_weight = None if function is None else PairWeight(function, mask, arrays)
-    lead = _attend.leading_axes(q, sets, pair_bias, pair_weight)
-    by_keys = m > n and len(sets) == 1 and pair_weight is None and not is_causal
-    tokens = m if by_keys else n
-    lanes = math.gcd(tokens, devices)
-    length = tokens // lanes
-    rows = _divisor(length, max(1, length * most // (math.prod(lead) * n * m)))
-    if rows == length:
-        start = (0, 0) if is_causal else None
-        return _attend.attend_whole(q, sets, scale, pair_bias, pair_weight, first=start)
-
-    def cut(x: Array, axis: int) -> Array:
-        """The tokens as (lanes, steps, rows), the steps first of all axes."""
-        axis += x.ndim
-        x = x.reshape(*x.shape[:axis], lanes, length // rows, rows, *x.shape[axis + 1 :])
-        return jnp.moveaxis(x, axis + 1, 0)
-
-    def of_keys(done: Average, part: Any) -> tuple[Average, None]:
-        (k, v, bias, _), pairs = part
-        pairs = None if pairs is None else jnp.moveaxis(pairs, -2, -3)
-        return _attend.merge(done, _attend.attend_whole(q, (Keys(k, v, bias),), scale, pairs, None)), None
-
-    if by_keys:
-        (keys,) = sets
-        bias = None if keys.bias is None else cut(keys.bias, -1)
-        pairs = None if pair_bias is None else cut(pair_bias, -1)
-        per_key = (Keys(cut(keys.k, -2), cut(keys.v, -2), bias), pairs)
-        q = q[..., None, :, :]
-        shape = (*lead, lanes, n)
-        nothing = Average(jnp.zeros((*shape, keys.v.shape[-1]), q.dtype), jnp.full(shape, -math.inf, q.dtype))
-        parts, _ = jax.lax.scan(jax.checkpoint(of_keys), nothing, per_key)
-        log_norm = jnp.moveaxis(parts.log_norm, -2, -1)[..., None, :]
-        found = _attend.average(log_norm, jnp.moveaxis(parts.out, -3, -2))
-        return Average(found.out[..., 0, :], found.log_norm[..., 0])
-
-    shared = tuple(
-        Keys(k[..., None, :, :], v[..., None, :, :], None if bias is None else bias[..., None, :])
-        for k, v, bias, _ in sets
-    )
-    arrays = tuple(x[..., None, :, :] for x in arrays)
-
-    def of_queries(part: Any) -> Average:
-        here, pairs, seen, step = part
-        weight = None if function is None else PairWeight(function, seen, arrays)
-        start = (length * jnp.arange(lanes)[:, None, None] + rows * step, 0) if is_causal else None
-        return _attend.attend_whole(here, shared, scale, pairs, weight, first=start)
-
-    per_query = (
-        cut(q, -2),
-        None if pair_bias is None else cut(pair_bias, -2),
-        None if mask is None else cut(mask, -1),
-        jnp.arange(length // rows),
-    )
-    out, log_norm = jax.lax.map(jax.checkpoint(of_queries), per_query)
-    out, log_norm = jnp.moveaxis(out, 0, -3), jnp.moveaxis(log_norm, 0, -2)
-    return Average(out.reshape(*out.shape[:-4], n, out.shape[-1]), log_norm.reshape(*log_norm.shape[:-3], n))
-
-
-_compiled_on_mesh = jax.jit(_on_mesh, static_argnames=("scale", "function", "is_causal", "devices", "most"))
 
 
 def by_rows(function: Callable[..., Array], size: int, *arrays: tuple[Array, int]) -> Array:
