@@ -128,6 +128,16 @@ def lanes_of(x: Array) -> int:
     return math.gcd(x.shape[-2], _fused_jax_mesh.mesh_size(x))
 
 
+def everywhere(x: Average) -> Average:
+    """Bring what belongs to groups, not to tokens, to all devices that the tokens lie on, once."""
+    if not compat.is_jax_array(x.out):
+        return x
+    from . import _fused_jax_mesh
+
+    out, log_norm = (_fused_jax_mesh.everywhere(array, axes) for array, axes in zip(x, (2, 1), strict=True))
+    return x._replace(out=out, log_norm=log_norm)
+
+
 def by_rows(function: Callable[..., Array], size: int, *arrays: tuple[Array, int]) -> Array:
     """`function` of so many rows at a time, which lie on the given axis (-1 or -2) of each array.
 

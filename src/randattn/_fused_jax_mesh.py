@@ -30,6 +30,14 @@ def _devices(mesh: Any) -> int:
     return math.prod(size for size, kind in kinds if kind != jax.sharding.AxisType.Manual)
 
 
+def everywhere(x: Array, trailing: int) -> Array:
+    """All of `x` on each device, but for leading axes (heads, say), which stay as they are laid."""
+    if not isinstance(x, jax.core.Tracer) or mesh_size(x) == 1:
+        return x
+    spec = PartitionSpec(*[PartitionSpec.UNCONSTRAINED] * (x.ndim - trailing), *[None] * trailing)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(jax.typeof(x).sharding.mesh, spec))
+
+
 def laid_by_compiler(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
     """Call an estimator where a mesh's explicit axes are automatic; its result is laid as its inputs are."""
     known = hasattr(jax, "typeof") and all(isinstance(x, jax.Array) for x in args[:3])

@@ -9,7 +9,7 @@ import numbers
 from typing import TYPE_CHECKING, Any
 
 from ._attend import Average, average, merge
-from ._fused import lanes_of, mean_of_rows
+from ._fused import everywhere, lanes_of, mean_of_rows
 from ._inputs import check_broadcast, check_count, hide, namespace, placement, with_rank
 from ._plans import blocks, pieces
 from ._static import plain, static
@@ -119,7 +119,7 @@ def union(atoms: Average, parts: Pieces) -> Average:
     """The averages over the groups, of those over their pieces."""
     for level in parts.levels:
         atoms = _merged(_of_groups(atoms, level))
-    return atoms
+    return everywhere(atoms)
 
 
 def others(atoms: Average, cut: Cuts) -> Average:
@@ -138,6 +138,8 @@ def others(atoms: Average, cut: Cuts) -> Average:
 def _of_groups(atoms: Average, level: Members) -> Average:
     """The parts of each group, beside each other: (..., C, r, E)."""
     xp, shape = namespace(atoms.out), level.index.shape
+    if level.lanes == 1:
+        atoms = everywhere(atoms)
     log_norm = take(atoms.log_norm, level.index, axis=-1, lanes=level.lanes)
     log_norm = xp.reshape(log_norm, (*log_norm.shape[:-1], *shape))
     log_norm = xp.where(xp.asarray(level.valid, device=placement(log_norm)), log_norm, -math.inf)
