@@ -62,7 +62,7 @@ MUTANTS = [
     ),
     Mutant("cells of pooling one token short", "_plans.py", "-((i + 1) * -n // size)", "(i + 1) * n // size"),
     Mutant("EVA counts the window twice", "_eva.py", "log_weight = x.xp.where(with_rank(outside, x.q.ndim), log_weight, -math.inf)", "pass"),
-    Mutant("EVA loses what a window leaves of a group", "_eva.py", "        rests = [_rests(values, pooled, rest, kt if landmarks is not None else None, group_weight)]\n", ""),
+    Mutant("EVA loses what a window leaves of a group", "_eva.py", "        rests = [_rests(values_of_groups, keys_of_groups, rest, given, group_weight)]\n", ""),
     Mutant("EVA's groups without their size", "_eva.py", '    if group_weight == "size":\n', "    if False:\n"),
     Mutant("EVA reads padding in its groups", "_eva.py", "gather_bias(x.k, x.key_mask, at)", "gather_bias(x.k, None, at)"),
     Mutant("masked keys are read", "_inputs.py", "k, v = hide(k, key_mask), hide(v, key_mask)", "pass"),

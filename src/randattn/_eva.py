@@ -191,7 +191,7 @@ def eva(
     parts = pieces(groups, lanes) if rest is None and lanes > 1 else None if rest is None else rest.pieces
     atoms = groups if parts is None else parts.atoms
     pooled = pool(x.k, atoms, x.key_mask)
-    kt, log_size = pooled if parts is None else union(pooled, parts)
+    (kt, log_size), keys_of_groups = (pooled, []) if parts is None else union(pooled, parts)
     if landmarks is None:
         queries = blocks_of_queries(x, groups)
         qt, _ = pool(x.q, queries, resolve_query_mask(x, query_mask))
@@ -204,9 +204,9 @@ def eva(
         w = w + eps[..., : w.shape[-2], :]
 
     log_weight = _weight(log_size, group_weight)
-    own = w if parts is None or not parts.levels else take(w, parts.group_of_atom, axis=-2)
-    values = _control_variates(x, own, atoms)
-    beta, _ = values if parts is None else union(values, parts)
+    centre = w if parts is None or not parts.levels else take(w, parts.group_of_atom, axis=-2)
+    values = _control_variates(x, centre, atoms)
+    (beta, _), values_of_groups = (values, []) if parts is None else union(values, parts)
     if tile is None:
         return x.finish(attend(x.q, Keys(kt, beta, log_weight), scale=x.scale).out)
 
@@ -221,7 +221,8 @@ def eva(
         before = _groups_before(x, at, groups)
         log_weight = x.xp.where(with_rank(before, x.q.ndim), log_weight, -math.inf)
     if rest is not None:
-        rests = [_rests(values, pooled, rest, kt if landmarks is not None else None, group_weight)]
+        given = kt if landmarks is not None else None
+        rests = [_rests(values_of_groups, keys_of_groups, rest, given, group_weight)]
     far = Keys(kt[..., None, :, :], beta[..., None, :, :], log_weight)
     out, _ = attend(gather(x.q, at), near, far, *rests, scale=x.scale, is_causal=is_causal)
     out = x.finish(scatter(out, at))
@@ -239,10 +240,12 @@ def _control_variates(x: Inputs, w: Array, at: Blocks) -> Average:
     return Average(beta[..., 0, :], log_z[..., 0])
 
 
-def _rests(atoms: Average, pooled: Average, cut: Cuts, given: Array | None, group_weight: str) -> Keys:
+def _rests(
+    values: list[Average], keys: list[Average], cut: Cuts, given: Array | None, group_weight: str
+) -> Keys:
     """For each window the keys, values and log weights of what it leaves of the groups that it cuts."""
-    beta, _ = others(atoms, cut)
-    kt, log_size = others(pooled, cut)
+    beta, _ = others(values, cut)
+    kt, log_size = others(keys, cut)
     if given is not None:
         kt = take(given, cut.group_of_cut, axis=-2)
         kt = namespace(kt).reshape(kt, (*kt.shape[:-2], *cut.group_of_cut.shape, kt.shape[-1]))

@@ -6,6 +6,7 @@ import functools
 import itertools
 import math
 import numbers
+from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 from ._attend import Average, average, merge
@@ -15,7 +16,7 @@ from ._plans import blocks, pieces
 from ._static import plain, static
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from ._inputs import Inputs
     from ._plans import Blocks, Cuts, Members, Pieces, Sizes
@@ -30,7 +31,7 @@ def pool(x: Array, at: Blocks, mask: Array | None) -> Average:
     """
     parts = in_pieces(x, at)
     if parts is not None:
-        return union(pool(x, parts.atoms, mask), parts)
+        return union(pool(x, parts.atoms, mask), parts)[0]
     bias = gather_bias(x, mask, at)
     tokens = gather(hide(x, mask), at)
     if bias is None:
@@ -115,41 +116,32 @@ def take(x: Array, index: Any, axis: int, lanes: int = 1) -> Array:
     return xp.reshape(xp.take_along_axis(x, at, axis=axis + 1), (*shape, index.size, *rest))
 
 
-def union(atoms: Average, parts: Pieces) -> Average:
-    """The averages over the groups, of those over their pieces."""
+def union(atoms: Average, parts: Pieces) -> tuple[Average, list[Average]]:
+    """The averages over the groups, of those over their pieces; and at each level the parts of each group."""
+    members = []
     for level in parts.levels:
-        atoms = _merged(_of_groups(atoms, level))
-    return everywhere(atoms)
+        members.append(_of_groups(everywhere(atoms) if level.lanes == 1 else atoms, level))
+        out, log_norm = average(members[-1].log_norm[..., None, :], members[-1].out)
+        atoms = Average(out[..., 0, :], log_norm[..., 0])
+    return everywhere(atoms), members
 
 
-def others(atoms: Average, cut: Cuts) -> Average:
-    """For each window and each group that it cuts, the average over the other atoms: (..., B, R, E)."""
-    xp = namespace(atoms.out)
-    level, *further = cut.pieces.levels
-    members = _of_groups(atoms, level)
-    found = _all_but(members, level)
-    for level in further:
-        members = _of_groups(_merged(members), level)
-        found = merge(found, _all_but(members, level))
-    is_cut = xp.asarray(cut.is_cut, device=placement(found.log_norm))
-    return Average(found.out, xp.where(is_cut, found.log_norm, -math.inf))
+def others(members: Sequence[Average], cut: Cuts) -> Average:
+    """For each window and each group that it cuts, the average over the other parts: (..., B, R, E)."""
+    parts = zip(members, cut.pieces.levels, strict=True)
+    out, log_norm = reduce(merge, [_all_but(one, level) for one, level in parts])
+    is_cut = namespace(out).asarray(cut.is_cut, device=placement(out))
+    return Average(out, namespace(out).where(is_cut, log_norm, -math.inf))
 
 
 def _of_groups(atoms: Average, level: Members) -> Average:
     """The parts of each group, beside each other: (..., C, r, E)."""
     xp, shape = namespace(atoms.out), level.index.shape
-    if level.lanes == 1:
-        atoms = everywhere(atoms)
     log_norm = take(atoms.log_norm, level.index, axis=-1, lanes=level.lanes)
     log_norm = xp.reshape(log_norm, (*log_norm.shape[:-1], *shape))
     log_norm = xp.where(xp.asarray(level.valid, device=placement(log_norm)), log_norm, -math.inf)
     out = take(atoms.out, level.index, axis=-2, lanes=level.lanes)
     return Average(xp.reshape(out, (*out.shape[:-2], *shape, out.shape[-1])), log_norm)
-
-
-def _merged(members: Average) -> Average:
-    out, log_norm = average(members.log_norm[..., None, :], members.out)
-    return Average(out[..., 0, :], log_norm[..., 0])
 
 
 def _all_but(members: Average, level: Members) -> Average:
