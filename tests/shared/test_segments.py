@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from randattn._plans import blocks, cuts
+from randattn._plans import blocks, cuts, fits_lanes, pieces, windows
 from randattn._segments import check_sizes, gather, scatter
 
 GRIDS = [(12,), (13,), (1,), (4, 6), (5, 7), (1, 9), (2, 3, 5), (4, 4, 4)]
@@ -105,3 +105,48 @@ def test_gather_and_scatter_are_inverse(lib, grid, data):
     there = gather(lib.asarray(x), at)
     assert tuple(there.shape) == (2, *at.index.shape, 3)
     np.testing.assert_array_equal(lib.numpy(scatter(there, at)), x)
+
+
+@pytest.mark.only("numpy", "torch", "jax", "strict")  # Dask has no take_along_axis
+@pytest.mark.parametrize(
+    ("grid", "window"), [((48,), 4), ((48,), 5), ((48,), 7), ((12, 4), (5, 3)), ((4, 4, 3), (3, 2, 2))]
+)
+@pytest.mark.parametrize("lanes", [2, 3, 4])
+def test_windows_in_lanes_are_the_windows(lib, grid, window, lanes):
+    """Each in one lane, as many in each, and back in place."""
+    tile = check_sizes("window", window, grid)
+    assert fits_lanes(grid, tile, lanes)
+    at, plain = windows(grid, tile, lanes), blocks(grid, "tiles", tile)
+    n = int(np.prod(grid))
+    x = np.arange(2 * n).reshape(2, n, 1) + 0.5
+    there = gather(lib.asarray(x), at)
+    keep = np.ones(at.index.shape, dtype=bool) if at.valid is None else at.valid
+    found = [
+        list(np.unique(row[real] - 0.5)) for row, real in zip(lib.numpy(there)[0, ..., 0], keep, strict=True)
+    ]
+    assert len(found) % lanes == 0
+    assert sorted(filter(None, found)) == sorted(sorted(row) for row in tokens_of(plain))
+    np.testing.assert_array_equal(lib.numpy(scatter(there, at)), x)
+
+
+@pytest.mark.parametrize(("grid", "count"), [((48,), 7), ((48,), 6), ((48,), 2), ((12, 4), 5)])
+@pytest.mark.parametrize("lanes", [2, 3, 4])
+def test_pieces_are_of_one_lane_and_one_group(grid, count, lanes):
+    at = blocks(grid, "segments", check_sizes("num_groups", count, grid))
+    parts, n = pieces(at, lanes), int(np.prod(grid))
+    atoms = tokens_of(parts.atoms)
+    assert len(atoms) % lanes == 0
+    of_lane = np.repeat(np.arange(lanes), len(atoms) // lanes)
+    for lane, atom in zip(of_lane, atoms, strict=True):
+        assert set(atom // (n // lanes)) <= {lane}
+    groups = atoms
+    for level in parts.levels:
+        groups = [
+            np.concatenate([atoms[a] for a in row[real]])
+            for row, real in zip(level.index, level.valid, strict=True)
+        ]
+    assert [sorted(group) for group in groups] == [sorted(group) for group in tokens_of(at)]
+
+
+def test_a_window_longer_than_a_lane_does_not_fit():
+    assert not fits_lanes((48,), (30,), 4)
