@@ -10,7 +10,7 @@ import click
 from rich.console import Console
 
 from . import guard as guarding
-from . import machine, peers, rows, workloads
+from . import machine, peers, rows, sharding, workloads
 from .libraries import NAMES, open_library
 from .plan import plan_for
 from .table import tables
@@ -120,6 +120,27 @@ def guard(libraries: tuple[str, ...], device: str, *, quick: bool, results: Path
 def plot(results: Path, output: Path) -> None:
     """Draw the results that are there."""
     _draw(results, output)
+
+
+@app.command(name="sharding")
+@click.option("--output", type=click.Path(path_type=Path, file_okay=False), default=rows.PLOTS)
+def measure_sharding(output: Path) -> None:
+    """Say what sharding a sequence costs, hold it to compiled programs, and draw it."""
+    wrong = 0
+    sharding.force_devices()
+    for label, at, expected, found in sharding.check():
+        wrong += expected != found
+        click.echo(
+            f"{label}, {at.groups} groups, {at.tokens} tokens, {at.devices} devices: "
+            f"{sum(expected)} bytes of results, in the compiled program {sum(found)}"
+        )
+    _console().print(sharding.table(sharding.Layout(), (8, 64, 512, 4096)))
+    from .plots import draw_sharding
+
+    click.echo(f"drew {draw_sharding(output).name}")
+    if wrong:
+        click.echo(f"{wrong} programs send something else than the model says")
+        sys.exit(1)
 
 
 def _finish(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
@@ -9,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
+from . import sharding
 from .libraries import NAMES
 from .rows import PRODUCTS, slug
 
@@ -67,6 +69,49 @@ def draw(rows: list[Row], folder: Path) -> Iterator[Path]:
                     path = folder / f"{name}-{slug(device)}.png"
                     plot(its).savefig(path, dpi=130)
                     yield path
+
+
+def draw_sharding(folder: Path) -> Path:
+    """The cost model of a sequence on 1 to 10,000 devices."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "sharding.png"
+    with mpl.rc_context():
+        mpl.rcdefaults()
+        mpl.rcParams.update(_RC)
+        _sharding().savefig(path, dpi=130)
+    return path
+
+
+def _sharding() -> Figure:
+    """Bytes that a device sends, and its multiply-adds, against devices."""
+    figure = Figure(figsize=(11, 4.8), layout="constrained")
+    sends, computes = figure.subplots(1, 2)
+    at = sharding.Layout()
+    devices = sorted({round(10 ** (exponent / 20)) for exponent in range(81)})
+    for label in sharding.LABELS:
+        here = [dataclasses.replace(at, devices=number) for number in devices]
+        style: dict[str, Any] = {"color": _COLOURS.get(label, _EXACT), "linewidth": 1.8}
+        name = _LABELS.get(label, label)
+        sent = [sharding.traffic(label, one).sent(one.devices) for one in here]
+        # One device sends nothing, which no logarithm shows.
+        sends.plot(devices[1:], sent[1:], label=name, **style)
+        computes.plot(devices, [sharding.operations(label, one) for one in here], **style)
+    sends.set_ylabel("bytes that one device sends")
+    computes.set_ylabel("multiply-adds of one device")
+    sends.set_ylim(bottom=1e4)
+    for axes in (sends, computes):
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel("devices")
+    figure.suptitle(
+        f"A forward pass over {at.tokens:,} tokens, {at.heads} heads of {at.features}, C = {at.groups}, "
+        f"float32: a model",
+        x=0.01,
+        ha="left",
+        fontsize=12,
+    )
+    figure.legend(loc="outside lower center", ncols=len(sharding.LABELS))
+    return figure
 
 
 def _time(rows: list[Row]) -> Figure:

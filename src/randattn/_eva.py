@@ -9,10 +9,10 @@ import math
 import numbers
 from typing import TYPE_CHECKING, Any
 
-from ._attend import Average, Keys, average, merge
+from ._attend import Average, Keys
 from ._draws import normal_draws
 from ._eva_step import state_after
-from ._fused import attend, full_precision
+from ._fused import attend, full_precision, lanes_of
 from ._inputs import (
     check_causal,
     check_count,
@@ -20,31 +20,30 @@ from ._inputs import (
     check_option,
     check_real,
     namespace,
-    placement,
     prepare,
     resolve_count,
     with_rank,
 )
+from ._plans import blocks, blocks_over, cuts, fits_lanes, pieces, windows
 from ._segments import (
-    blocks,
     blocks_of_queries,
-    blocks_over,
     check_grid,
     check_sizes,
-    cuts,
     gather,
     gather_bias,
     given_landmarks,
+    others,
     pool,
     pooling_ranks,
     resolve_query_mask,
     scatter,
     take,
+    union,
 )
 
 if TYPE_CHECKING:
     from ._inputs import Inputs
-    from ._segments import Blocks, Cuts, How, Sizes
+    from ._plans import Blocks, Cuts, How, Sizes
 
     Array = Any
 
@@ -186,13 +185,13 @@ def eva(
     count = _check_max_tokens(max_tokens, is_causal, x.q.shape[-2], sizes, groups)
 
     # What a window cuts off a group is in the window; the rest is a group of its own.
-    cut = cuts(tokens, (how, sizes), tile) if tile is not None and disjoint and not is_causal else None
-    split = cut if cut is not None and cut.inside.size else None
-    if split is None:
-        kt, log_size = pool(x.k, groups, x.key_mask)
-    else:
-        pooled = pool(x.k, split.atoms, x.key_mask)
-        kt, log_size = _union(pooled, split)
+    lanes = 1 if is_causal else _lanes(x, tokens, tile)
+    cut = cuts(tokens, (how, sizes), tile, lanes) if tile is not None and disjoint and not is_causal else None
+    rest = cut if cut is not None and cut.is_cut.size else None
+    parts = pieces(groups, lanes) if rest is None and lanes > 1 else None if rest is None else rest.pieces
+    atoms = groups if parts is None else parts.atoms
+    pooled = pool(x.k, atoms, x.key_mask)
+    (kt, log_size), keys_of_groups = (pooled, []) if parts is None else union(pooled, parts)
     if landmarks is None:
         queries = blocks_of_queries(x, groups)
         qt, _ = pool(x.q, queries, resolve_query_mask(x, query_mask))
@@ -205,12 +204,14 @@ def eva(
         w = w + eps[..., : w.shape[-2], :]
 
     log_weight = _weight(log_size, group_weight)
+    centre = w if parts is None or not parts.levels else take(w, parts.group_of_atom, axis=-2)
+    values = _control_variates(x, centre, atoms)
+    (beta, _), values_of_groups = (values, []) if parts is None else union(values, parts)
     if tile is None:
-        beta, _ = _control_variates(x, w, groups)
         return x.finish(attend(x.q, Keys(kt, beta, log_weight), scale=x.scale).out)
 
-    windows = blocks(tokens, "tiles", tile)
-    near = Keys(gather(x.k, windows), gather(x.v, windows), gather_bias(x.k, x.key_mask, windows))
+    at = windows(tokens, tile, lanes)
+    near = Keys(gather(x.k, at), gather(x.v, at), gather_bias(x.k, x.key_mask, at))
     log_weights, rests = log_weight, []
     log_weight = log_weight[..., None, :]
     if cut is not None:
@@ -219,15 +220,12 @@ def eva(
     if is_causal:
         before = x.xp.asarray(blocks_over(tokens, (how, sizes), tile), device=x.device)
         log_weight = x.xp.where(with_rank(before, x.q.ndim), log_weight, -math.inf)
-    if split is None:
-        beta, _ = _control_variates(x, w, groups)
-    else:
-        atoms = _control_variates(x, take(w, split.group_of_atom, axis=-2), split.atoms)
-        beta, _ = _union(atoms, split)
-        rests = [_rests(atoms, pooled, split, kt if landmarks is not None else None, group_weight)]
+    if rest is not None:
+        given = kt if landmarks is not None else None
+        rests = [_rests(values_of_groups, keys_of_groups, rest, given, group_weight)]
     far = Keys(kt[..., None, :, :], beta[..., None, :, :], log_weight)
-    out, _ = attend(gather(x.q, windows), near, far, *rests, scale=x.scale, is_causal=is_causal)
-    out = x.finish(scatter(out, windows))
+    out, _ = attend(gather(x.q, at), near, far, *rests, scale=x.scale, is_causal=is_causal)
+    out = x.finish(scatter(out, at))
     if not return_state:
         return out
     assert tile is not None
@@ -242,64 +240,12 @@ def _control_variates(x: Inputs, w: Array, at: Blocks) -> Average:
     return Average(beta[..., 0, :], log_z[..., 0])
 
 
-def _of_groups(atoms: Average, cut: Cuts) -> Average:
-    """The atoms of each group, beside each other: (..., C, r, E)."""
-    xp = namespace(atoms.out)
-    log_norm = take(atoms.log_norm, cut.members, axis=-1)
-    log_norm = xp.reshape(log_norm, (*log_norm.shape[:-1], *cut.members.shape))
-    log_norm = xp.where(xp.asarray(cut.is_member, device=placement(log_norm)), log_norm, -math.inf)
-    out = take(atoms.out, cut.members, axis=-2)
-    return Average(xp.reshape(out, (*out.shape[:-2], *cut.members.shape, out.shape[-1])), log_norm)
-
-
-def _union(atoms: Average, cut: Cuts) -> Average:
-    """The averages over the groups."""
-    out, log_norm = _of_groups(atoms, cut)
-    out, log_norm = average(log_norm[..., None, :], out)
-    return Average(out[..., 0, :], log_norm[..., 0])
-
-
-def _others(atoms: Average, cut: Cuts) -> Average:
-    """For each window and each group that it cuts, the average over the other atoms: (..., B, R, E)."""
-    xp = namespace(atoms.out)
-    members = _of_groups(atoms, cut)
-    before, after = (
-        _before(members),
-        _before(Average(xp.flip(members.out, axis=-2), xp.flip(members.log_norm, axis=-1))),
-    )
-    others = merge(before, Average(xp.flip(after.out, axis=-2), xp.flip(after.log_norm, axis=-1)))
-    out = xp.reshape(others.out, (*others.out.shape[:-3], -1, others.out.shape[-1]))
-    log_norm = xp.reshape(others.log_norm, (*others.log_norm.shape[:-2], -1))
-    out, log_norm = take(out, cut.inside, axis=-2), take(log_norm, cut.inside, axis=-1)
-    out = xp.reshape(out, (*out.shape[:-2], *cut.inside.shape, out.shape[-1]))
-    log_norm = xp.reshape(log_norm, (*log_norm.shape[:-1], *cut.inside.shape))
-    is_cut = xp.asarray(cut.is_cut, device=placement(log_norm))
-    return Average(out, xp.where(is_cut, log_norm, -math.inf))
-
-
-def _before(parts: Average) -> Average:
-    """For each part (..., r, E) the average over those before it: a scan of `merge`, by doubling."""
-    xp = namespace(parts.out)
-
-    def later(x: Average, step: int) -> Average:
-        out, log_norm = x.out[..., :step, :], x.log_norm[..., :step]
-        return Average(
-            xp.concat([xp.zeros_like(out), x.out[..., :-step, :]], axis=-2),
-            xp.concat([xp.full_like(log_norm, -math.inf), x.log_norm[..., :-step]], axis=-1),
-        )
-
-    count, step = parts.out.shape[-2], 1
-    parts = later(parts, 1)
-    while step < count:
-        parts = merge(parts, later(parts, step))
-        step *= 2
-    return parts
-
-
-def _rests(atoms: Average, pooled: Average, cut: Cuts, given: Array | None, group_weight: str) -> Keys:
+def _rests(
+    values: list[Average], keys: list[Average], cut: Cuts, given: Array | None, group_weight: str
+) -> Keys:
     """For each window the keys, values and log weights of what it leaves of the groups that it cuts."""
-    beta, _ = _others(atoms, cut)
-    kt, log_size = _others(pooled, cut)
+    beta, _ = others(values, cut)
+    kt, log_size = others(keys, cut)
     if given is not None:
         kt = take(given, cut.group_of_cut, axis=-2)
         kt = namespace(kt).reshape(kt, (*kt.shape[:-2], *cut.group_of_cut.shape, kt.shape[-1]))
@@ -312,6 +258,12 @@ def _weight(log_size: Array, group_weight: str) -> Array:
         return log_size
     xp = namespace(log_size)
     return xp.where(log_size == -math.inf, log_size, xp.zeros_like(log_size))
+
+
+def _lanes(x: Inputs, tokens: Sizes, tile: Sizes | None) -> int:
+    """In how many lanes the tokens lie over devices; 1 where a window is longer than one."""
+    lanes = lanes_of(x.k)
+    return lanes if lanes == 1 or tile is None or fits_lanes(tokens, tile, lanes) else 1
 
 
 def _check_window(x: Inputs, window: int | Sizes, tokens: Sizes) -> Sizes | None:

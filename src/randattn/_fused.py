@@ -37,7 +37,10 @@ SMALL = 1 << 16
 
 
 def full_precision(function: F) -> F:
-    """Leave PyTorch's autocast: it would take the products in half precision, and the logits with them."""
+    """Leave PyTorch's autocast: it would take the products in half precision, and the logits with them.
+
+    JAX: leave the layouts of what is inside to its compiler, also on a mesh with explicit axes.
+    """
 
     @functools.wraps(function)
     def call(q: Any, *args: Any, **options: Any) -> Any:
@@ -47,6 +50,10 @@ def full_precision(function: F) -> F:
             if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
                 with torch.autocast(kind, enabled=False):
                     return function(q, *args, **options)
+        if compat.is_jax_array(q):
+            from . import _fused_jax_mesh
+
+            return _fused_jax_mesh.laid_by_compiler(function, q, *args, **options)
         return function(q, *args, **options)
 
     return cast("F", call)
@@ -110,6 +117,25 @@ def mean_of_rows(x: Array) -> Array:
     # As a product: a third of the time of their own means.
     share = xp.full((1, x.shape[-2]), 1 / x.shape[-2], dtype=x.dtype, device=placement(x))
     return xp.matmul(share, x)[..., 0, :]
+
+
+def lanes_of(x: Array) -> int:
+    """In how many parts of one length the tokens of `x` (..., N, D) may lie on devices of their own."""
+    if not compat.is_jax_array(x):
+        return 1
+    from . import _fused_jax_mesh
+
+    return math.gcd(x.shape[-2], _fused_jax_mesh.mesh_size(x))
+
+
+def everywhere(x: Average) -> Average:
+    """Bring what belongs to groups, not to tokens, to all devices that the tokens lie on, once."""
+    if not compat.is_jax_array(x.out):
+        return x
+    from . import _fused_jax_mesh
+
+    out, log_norm = (_fused_jax_mesh.everywhere(array, axes) for array, axes in zip(x, (2, 1), strict=True))
+    return x._replace(out=out, log_norm=log_norm)
 
 
 def by_rows(function: Callable[..., Array], size: int, *arrays: tuple[Array, int]) -> Array:

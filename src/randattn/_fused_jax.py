@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from . import _attend
 from ._attend import Average, Keys, PairWeight
 from ._fused import GPU_BLOCK_LOGITS
+from ._fused_jax_mesh import attend_on_mesh, mesh_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -35,6 +36,11 @@ def attend(
     function, mask, arrays = pair_weight or (None, None, ())
     biased = tuple(keys.biased() for keys in sets)
     on_cpu = jax.default_backend() == "cpu"
+    devices = mesh_size(q, *(keys.k for keys in sets))
+    if devices > 1:
+        most = devices * (_MOST_LOGITS if on_cpu else GPU_BLOCK_LOGITS)
+        options = {"scale": scale, "function": function, "is_causal": is_causal}
+        return attend_on_mesh(q, biased, pair_bias, mask, arrays, devices=devices, most=most, **options)
     out, log_norm = _compiled(
         *(q, biased, pair_bias, mask, arrays),
         scale=scale,

@@ -24,8 +24,8 @@ from ._inputs import (
 )
 from ._lara_causal import Proposals, causal
 from ._lara_weights import only, optimal, probability
+from ._plans import blocks
 from ._segments import (
-    blocks,
     blocks_of_queries,
     check_grid,
     check_sizes,
@@ -37,7 +37,7 @@ from ._segments import (
 
 if TYPE_CHECKING:
     from ._inputs import Inputs
-    from ._segments import How
+    from ._plans import How
 
     Array = Any
 

@@ -13,7 +13,8 @@ from ._causal import nothing, scan
 from ._fused import attend, carry
 from ._inputs import dot, with_rank
 from ._lara_weights import only, optimal, probability
-from ._segments import blocks, blocks_over, gather, gather_bias, scatter, take
+from ._plans import blocks, blocks_over
+from ._segments import gather, gather_bias, scatter, take
 
 if TYPE_CHECKING:
     from ._inputs import Inputs

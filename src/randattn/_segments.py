@@ -1,9 +1,4 @@
-"""Pooling, grouping and windows on a grid of tokens.
-
-Tokens lie in row-major order on a grid of one, two or three sizes; segments, groups and windows are
-blocks of it. The plans are plain NumPy indices, made once for each shape; NumPy is imported late,
-so that `import randattn` stays light.
-"""
+"""Pooling, grouping and windows on a grid of tokens, as `_plans.py` lays them."""
 
 from __future__ import annotations
 
@@ -11,179 +6,22 @@ import functools
 import itertools
 import math
 import numbers
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from functools import reduce
+from typing import TYPE_CHECKING, Any
 
-from ._attend import Average, average
-from ._fused import mean_of_rows
+from ._attend import Average, average, merge
+from ._fused import everywhere, lanes_of, mean_of_rows
 from ._inputs import check_broadcast, check_count, hide, namespace, placement, with_rank
+from ._plans import blocks, pieces
 from ._static import plain, static
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from ._inputs import Inputs
+    from ._plans import Blocks, Cuts, Members, Pieces, Sizes
 
     Array = Any
-    Sizes = tuple[int, ...]
-    How = Literal["segments", "cells", "tiles"]
-
-
-class Blocks(NamedTuple):
-    """Blocks of tokens, each filled up to one length by repeating a token of its own.
-
-    Attributes
-    ----------
-    index : ndarray of int, shape (B, L)
-        The tokens of each block.
-    valid : ndarray of bool, shape (B, L), or None
-        False where a block is filled up; None where none is.
-    place : ndarray of int, shape (N,)
-        Where each token stands among the B x L (the last place, where it stands in several).
-    in_order : bool
-        The blocks are the tokens as they stand: a reshape will do.
-    """
-
-    index: Any
-    valid: Any
-    place: Any
-    in_order: bool
-
-
-class Cuts(NamedTuple):
-    """How windows cut groups of keys, by their common refinement into atoms.
-
-    Attributes
-    ----------
-    atoms : Blocks
-        A atoms of tokens: what a window and a group share.
-    group_of_atom : ndarray of int, shape (A,)
-    members, is_member : ndarrays of int and bool, shape (C, r)
-        The atoms of each group, filled up.
-    inside, is_cut : ndarrays of int and bool, shape (B, R)
-        For each window the groups that it cuts: where, among all members, the atom inside it stands.
-    group_of_cut : ndarray of int, shape (B, R)
-    outside : ndarray of bool, shape (B, C)
-        Whether a group has no token in a window.
-    """
-
-    atoms: Blocks
-    group_of_atom: Any
-    members: Any
-    is_member: Any
-    inside: Any
-    is_cut: Any
-    group_of_cut: Any
-    outside: Any
-
-
-@static
-def blocks(grid: Sizes, how: How, sizes: Sizes) -> Blocks:
-    """Lay blocks over a grid.
-
-    "segments": so many on each axis, of equal sizes, or the last ones by one token longer.
-    "cells": so many on each axis, overlapping by a token where they do not divide it, repeating
-    tokens where they are more; those of adaptive pooling.
-    "tiles": of that size on each axis, the last one cut off by the border.
-    """
-    return _blocks(grid, how, sizes)
-
-
-@functools.lru_cache(maxsize=64)
-def _blocks(grid: Sizes, how: How, sizes: Sizes) -> Blocks:
-    import numpy as np
-
-    rank = len(grid)
-    index = np.zeros((1,) * 2 * rank, dtype=np.int64)
-    valid = np.ones((1,) * 2 * rank, dtype=bool)
-    for axis, (n, size) in enumerate(zip(grid, sizes, strict=True)):
-        starts, stops = _borders(n, how, size)
-        steps = np.arange(np.max(stops - starts))
-        tokens = starts[:, None] + steps
-        shape = [1] * (2 * rank)
-        shape[axis], shape[rank + axis] = tokens.shape
-        inside = tokens < stops[:, None]
-        tokens = np.where(inside, tokens, starts[:, None])
-        index = index * n + tokens.reshape(shape)
-        valid = valid & inside.reshape(shape)
-    count = math.prod(index.shape[:rank])
-    return _finish_blocks(index.reshape(count, -1), valid.reshape(count, -1), math.prod(grid))
-
-
-def _borders(n: int, how: How, size: int) -> tuple[Any, Any]:
-    import numpy as np
-
-    if how == "tiles":
-        starts = np.arange(0, n, size)
-        return starts, np.minimum(starts + size, n)
-    i = np.arange(size)
-    if how == "cells":
-        return i * n // size, -((i + 1) * -n // size)
-    short, longer = divmod(n, size)
-    stops = np.cumsum(short + (i >= size - longer))
-    return np.concatenate([[0], stops[:-1]]), stops
-
-
-def _finish_blocks(index: Any, valid: Any, n: int) -> Blocks:
-    import numpy as np
-
-    place = np.zeros(n, dtype=np.int64)
-    place[index[valid]] = np.flatnonzero(valid)
-    in_order = index.size == n and bool(np.all(index.ravel() == np.arange(n)))
-    return Blocks(index, None if valid.all() else valid, place, in_order)
-
-
-@static
-def cuts(grid: Sizes, groups: tuple[How, Sizes], window: Sizes) -> Cuts:
-    """How windows of a size cut groups of keys."""
-    return _cuts(grid, groups, window)
-
-
-@functools.lru_cache(maxsize=64)
-def _cuts(grid: Sizes, groups: tuple[How, Sizes], window: Sizes) -> Cuts:
-    import numpy as np
-
-    (by_group, by_window), n = (_blocks(grid, *groups), _blocks(grid, "tiles", window)), math.prod(grid)
-    group_count, window_count = len(by_group.index), len(by_window.index)
-    group = by_group.place // by_group.index.shape[1]
-    window_of_token = by_window.place // by_window.index.shape[1]
-
-    pairs, atom = np.unique(window_of_token * group_count + group, return_inverse=True)
-    atom_window, atom_group = pairs // group_count, pairs % group_count
-    atoms = _finish_blocks(*_list_by(atom, len(pairs)), n)
-    members, is_member = _list_by(atom_group, group_count)
-
-    cut = np.flatnonzero(np.bincount(atom) < np.bincount(group)[atom_group])
-    of_window, is_cut = _list_by(atom_window[cut], window_count)
-    inside = cut[of_window] if cut.size else np.zeros_like(of_window)
-    place = np.zeros(len(pairs), dtype=np.int64)
-    place[members[is_member]] = np.flatnonzero(is_member)
-
-    outside = np.ones((window_count, group_count), dtype=bool)
-    outside[atom_window, atom_group] = False
-    return Cuts(
-        *(atoms, atom_group, members, is_member),
-        *(place[inside], is_cut, atom_group[inside], outside),
-    )
-
-
-@static
-def blocks_over(grid: Sizes, of: tuple[How, Sizes], window: Sizes) -> Any:
-    """Whether a block of tokens in a row is over where a window begins: bools, (windows, blocks)."""
-    ends, starts = _blocks(grid, *of).index.max(axis=1), _blocks(grid, "tiles", window).index[:, 0]
-    return ends[None, :] < starts[:, None]
-
-
-def _list_by(label: Any, count: int) -> tuple[Any, Any]:
-    """The positions (count, L) at which each label stands, filled up, and where they are real."""
-    import numpy as np
-
-    sizes = np.bincount(label, minlength=count)
-    length = int(sizes.max(initial=0))
-    starts = np.cumsum(sizes) - sizes
-    step = np.arange(length)
-    valid = step < sizes[:, None]
-    order = np.append(np.argsort(label, kind="stable"), 0)
-    return order[starts[:, None] + np.where(valid, step, 0)], valid
 
 
 def pool(x: Array, at: Blocks, mask: Array | None) -> Average:
@@ -191,6 +29,9 @@ def pool(x: Array, at: Blocks, mask: Array | None) -> Average:
 
     A block of padding alone has a mean of zero and the size's logarithm -inf.
     """
+    parts = in_pieces(x, at)
+    if parts is not None:
+        return union(pool(x, parts.atoms, mask), parts)[0]
     bias = gather_bias(x, mask, at)
     tokens = gather(hide(x, mask), at)
     if bias is None:
@@ -201,13 +42,30 @@ def pool(x: Array, at: Blocks, mask: Array | None) -> Average:
     return Average(mean[..., 0, :], log_size[..., 0])
 
 
+def in_pieces(x: Array, at: Blocks) -> Pieces | None:
+    """The blocks of tokens that are laid over devices, cut at their borders."""
+    lanes = lanes_of(x) if at.lanes == 1 else 1
+    return pieces(at, lanes) if lanes > 1 else None
+
+
 def gather(x: Array, at: Blocks) -> Array:
     """(..., N, D) -> (..., B, L, D)."""
     xp = namespace(x)
     if not at.in_order:
-        x = take(x, at.index, axis=-2)
+        x = take(_with_edges(x, at), at.index, axis=-2, lanes=at.lanes)
     *lead, _, d = x.shape
     return xp.reshape(x, (*lead, *at.index.shape, d))
+
+
+def _with_edges(x: Array, at: Blocks) -> Array:
+    """Give each lane the first tokens of the next one: all that leaves a device."""
+    if not at.edge:
+        return x
+    xp = namespace(x)
+    *lead, n, d = x.shape
+    x = xp.reshape(x, (*lead, at.lanes, n // at.lanes, d))
+    x = xp.concat([x, xp.roll(x[..., : at.edge, :], -1, axis=-3)], axis=-2)
+    return xp.reshape(x, (*lead, n + at.lanes * at.edge, d))
 
 
 def gather_bias(x: Array, mask: Array | None, at: Blocks) -> Array | None:
@@ -226,15 +84,99 @@ def gather_bias(x: Array, mask: Array | None, at: Blocks) -> Array | None:
 
 def scatter(x: Array, at: Blocks) -> Array:
     """(..., B, L, E) -> (..., N, E)."""
-    *lead, b, length, e = x.shape
-    x = namespace(x).reshape(x, (*lead, b * length, e))
-    return x if at.in_order else take(x, at.place, axis=-2)
-
-
-def take(x: Array, index: Any, axis: int) -> Array:
-    """`x` at a NumPy index of any shape, which is flattened into the axis."""
     xp = namespace(x)
-    return xp.take(x, xp.asarray(index.reshape(-1), device=placement(x)), axis=axis)
+    *lead, b, length, e = x.shape
+    x = xp.reshape(x, (*lead, b * length, e))
+    if at.in_order:
+        return x
+    x = take(x, at.place, axis=-2, lanes=at.lanes)
+    if not at.edge:
+        return x
+    # What belongs to the next lane goes there.
+    x = xp.reshape(x, (*lead, at.lanes, -1, e))
+    mine, edge = x[..., : -at.edge, :], xp.roll(x[..., -at.edge :, :], 1, axis=-3)
+    own = with_rank(xp.asarray(at.own[..., None], device=placement(x)), x.ndim)
+    x = xp.where(own, mine, xp.concat([edge, mine[..., at.edge :, :]], axis=-2))
+    return xp.reshape(x, (*lead, -1, e))
+
+
+def take(x: Array, index: Any, axis: int, lanes: int = 1) -> Array:
+    """`x` at a NumPy index of any shape, which is flattened into the axis.
+
+    With lanes, each of an equal share of the index is into the same share of the axis.
+    """
+    xp = namespace(x)
+    if lanes == 1:
+        return xp.take(x, xp.asarray(index.reshape(-1), device=placement(x)), axis=axis)
+    axis, size = axis + x.ndim, x.shape[axis]
+    shape, rest = tuple(x.shape[:axis]), tuple(x.shape[axis + 1 :])
+    within = index.reshape(lanes, -1) % (size // lanes)
+    at = xp.asarray(within.reshape(*[1] * len(shape), *within.shape, *[1] * len(rest)), device=placement(x))
+    x = xp.reshape(x, (*shape, lanes, size // lanes, *rest))
+    return xp.reshape(xp.take_along_axis(x, at, axis=axis + 1), (*shape, index.size, *rest))
+
+
+def union(atoms: Average, parts: Pieces) -> tuple[Average, list[Average]]:
+    """The averages over the groups, of those over their pieces; and at each level the parts of each group."""
+    members = []
+    for level in parts.levels:
+        members.append(_of_groups(everywhere(atoms) if level.lanes == 1 else atoms, level))
+        out, log_norm = average(members[-1].log_norm[..., None, :], members[-1].out)
+        atoms = Average(out[..., 0, :], log_norm[..., 0])
+    return everywhere(atoms), members
+
+
+def others(members: Sequence[Average], cut: Cuts) -> Average:
+    """For each window and each group that it cuts, the average over the other parts: (..., B, R, E)."""
+    parts = zip(members, cut.pieces.levels, strict=True)
+    out, log_norm = reduce(merge, [_all_but(one, level) for one, level in parts])
+    is_cut = namespace(out).asarray(cut.is_cut, device=placement(out))
+    return Average(out, namespace(out).where(is_cut, log_norm, -math.inf))
+
+
+def _of_groups(atoms: Average, level: Members) -> Average:
+    """The parts of each group, beside each other: (..., C, r, E)."""
+    xp, shape = namespace(atoms.out), level.index.shape
+    log_norm = take(atoms.log_norm, level.index, axis=-1, lanes=level.lanes)
+    log_norm = xp.reshape(log_norm, (*log_norm.shape[:-1], *shape))
+    log_norm = xp.where(xp.asarray(level.valid, device=placement(log_norm)), log_norm, -math.inf)
+    out = take(atoms.out, level.index, axis=-2, lanes=level.lanes)
+    return Average(xp.reshape(out, (*out.shape[:-2], *shape, out.shape[-1])), log_norm)
+
+
+def _all_but(members: Average, level: Members) -> Average:
+    """For each window the groups that it cuts without its own part: (..., B, R, E)."""
+    xp, shape = namespace(members.out), level.inside.shape
+    before, after = (
+        _before(members),
+        _before(Average(xp.flip(members.out, axis=-2), xp.flip(members.log_norm, axis=-1))),
+    )
+    rest = merge(before, Average(xp.flip(after.out, axis=-2), xp.flip(after.log_norm, axis=-1)))
+    out = xp.reshape(rest.out, (*rest.out.shape[:-3], -1, rest.out.shape[-1]))
+    log_norm = xp.reshape(rest.log_norm, (*rest.log_norm.shape[:-2], -1))
+    out = take(out, level.inside, axis=-2, lanes=level.lanes)
+    log_norm = take(log_norm, level.inside, axis=-1, lanes=level.lanes)
+    out = xp.reshape(out, (*out.shape[:-2], *shape, out.shape[-1]))
+    return Average(out, xp.reshape(log_norm, (*log_norm.shape[:-1], *shape)))
+
+
+def _before(parts: Average) -> Average:
+    """For each part (..., r, E) the average over those before it: a scan of `merge`, by doubling."""
+    xp = namespace(parts.out)
+
+    def later(x: Average, step: int) -> Average:
+        out, log_norm = x.out[..., :step, :], x.log_norm[..., :step]
+        return Average(
+            xp.concat([xp.zeros_like(out), x.out[..., :-step, :]], axis=-2),
+            xp.concat([xp.full_like(log_norm, -math.inf), x.log_norm[..., :-step]], axis=-1),
+        )
+
+    count, step = parts.out.shape[-2], 1
+    parts = later(parts, 1)
+    while step < count:
+        parts = merge(parts, later(parts, step))
+        step *= 2
+    return parts
 
 
 def blocks_of_queries(x: Inputs, keys: Blocks) -> Blocks:

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from randattn._segments import blocks, check_sizes, cuts, gather, scatter
+from randattn._plans import blocks, cuts, fits_lanes, pieces, windows
+from randattn._segments import check_sizes, gather, scatter
 
 GRIDS = [(12,), (13,), (1,), (4, 6), (5, 7), (1, 9), (2, 3, 5), (4, 4, 4)]
 
@@ -80,17 +81,18 @@ def test_cuts_leave_every_key_once_to_every_query(grid, groups):
         sizes = tuple(min(size, n) for n in grid)
         tile = tuple(min(window, n) for n in grid)
         cut, by_window = cuts(grid, (how, sizes), tile), tokens_of(blocks(grid, "tiles", tile))
-        by_group, atoms = tokens_of(blocks(grid, how, sizes)), tokens_of(cut.atoms)
+        by_group, atoms = tokens_of(blocks(grid, how, sizes)), tokens_of(cut.pieces.atoms)
+        (level,) = cut.pieces.levels
         for c, group in enumerate(by_group):
-            members = [atoms[a] for a in cut.members[c][cut.is_member[c]]]
+            members = [atoms[a] for a in level.index[c][level.valid[c]]]
             assert sorted(np.concatenate(members)) == sorted(group)
         for w, own in enumerate(by_window):
             seen = [own, *(by_group[c] for c in np.flatnonzero(cut.outside[w]))]
-            for inside, group in zip(cut.inside[w][cut.is_cut[w]], cut.group_of_cut[w], strict=False):
-                c, place = divmod(inside, cut.members.shape[1])
+            for inside, group in zip(level.inside[w][cut.is_cut[w]], cut.group_of_cut[w], strict=False):
+                c, place = divmod(inside, level.index.shape[1])
                 assert c == group
-                assert set(atoms[cut.members[c][place]]) <= set(own)
-                others = np.delete(cut.members[c], place)[np.delete(cut.is_member[c], place)]
+                assert set(atoms[level.index[c][place]]) <= set(own)
+                others = np.delete(level.index[c], place)[np.delete(level.valid[c], place)]
                 seen += [atoms[a] for a in others]
             assert sorted(np.concatenate(seen)) == list(range(np.prod(grid)))
 
@@ -103,3 +105,48 @@ def test_gather_and_scatter_are_inverse(lib, grid, data):
     there = gather(lib.asarray(x), at)
     assert tuple(there.shape) == (2, *at.index.shape, 3)
     np.testing.assert_array_equal(lib.numpy(scatter(there, at)), x)
+
+
+@pytest.mark.only("numpy", "torch", "jax", "strict")  # Dask has no take_along_axis
+@pytest.mark.parametrize(
+    ("grid", "window"), [((48,), 4), ((48,), 5), ((48,), 7), ((12, 4), (5, 3)), ((4, 4, 3), (3, 2, 2))]
+)
+@pytest.mark.parametrize("lanes", [2, 3, 4])
+def test_windows_in_lanes_are_the_windows(lib, grid, window, lanes):
+    """Each in one lane, as many in each, and back in place."""
+    tile = check_sizes("window", window, grid)
+    assert fits_lanes(grid, tile, lanes)
+    at, plain = windows(grid, tile, lanes), blocks(grid, "tiles", tile)
+    n = int(np.prod(grid))
+    x = np.arange(2 * n).reshape(2, n, 1) + 0.5
+    there = gather(lib.asarray(x), at)
+    keep = np.ones(at.index.shape, dtype=bool) if at.valid is None else at.valid
+    found = [
+        list(np.unique(row[real] - 0.5)) for row, real in zip(lib.numpy(there)[0, ..., 0], keep, strict=True)
+    ]
+    assert len(found) % lanes == 0
+    assert sorted(filter(None, found)) == sorted(sorted(row) for row in tokens_of(plain))
+    np.testing.assert_array_equal(lib.numpy(scatter(there, at)), x)
+
+
+@pytest.mark.parametrize(("grid", "count"), [((48,), 7), ((48,), 6), ((48,), 2), ((12, 4), 5)])
+@pytest.mark.parametrize("lanes", [2, 3, 4])
+def test_pieces_are_of_one_lane_and_one_group(grid, count, lanes):
+    at = blocks(grid, "segments", check_sizes("num_groups", count, grid))
+    parts, n = pieces(at, lanes), int(np.prod(grid))
+    atoms = tokens_of(parts.atoms)
+    assert len(atoms) % lanes == 0
+    of_lane = np.repeat(np.arange(lanes), len(atoms) // lanes)
+    for lane, atom in zip(of_lane, atoms, strict=True):
+        assert set(atom // (n // lanes)) <= {lane}
+    groups = atoms
+    for level in parts.levels:
+        groups = [
+            np.concatenate([atoms[a] for a in row[real]])
+            for row, real in zip(level.index, level.valid, strict=True)
+        ]
+    assert [sorted(group) for group in groups] == [sorted(group) for group in tokens_of(at)]
+
+
+def test_a_window_longer_than_a_lane_does_not_fit():
+    assert not fits_lanes((48,), (30,), 4)
