@@ -69,6 +69,10 @@ def attend(
     is_causal: bool = False,
 ) -> Average:
     """`_attend.attend`: the average of all sets' values with weights ``exp(scale q . k + bias)``."""
+    if compat.is_dask_array(q):
+        from . import _fused_dask
+
+        return _fused_dask.attend(q, sets, scale, pair_bias, pair_weight, is_causal)
     of_keys, of_queries = sum(math.prod(keys.k.shape) for keys in sets), math.prod(q.shape)
     if scale != 1 and pair_weight is None and 2 * of_queries < of_keys:
         # On the far fewer tokens, once for all blocks.
