@@ -26,6 +26,7 @@ from ._inputs import (
     with_rank,
 )
 from ._segments import (
+    along,
     blocks,
     blocks_of_queries,
     check_grid,
@@ -34,6 +35,7 @@ from ._segments import (
     gather,
     gather_bias,
     given_landmarks,
+    over_blocks,
     pool,
     pooling_ranks,
     resolve_query_mask,
@@ -213,11 +215,11 @@ def eva(
     log_weights, rests = log_weight, []
     log_weight = log_weight[..., None, :]
     if cut is not None:
-        outside = x.xp.asarray(cut.outside, device=x.device)
-        log_weight = x.xp.where(with_rank(outside, x.q.ndim), log_weight, -math.inf)
+        outside = with_rank(along(cut.outside, x.q), x.q.ndim)
+        log_weight = x.xp.where(outside, log_weight, -math.inf)
     if is_causal:
-        before = _groups_before(x, windows, groups)
-        log_weight = x.xp.where(with_rank(before, x.q.ndim), log_weight, -math.inf)
+        before = with_rank(along(_groups_before(windows, groups), x.q), x.q.ndim)
+        log_weight = x.xp.where(before, log_weight, -math.inf)
     if split is None:
         beta, _ = _control_variates(x, w, groups)
     else:
@@ -226,7 +228,7 @@ def eva(
         rests = [_rests(atoms, pooled, split, kt if landmarks is not None else None, group_weight)]
     far = Keys(kt[..., None, :, :], beta[..., None, :, :], log_weight)
     out, _ = attend(gather(x.q, windows), near, far, *rests, scale=x.scale, is_causal=is_causal)
-    out = x.finish(scatter(out, windows))
+    out = x.finish(scatter(out, windows, x.q))
     if not return_state:
         return out
     assert tile is not None
@@ -236,9 +238,14 @@ def eva(
 
 def _control_variates(x: Inputs, w: Array, at: Blocks) -> Average:
     """``beta_c = f(w_c)`` over the keys of each block alone: (..., B, E), and log Z."""
-    keys = Keys(gather(x.k, at), gather(x.v, at), gather_bias(x.k, x.key_mask, at), x.scale)
-    beta, log_z = attend(w[..., None, :], keys, scale=x.root)
-    return Average(beta[..., 0, :], log_z[..., 0])
+
+    def of(at: Blocks, block_of_part: Any) -> Average:
+        own = w if block_of_part is None else take(w, block_of_part, axis=-2)
+        keys = Keys(gather(x.k, at), gather(x.v, at), gather_bias(x.k, x.key_mask, at), x.scale)
+        beta, log_z = attend(own[..., None, :], keys, scale=x.root)
+        return Average(beta[..., 0, :], log_z[..., 0])
+
+    return over_blocks(of, x.k, at)
 
 
 def _of_groups(atoms: Average, cut: Cuts) -> Average:
@@ -356,11 +363,9 @@ def _check_max_tokens(value: Any, is_causal: bool, n: int, sizes: Sizes, groups:
     return -(-check_count("max_tokens", value, minimum=n) // sizes[0])
 
 
-def _groups_before(x: Inputs, windows: Blocks, groups: Blocks) -> Array:
-    """Whether a group is over where a window begins: (B, C)."""
-    starts = x.xp.asarray(windows.index[:, :1], device=x.device)
-    ends = x.xp.asarray(groups.index.max(axis=1)[None, :], device=x.device)
-    return ends < starts
+def _groups_before(windows: Blocks, groups: Blocks) -> Any:
+    """Whether a group is over where a window begins: bools, (B, C)."""
+    return groups.index.max(axis=1)[None, :] < windows.index[:, :1]
 
 
 def _check_groups(

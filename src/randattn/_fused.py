@@ -69,10 +69,9 @@ def attend(
     is_causal: bool = False,
 ) -> Average:
     """`_attend.attend`: the average of all sets' values with weights ``exp(scale q . k + bias)``."""
-    if compat.is_dask_array(q):
-        from . import _fused_dask
-
-        return _fused_dask.attend(q, sets, scale, pair_bias, pair_weight, is_causal)
+    chunks = chunked(q)
+    if chunks is not None:
+        return cast("Average", chunks.attend(q, sets, scale, pair_bias, pair_weight, is_causal))
     of_keys, of_queries = sum(math.prod(keys.k.shape) for keys in sets), math.prod(q.shape)
     if scale != 1 and pair_weight is None and 2 * of_queries < of_keys:
         # On the far fewer tokens, once for all blocks.
@@ -103,6 +102,15 @@ def attend(
             return _attend.attend_whole(q, sets, scale, None, pair_weight, first)
         return _inplace.attend(q, sets, steps, scale, pair_weight, is_causal, block)
     return _attend.attend(q, *sets, scale=scale, pair_weight=pair_weight, is_causal=is_causal)
+
+
+def chunked(x: Array) -> Any:
+    """What knows how the tokens of an array are cut into chunks; None where it is whole."""
+    if not compat.is_dask_array(x):
+        return None
+    from . import _fused_dask
+
+    return _fused_dask
 
 
 def mean_of_rows(x: Array) -> Array:

@@ -6,7 +6,8 @@ are merged by a tree. The logits of two chunks live in their task alone, and not
 
 from __future__ import annotations
 
-from functools import reduce
+from functools import partial, reduce
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import dask.array as da
@@ -14,6 +15,7 @@ from dask.array.utils import meta_from_array
 
 from . import _attend, _fused
 from ._attend import Average, Keys, PairWeight, merge
+from ._inputs import namespace, placement
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     # The axes of an array: those of one name are cut at the same places.
     Names = tuple[str, ...]
     Chunks = dict[str, tuple[int, ...]]
+    Operand = tuple[Any, Names | None]
 
 
 def attend(
@@ -40,68 +43,45 @@ def attend(
     if pair_weight is not None:
         # It may look at all keys of a query.
         sets = [_in_one_chunk(keys) for keys in sets]
-    lead = len(_attend.leading_axes(q, sets, pair_bias, pair_weight))
+    lead = _lead(len(_attend.leading_axes(q, sets, pair_bias, pair_weight)))
+    names = (*lead, "n")
     weigh, mask, arrays = pair_weight or (None, None, ())
-    operands = [(q, "n", "d"), (pair_bias, "n", "m0"), (mask, "n")]
+    given: list[tuple[Any, ...]] = [(q, "n", "d"), (pair_bias, "n", "m0"), (mask, "n")]
     for number, keys in enumerate(sets):
         m = f"m{number}"
-        operands += [(keys.k, m, "d"), (keys.v, m, "e"), (keys.bias, m)]
-    operands += [(x, f"rows {number}", f"columns {number}") for number, x in enumerate(arrays)]
-    chunks, (of_q, of_pair_bias, of_mask, *others) = _laid_out(lead, operands)
-    of_sets, of_arrays = others[: 3 * len(sets)], others[3 * len(sets) :]
+        given += [(keys.k, m, "d"), (keys.v, m, "e"), (keys.bias, m)]
+    given += [(x, f"rows {number}", f"columns {number}") for number, x in enumerate(arrays)]
+    chunks, (of_q, of_pair_bias, of_mask, *others) = _laid_out(lead, given)
+    of_arrays = others[3 * len(sets) :]
 
-    together: tuple[list[Any], list[float | None]] = ([], [])
-    parts = []
+    parts: list[Averages] = []
+    together: list[Operand] = []
+    kappas = []
     for number, keys in enumerate(sets):
-        operands = of_sets[3 * number : 3 * number + 3]
+        of_keys = others[3 * number : 3 * number + 3]
         if keys.k.numblocks[-2] == 1:
-            together[0].extend(operands)
-            together[1].append(keys.kappa)
+            together += of_keys
+            kappas.append(keys.kappa)
             continue
-        part = _tasks(
-            _average,
-            (*_lead(lead), "n", f"m{number}"),
-            chunks,
-            [of_q, of_pair_bias, (None, None), *operands],
-            kappas=[keys.kappa],
-            weigh=None,
-            scale=scale,
-            is_causal=False,
-        )
+        operands = [of_q, of_pair_bias, (None, None), *of_keys]
+        average = partial(_average, kappas=[keys.kappa], weigh=None, scale=scale, is_causal=False)
+        part = _tasks(average, (*names, f"m{number}"), chunks, operands)
+        meta = meta_from_array(q, ndim=len(names))
         parts.append(
             da.reduction(
-                part,
-                _as_it_is,
-                _merged_along,
-                axis=-1,
-                dtype=q.dtype,
-                concatenate=False,
-                meta=meta_from_array(q, ndim=part.ndim - 1),
+                part, _unchanged, _merged_along, axis=-1, dtype=q.dtype, meta=meta, concatenate=False
             )
         )
-    names = (*_lead(lead), "n")
-    if together[0]:
-        operands = [of_q, of_pair_bias, of_mask, *together[0], *of_arrays]
-        parts.append(
-            _tasks(
-                _average,
-                names,
-                chunks,
-                operands,
-                kappas=together[1],
-                weigh=weigh,
-                scale=scale,
-                is_causal=is_causal,
-            )
-        )
+    if kappas:
+        operands = [of_q, of_pair_bias, of_mask, *together, *of_arrays]
+        average = partial(_average, kappas=kappas, weigh=weigh, scale=scale, is_causal=is_causal)
+        parts.append(_tasks(average, names, chunks, operands))
     if len(parts) > 1:
         parts = [_tasks(_merged, names, chunks, [(part, names) for part in parts])]
-    e = max(keys.v.shape[-1] for keys in sets)
-    out, log_norm = (
-        _tasks(_item, (*names, *last), {**chunks, "e": (e,)}, [(parts[0], names)], number=number)
-        for number, last in enumerate((("e",), ()))
-    )
-    return Average(out, log_norm)
+    chunks["e"] = (sets[0].v.shape[-1],)
+    of_parts: list[Operand] = [(parts[0], names)]
+    out = _tasks(itemgetter(0), (*names, "e"), chunks, of_parts)
+    return Average(out, _tasks(itemgetter(1), names, chunks, of_parts))
 
 
 def _causal(
@@ -135,49 +115,41 @@ def _lead(count: int) -> Names:
     return tuple(f"lead {axis}" for axis in range(-count, 0))
 
 
-def _laid_out(
-    lead: int, operands: Sequence[tuple[Any, ...]]
-) -> tuple[Chunks, list[tuple[Any, Names | None]]]:
-    """The chunks of each axis, and the arrays in them, features in one chunk.
+def _laid_out(lead: Names, given: Sequence[tuple[Any, ...]]) -> tuple[Chunks, list[Operand]]:
+    """How each axis is cut, and the arrays, given with the names of their trailing axes, cut so.
 
-    Tokens stay cut as the first array has them, leading axes as the one with the most chunks.
+    Tokens stay cut as the first array has them, leading axes as the one with the most chunks; features
+    are not cut.
     """
-    named: list[tuple[Any, Names | None]] = []
+    operands: list[Operand] = []
     chunks: Chunks = {}
-    for x, *trailing in operands:
+    for x, *trailing in given:
         if x is None:
-            named.append((None, None))
+            operands.append((None, None))
             continue
         axes = x.ndim - len(trailing)
-        names = (*_lead(lead)[lead - axes :], *trailing)
-        named.append((x, names))
-        for axis, (name, cut) in enumerate(zip(names, x.chunks, strict=True)):
-            own = cut if axis < axes or name[0] in "nm" else (sum(cut),)
-            known = chunks.get(name)
-            if known is None or (axis < axes and (len(own) > len(known) or known == (1,))):
-                chunks[name] = own
-    return chunks, [
-        (x, names)
-        if names is None
-        else (
-            x.rechunk(
-                tuple(
-                    cut if size == 1 else chunks[name]
-                    for name, size, cut in zip(names, x.shape, x.chunks, strict=True)
-                )
-            ),
-            names,
-        )
-        for x, names in named
-    ]
+        names = (*lead[len(lead) - axes :], *trailing)
+        operands.append((x, names))
+        for name, cut in zip(names[:axes], x.chunks, strict=False):
+            known = chunks.get(name, (1,))
+            chunks[name] = cut if known == (1,) or len(cut) > len(known) else known
+        for name, cut in zip(trailing, x.chunks[axes:], strict=True):
+            chunks.setdefault(name, cut if name[0] in "nm" else (sum(cut),))
+    return chunks, [_cut(x, names, chunks) for x, names in operands]
+
+
+def _cut(x: Array, names: Names | None, chunks: Chunks) -> Operand:
+    if names is None:
+        return x, names
+    own = zip(names, x.shape, x.chunks, strict=True)
+    return x.rechunk(tuple(cut if size == 1 else chunks[name] for name, size, cut in own)), names
 
 
 def _tasks(
     function: Callable[..., Any],
     names: Names,
     chunks: Chunks,
-    operands: Sequence[tuple[Any, Names | None]],
-    **options: Any,
+    operands: Sequence[Operand],
 ) -> Array:
     """`function` of the chunks that meet, a task for each; not fused with what makes them.
 
@@ -196,7 +168,6 @@ def _tasks(
         concatenate=False,
         dtype=like.dtype,
         meta=meta_from_array(like, ndim=len(names)),
-        **options,
     )
 
 
@@ -211,9 +182,9 @@ def _average(
     is_causal: bool,
 ) -> Average:
     """The average of some chunks."""
-    q, pair_bias, mask, *others = (_chunk(x) for x in (q, pair_bias, mask, *others))
-    sets = [Keys(*others[3 * number : 3 * number + 3], kappa) for number, kappa in enumerate(kappas)]
-    weight = None if weigh is None else PairWeight(weigh, mask, tuple(others[3 * len(kappas) :]))
+    q, pair_bias, mask, *rest = (_chunk(x) for x in (q, pair_bias, mask, *others))
+    sets = [Keys(*rest[3 * number :][:3], kappa) for number, kappa in enumerate(kappas)]
+    weight = None if weigh is None else PairWeight(weigh, mask, tuple(rest[3 * len(kappas) :]))
     return _fused.attend(q, *sets, scale=scale, pair_bias=pair_bias, pair_weight=weight, is_causal=is_causal)
 
 
@@ -224,7 +195,7 @@ def _chunk(x: Any) -> Any:
     return x
 
 
-def _as_it_is(x: Average, **_: Any) -> Average:
+def _unchanged(x: Average, **_: Any) -> Average:
     return x
 
 
@@ -234,10 +205,6 @@ def _merged_along(parts: Any, **_: Any) -> Average:
 
 def _merged(*parts: Average) -> Average:
     return reduce(merge, parts)
-
-
-def _item(average: Average, number: int) -> Array:
-    return average[number]
 
 
 def _slices(cut: Sequence[int]) -> Iterator[slice]:
@@ -250,3 +217,42 @@ def _slices(cut: Sequence[int]) -> Iterator[slice]:
 def _in_one_chunk(keys: Keys) -> Keys:
     bias = None if keys.bias is None else keys.bias.rechunk({-1: -1})
     return Keys(keys.k.rechunk({-2: -1}), keys.v.rechunk({-2: -1}), bias, keys.kappa)
+
+
+def most_tokens(x: Array) -> int:
+    """The tokens (axis -2) of the largest chunk."""
+    return int(max(x.chunks[-2]))
+
+
+def cut_between_blocks(x: Array, length: int) -> Array:
+    """Have no chunk end inside one of the blocks of so many tokens, and none much larger than it was."""
+    return x.rechunk({-2: max(1, most_tokens(x) // length) * length})
+
+
+def cut_as(x: Array, like: Array) -> Array:
+    """Have the tokens cut as those of `like`."""
+    return x.rechunk({-2: like.chunks[-2]})
+
+
+def in_one(out: Array, log_norm: Array) -> Average:
+    """Averages that are far fewer than tokens, in one chunk."""
+    return Average(out.rechunk({-2: -1}), log_norm.rechunk({-1: -1}))
+
+
+def along(rows: Any, tokens: Array) -> Array:
+    """A NumPy array in as many chunks as the tokens."""
+    return da.from_array(rows, chunks=(-(-rows.shape[0] // tokens.numblocks[-2]), *rows.shape[1:]))
+
+
+def take(x: Array, index: Any, axis: int) -> Array:
+    """`x` at a NumPy index: a chunk is taken from those that its tokens lie in."""
+    axis %= x.ndim
+    if x.numblocks[axis] > 1:
+        return da.take(x, index, axis=axis)
+    chunks = (*x.chunks[:axis], (index.size,), *x.chunks[axis + 1 :])
+    return x.map_blocks(_take, index=index, axis=axis, chunks=chunks, dtype=x.dtype, meta=meta_from_array(x))
+
+
+def _take(x: Array, index: Any, axis: int) -> Array:
+    xp = namespace(x)
+    return xp.take(x, xp.asarray(index, device=placement(x)), axis=axis)

@@ -14,12 +14,12 @@ import numbers
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ._attend import Average, average
-from ._fused import mean_of_rows
-from ._inputs import check_broadcast, check_count, hide, namespace, placement, with_rank
+from ._fused import chunked, mean_of_rows
+from ._inputs import check_broadcast, check_count, hide, log_mask, namespace, placement, with_rank
 from ._static import plain, static
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from ._inputs import Inputs
 
@@ -179,11 +179,51 @@ def _list_by(label: Any, count: int) -> tuple[Any, Any]:
     return order[starts[:, None] + np.where(valid, step, 0)], valid
 
 
+def over_blocks(function: Callable[[Blocks, Any], Average], x: Array, at: Blocks) -> Average:
+    """``function(at, None)``, an average over each block of tokens.
+
+    Where the chunks of `x` are shorter than a block, over parts of blocks first: ``function(parts,
+    block_of_part)``.
+    """
+    chunks = chunked(x)
+    if chunks is None:
+        return function(at, None)
+    parts, block_of_part = _divided(at, chunks.most_tokens(x))
+    out, log_norm = chunks.in_one(*function(parts, block_of_part))
+    if block_of_part is None:
+        return Average(out, log_norm)
+    xp, shape = namespace(out), (at.index.shape[0], -1)
+    out = xp.reshape(out, (*out.shape[:-2], *shape, out.shape[-1]))
+    log_norm = xp.reshape(log_norm, (*log_norm.shape[:-1], *shape))
+    out, log_norm = average(log_norm[..., None, :], out)
+    return Average(out[..., 0, :], log_norm[..., 0])
+
+
+def _divided(at: Blocks, most: int) -> tuple[Blocks, Any]:
+    """Blocks of at most so many tokens, as many of each block, and the block that each is a part of."""
+    import numpy as np
+
+    count, length = at.index.shape
+    if length <= most:
+        return at, None
+    size = -(-length // -(-length // most))
+    parts = -(-length // size)
+    fill = ((0, 0), (0, parts * size - length))
+    index = np.pad(at.index, fill, mode="edge").reshape(-1, size)
+    valid = np.ones_like(at.index, dtype=bool) if at.valid is None else at.valid
+    valid = np.pad(valid, fill).reshape(-1, size)
+    return _finish_blocks(index, valid, at.place.size), np.repeat(np.arange(count), parts)
+
+
 def pool(x: Array, at: Blocks, mask: Array | None) -> Average:
     """The mean token (..., B, D) of each block and the logarithm of its size, padding left out.
 
     A block of padding alone has a mean of zero and the size's logarithm -inf.
     """
+    return over_blocks(lambda at, _: _pool(x, at, mask), x, at)
+
+
+def _pool(x: Array, at: Blocks, mask: Array | None) -> Average:
     bias = gather_bias(x, mask, at)
     tokens = gather(hide(x, mask), at)
     if bias is None:
@@ -199,6 +239,9 @@ def gather(x: Array, at: Blocks) -> Array:
     xp = namespace(x)
     if not at.in_order:
         x = take(x, at.index, axis=-2)
+    chunks = chunked(x)
+    if chunks is not None:
+        x = chunks.cut_between_blocks(x, at.index.shape[1])
     *lead, _, d = x.shape
     return xp.reshape(x, (*lead, *at.index.shape, d))
 
@@ -207,26 +250,37 @@ def gather_bias(x: Array, mask: Array | None, at: Blocks) -> Array | None:
     """0 for the tokens of each block, -inf for padding and what fills it up: (..., B, L); None for all 0."""
     if mask is None and at.valid is None:
         return None
-    xp, device = namespace(x), placement(x)
     keep: Array = None
     if at.valid is not None:
-        keep = with_rank(xp.asarray(at.valid, device=device), x.ndim)
+        keep = with_rank(along(at.valid, x), x.ndim)
     if mask is not None:
         tokens = gather(mask[..., None], at)[..., 0]
         keep = tokens if keep is None else tokens & keep
-    return xp.where(keep, xp.zeros(keep.shape, dtype=x.dtype, device=device), -math.inf)
+    return log_mask(keep, x)
 
 
-def scatter(x: Array, at: Blocks) -> Array:
-    """(..., B, L, E) -> (..., N, E)."""
+def scatter(x: Array, at: Blocks, like: Array) -> Array:
+    """(..., B, L, E) -> (..., N, E), cut as `like` where that is chunked."""
     *lead, b, length, e = x.shape
     x = namespace(x).reshape(x, (*lead, b * length, e))
-    return x if at.in_order else take(x, at.place, axis=-2)
+    x = x if at.in_order else take(x, at.place, axis=-2)
+    chunks = chunked(x)
+    return x if chunks is None else chunks.cut_as(x, like)
+
+
+def along(rows: Any, tokens: Array) -> Array:
+    """A NumPy array of many rows as one beside `tokens`, in as many chunks."""
+    chunks = chunked(tokens)
+    if chunks is not None:
+        return chunks.along(rows, tokens)
+    return namespace(tokens).asarray(rows, device=placement(tokens))
 
 
 def take(x: Array, index: Any, axis: int) -> Array:
     """`x` at a NumPy index of any shape, which is flattened into the axis."""
-    xp = namespace(x)
+    xp, chunks = namespace(x), chunked(x)
+    if chunks is not None:
+        return chunks.take(x, index.reshape(-1), axis)
     return xp.take(x, xp.asarray(index.reshape(-1), device=placement(x)), axis=axis)
 
 
