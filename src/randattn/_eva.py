@@ -9,10 +9,10 @@ import math
 import numbers
 from typing import TYPE_CHECKING, Any
 
-from ._attend import Average, Keys, average, merge
+from ._attend import Average, Keys
 from ._draws import normal_draws
 from ._eva_step import state_after
-from ._fused import attend, full_precision
+from ._fused import attend, full_precision, take
 from ._inputs import (
     check_causal,
     check_count,
@@ -20,11 +20,11 @@ from ._inputs import (
     check_option,
     check_real,
     namespace,
-    placement,
     prepare,
     resolve_count,
     with_rank,
 )
+from ._regroup import others, union
 from ._segments import (
     along,
     blocks,
@@ -40,7 +40,6 @@ from ._segments import (
     pooling_ranks,
     resolve_query_mask,
     scatter,
-    take,
 )
 
 if TYPE_CHECKING:
@@ -193,7 +192,7 @@ def eva(
         kt, log_size = pool(x.k, groups, x.key_mask)
     else:
         pooled = pool(x.k, split.atoms, x.key_mask)
-        kt, log_size = _union(pooled, split)
+        kt, log_size = union(pooled, split.members, split.is_member)
     if landmarks is None:
         queries = blocks_of_queries(x, groups)
         qt, _ = pool(x.q, queries, resolve_query_mask(x, query_mask))
@@ -224,7 +223,7 @@ def eva(
         beta, _ = _control_variates(x, w, groups)
     else:
         atoms = _control_variates(x, take(w, split.group_of_atom, axis=-2), split.atoms)
-        beta, _ = _union(atoms, split)
+        beta, _ = union(atoms, split.members, split.is_member)
         rests = [_rests(atoms, pooled, split, kt if landmarks is not None else None, group_weight)]
     far = Keys(kt[..., None, :, :], beta[..., None, :, :], log_weight)
     out, _ = attend(gather(x.q, windows), near, far, *rests, scale=x.scale, is_causal=is_causal)
@@ -248,64 +247,11 @@ def _control_variates(x: Inputs, w: Array, at: Blocks) -> Average:
     return over_blocks(of, x.k, at)
 
 
-def _of_groups(atoms: Average, cut: Cuts) -> Average:
-    """The atoms of each group, beside each other: (..., C, r, E)."""
-    xp = namespace(atoms.out)
-    log_norm = take(atoms.log_norm, cut.members, axis=-1)
-    log_norm = xp.reshape(log_norm, (*log_norm.shape[:-1], *cut.members.shape))
-    log_norm = xp.where(xp.asarray(cut.is_member, device=placement(log_norm)), log_norm, -math.inf)
-    out = take(atoms.out, cut.members, axis=-2)
-    return Average(xp.reshape(out, (*out.shape[:-2], *cut.members.shape, out.shape[-1])), log_norm)
-
-
-def _union(atoms: Average, cut: Cuts) -> Average:
-    """The averages over the groups."""
-    out, log_norm = _of_groups(atoms, cut)
-    out, log_norm = average(log_norm[..., None, :], out)
-    return Average(out[..., 0, :], log_norm[..., 0])
-
-
-def _others(atoms: Average, cut: Cuts) -> Average:
-    """For each window and each group that it cuts, the average over the other atoms: (..., B, R, E)."""
-    xp = namespace(atoms.out)
-    members = _of_groups(atoms, cut)
-    before, after = (
-        _before(members),
-        _before(Average(xp.flip(members.out, axis=-2), xp.flip(members.log_norm, axis=-1))),
-    )
-    others = merge(before, Average(xp.flip(after.out, axis=-2), xp.flip(after.log_norm, axis=-1)))
-    out = xp.reshape(others.out, (*others.out.shape[:-3], -1, others.out.shape[-1]))
-    log_norm = xp.reshape(others.log_norm, (*others.log_norm.shape[:-2], -1))
-    out, log_norm = take(out, cut.inside, axis=-2), take(log_norm, cut.inside, axis=-1)
-    out = xp.reshape(out, (*out.shape[:-2], *cut.inside.shape, out.shape[-1]))
-    log_norm = xp.reshape(log_norm, (*log_norm.shape[:-1], *cut.inside.shape))
-    is_cut = xp.asarray(cut.is_cut, device=placement(log_norm))
-    return Average(out, xp.where(is_cut, log_norm, -math.inf))
-
-
-def _before(parts: Average) -> Average:
-    """For each part (..., r, E) the average over those before it: a scan of `merge`, by doubling."""
-    xp = namespace(parts.out)
-
-    def later(x: Average, step: int) -> Average:
-        out, log_norm = x.out[..., :step, :], x.log_norm[..., :step]
-        return Average(
-            xp.concat([xp.zeros_like(out), x.out[..., :-step, :]], axis=-2),
-            xp.concat([xp.full_like(log_norm, -math.inf), x.log_norm[..., :-step]], axis=-1),
-        )
-
-    count, step = parts.out.shape[-2], 1
-    parts = later(parts, 1)
-    while step < count:
-        parts = merge(parts, later(parts, step))
-        step *= 2
-    return parts
-
-
 def _rests(atoms: Average, pooled: Average, cut: Cuts, given: Array | None, group_weight: str) -> Keys:
     """For each window the keys, values and log weights of what it leaves of the groups that it cuts."""
-    beta, _ = _others(atoms, cut)
-    kt, log_size = _others(pooled, cut)
+    at = (cut.members, cut.is_member, cut.inside, cut.is_cut)
+    beta, _ = others(atoms, *at)
+    kt, log_size = others(pooled, *at)
     if given is not None:
         kt = take(given, cut.group_of_cut, axis=-2)
         kt = namespace(kt).reshape(kt, (*kt.shape[:-2], *cut.group_of_cut.shape, kt.shape[-1]))

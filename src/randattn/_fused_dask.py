@@ -78,10 +78,7 @@ def attend(
         parts.append(_tasks(average, names, chunks, operands))
     if len(parts) > 1:
         parts = [_tasks(_merged, names, chunks, [(part, names) for part in parts])]
-    chunks["e"] = (sets[0].v.shape[-1],)
-    of_parts: list[Operand] = [(parts[0], names)]
-    out = _tasks(itemgetter(0), (*names, "e"), chunks, of_parts)
-    return Average(out, _tasks(itemgetter(1), names, chunks, of_parts))
+    return _apart(parts[0], names, chunks, sets[0].v.shape[-1])
 
 
 def _causal(
@@ -142,7 +139,9 @@ def _cut(x: Array, names: Names | None, chunks: Chunks) -> Operand:
     if names is None:
         return x, names
     own = zip(names, x.shape, x.chunks, strict=True)
-    return x.rechunk(tuple(cut if size == 1 else chunks[name] for name, size, cut in own)), names
+    return x.rechunk(
+        tuple(cut if size == 1 else chunks[name] for name, size, cut in own), method="tasks"
+    ), names
 
 
 def _tasks(
@@ -171,6 +170,12 @@ def _tasks(
     )
 
 
+def _apart(averages: Averages, names: Names, chunks: Chunks, features: int) -> Average:
+    operands: list[Operand] = [(averages, names)]
+    out = _tasks(itemgetter(0), (*names, "e"), {**chunks, "e": (features,)}, operands)
+    return Average(out, _tasks(itemgetter(1), names, chunks, operands))
+
+
 def _average(
     q: Any,
     pair_bias: Any,
@@ -183,7 +188,8 @@ def _average(
 ) -> Average:
     """The average of some chunks."""
     q, pair_bias, mask, *rest = (_chunk(x) for x in (q, pair_bias, mask, *others))
-    sets = [Keys(*rest[3 * number :][:3], kappa) for number, kappa in enumerate(kappas)]
+    of_sets = zip(rest[::3], rest[1::3], rest[2::3], kappas, strict=False)
+    sets = [Keys(*keys) for keys in of_sets]
     weight = None if weigh is None else PairWeight(weigh, mask, tuple(rest[3 * len(kappas) :]))
     return _fused.attend(q, *sets, scale=scale, pair_bias=pair_bias, pair_weight=weight, is_causal=is_causal)
 
@@ -215,8 +221,10 @@ def _slices(cut: Sequence[int]) -> Iterator[slice]:
 
 
 def _in_one_chunk(keys: Keys) -> Keys:
-    bias = None if keys.bias is None else keys.bias.rechunk({-1: -1})
-    return Keys(keys.k.rechunk({-2: -1}), keys.v.rechunk({-2: -1}), bias, keys.kappa)
+    bias = None if keys.bias is None else keys.bias.rechunk({-1: -1}, method="tasks")
+    return Keys(
+        keys.k.rechunk({-2: -1}, method="tasks"), keys.v.rechunk({-2: -1}, method="tasks"), bias, keys.kappa
+    )
 
 
 def most_tokens(x: Array) -> int:
@@ -226,17 +234,33 @@ def most_tokens(x: Array) -> int:
 
 def cut_between_blocks(x: Array, length: int) -> Array:
     """Have no chunk end inside one of the blocks of so many tokens, and none much larger than it was."""
-    return x.rechunk({-2: max(1, most_tokens(x) // length) * length})
+    return x.rechunk({-2: max(1, most_tokens(x) // length) * length}, method="tasks")
 
 
 def cut_as(x: Array, like: Array) -> Array:
     """Have the tokens cut as those of `like`."""
-    return x.rechunk({-2: like.chunks[-2]})
+    return x.rechunk({-2: like.chunks[-2]}, method="tasks")
 
 
 def in_one(out: Array, log_norm: Array) -> Average:
     """Averages that are far fewer than tokens, in one chunk."""
-    return Average(out.rechunk({-2: -1}), log_norm.rechunk({-1: -1}))
+    return Average(out.rechunk({-2: -1}, method="tasks"), log_norm.rechunk({-1: -1}, method="tasks"))
+
+
+def regroup(
+    function: Callable[..., Average], averages: Average, shape: tuple[int, ...], *indices: Any
+) -> Average:
+    """``function(averages, *indices)`` in a task for all that are in one chunk."""
+
+    def of_chunks(out: Any, log_norm: Any) -> Average:
+        return function(Average(_chunk(out), _chunk(log_norm)), *indices)
+
+    out, log_norm = in_one(*averages)
+    lead = _lead(out.ndim - 2)
+    chunks, operands = _laid_out(lead, [(out, "a", "e"), (log_norm, "a")])
+    names = (*lead, *(f"b{axis}" for axis in range(len(shape))))
+    chunks |= {name: (size,) for name, size in zip(names[len(lead) :], shape, strict=True)}
+    return _apart(_tasks(of_chunks, names, chunks, operands), names, chunks, out.shape[-1])
 
 
 def along(rows: Any, tokens: Array) -> Array:

@@ -11,11 +11,12 @@ import functools
 import itertools
 import math
 import numbers
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from ._attend import Average, average
-from ._fused import chunked, mean_of_rows
+from ._fused import chunked, mean_of_rows, take
 from ._inputs import check_broadcast, check_count, hide, log_mask, namespace, placement, with_rank
+from ._regroup import union
 from ._static import plain, static
 
 if TYPE_CHECKING:
@@ -189,14 +190,11 @@ def over_blocks(function: Callable[[Blocks, Any], Average], x: Array, at: Blocks
     if chunks is None:
         return function(at, None)
     parts, block_of_part = _divided(at, chunks.most_tokens(x))
-    out, log_norm = chunks.in_one(*function(parts, block_of_part))
+    averages = function(parts, block_of_part)
     if block_of_part is None:
-        return Average(out, log_norm)
-    xp, shape = namespace(out), (at.index.shape[0], -1)
-    out = xp.reshape(out, (*out.shape[:-2], *shape, out.shape[-1]))
-    log_norm = xp.reshape(log_norm, (*log_norm.shape[:-1], *shape))
-    out, log_norm = average(log_norm[..., None, :], out)
-    return Average(out[..., 0, :], log_norm[..., 0])
+        return cast("Average", chunks.in_one(*averages))
+    members = block_of_part.argsort(kind="stable").reshape(len(at.index), -1)
+    return union(averages, members, members >= 0)
 
 
 def _divided(at: Blocks, most: int) -> tuple[Blocks, Any]:
@@ -274,14 +272,6 @@ def along(rows: Any, tokens: Array) -> Array:
     if chunks is not None:
         return chunks.along(rows, tokens)
     return namespace(tokens).asarray(rows, device=placement(tokens))
-
-
-def take(x: Array, index: Any, axis: int) -> Array:
-    """`x` at a NumPy index of any shape, which is flattened into the axis."""
-    xp, chunks = namespace(x), chunked(x)
-    if chunks is not None:
-        return chunks.take(x, index.reshape(-1), axis)
-    return xp.take(x, xp.asarray(index.reshape(-1), device=placement(x)), axis=axis)
 
 
 def blocks_of_queries(x: Inputs, keys: Blocks) -> Blocks:
