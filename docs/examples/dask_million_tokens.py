@@ -15,9 +15,12 @@ from randattn import eva, lara, rfa
 
 ESTIMATORS = {
     "rfa": lambda q, k, v: rfa(q, k, v, num_samples=64, rng=0),
-    "lara balance": lambda q, k, v: lara(q, k, v, num_landmarks=64, weighting="balance", rng=0),
-    "lara optimal": lambda q, k, v: lara(q, k, v, num_landmarks=64, rng=0),
-    "eva": lambda q, k, v: eva(q, k, v, num_groups=64, window=64, rng=0),
+    "lara balance": lambda q, k, v: lara(q, k, v, num_landmarks=50, weighting="balance", rng=0),
+    "lara optimal": lambda q, k, v: lara(q, k, v, num_landmarks=50, rng=0),
+    # Windows of 50 tokens in groups of 20,000 in chunks of 40,000: each is cut where the next larger ends.
+    "eva": lambda q, k, v: eva(q, k, v, num_groups=50, window=50, rng=0),
+    # Windows that cut groups, and chunks that cut windows: tokens are gathered from the chunks beside.
+    "eva, uneven": lambda q, k, v: eva(q, k, v, num_groups=64, window=64, rng=0),
 }
 
 
@@ -38,6 +41,7 @@ class Peak:
         self.thread.join()
 
     def sample(self):
+        """Look again and again, until the end of the block."""
         while self.running:
             now = [process.memory_info().rss for process in self.processes]
             self.of_each = [max(pair) for pair in zip(self.of_each, now, strict=True)]
@@ -46,10 +50,11 @@ class Peak:
 
 
 def main():
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=1_000_000)
-    parser.add_argument("--chunk", type=int, default=31_250)
-    parser.add_argument("--features", type=int, default=64)
+    parser.add_argument("--chunk", type=int, default=40_000)
+    parser.add_argument("--features", type=int, default=32)
     args = parser.parse_args()
 
     shape, chunks = (args.tokens, args.features), (args.chunk, args.features)
@@ -58,7 +63,7 @@ def main():
     print(f"q, k and v {3 * size / mib:.0f} MiB, N x N logits {4 * args.tokens**2 / mib:.0f} MiB")
     print(f"{'':14}{'seconds':>8}{'tasks':>8}{'worker 0':>10}{'worker 1':>10}{'together':>10}  (peak MiB)")
     with (
-        LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster,
+        LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0") as cluster,
         Client(cluster) as client,
     ):
         processes = [psutil.Process(pid) for pid in client.run(lambda: __import__("os").getpid()).values()]
@@ -76,9 +81,10 @@ def main():
             rng = da.random.default_rng(seed)
             q, k, v = (rng.standard_normal(shape, chunks=chunks, dtype="float32") for _ in range(3))
             with Peak(processes) as peak:
-                mean = estimator(q, k, v).mean(axis=0).persist()
-                wait(mean)
-            report(name, start, len(mean.__dask_graph__()), peak)
+                mean = estimator(q, k, v).mean(axis=0)
+                tasks = len(mean.__dask_graph__())
+                wait(mean.persist())
+            report(name, start, tasks, peak)
 
 
 if __name__ == "__main__":

@@ -46,12 +46,13 @@ def attend(
     lead = _lead(len(_attend.leading_axes(q, sets, pair_bias, pair_weight)))
     names = (*lead, "n")
     weigh, mask, arrays = pair_weight or (None, None, ())
-    given: list[tuple[Any, ...]] = [(q, "n", "d"), (pair_bias, "n", "m0"), (mask, "n")]
+    given: list[tuple[Any, ...]] = [(q, "n", "d"), (mask, "n")]
     for number, keys in enumerate(sets):
         m = f"m{number}"
         given += [(keys.k, m, "d"), (keys.v, m, "e"), (keys.bias, m)]
     given += [(x, f"rows {number}", f"columns {number}") for number, x in enumerate(arrays)]
-    chunks, (of_q, of_pair_bias, of_mask, *others) = _laid_out(lead, given)
+    given.append((pair_bias, "n", "m0"))
+    chunks, (of_q, of_mask, *others, of_pair_bias) = _laid_out(lead, given)
     of_arrays = others[3 * len(sets) :]
 
     parts: list[Averages] = []
