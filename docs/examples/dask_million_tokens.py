@@ -7,6 +7,7 @@ import argparse
 import threading
 import time
 
+import dask
 import dask.array as da
 import psutil
 from dask.distributed import Client, LocalCluster, wait
@@ -58,6 +59,8 @@ def main():
     args = parser.parse_args()
 
     shape, chunks = (args.tokens, args.features), (args.chunk, args.features)
+    # Of "eva, uneven" 10 MiB: the places of a million tokens.
+    dask.config.set({"distributed.admin.large-graph-warning-threshold": "20MiB"})
     mib, size = 1 << 20, 4 * args.tokens * args.features
     print(f"{args.tokens} tokens in chunks of {args.chunk}, {args.features} features, float32")
     print(f"q, k and v {3 * size / mib:.0f} MiB, N x N logits {4 * args.tokens**2 / mib:.0f} MiB")

@@ -151,10 +151,7 @@ def _tasks(
     chunks: Chunks,
     operands: Sequence[Operand],
 ) -> Array:
-    """`function` of the chunks that meet, a task for each; not fused with what makes them.
-
-    Fused, a chunk of keys would be made once for each chunk of queries.
-    """
+    """`function` of the chunks that meet, a task for each."""
     like = operands[0][0]
     known = {name for _, axes in operands if axes for name in axes}
     whole = {name: chunks[name] for name in names if name not in known}
@@ -165,7 +162,6 @@ def _tasks(
         new_axes=whole,
         adjust_chunks={name: chunks[name] for name in names if name in known},
         align_arrays=False,
-        concatenate=False,
         dtype=like.dtype,
         meta=meta_from_array(like, ndim=len(names)),
     )

@@ -189,16 +189,15 @@ def over_blocks(function: Callable[[Blocks, Any], Average], x: Array, at: Blocks
     chunks = chunked(x)
     if chunks is None:
         return function(at, None)
-    parts, block_of_part = _divided(at, chunks.most_tokens(x))
-    averages = function(parts, block_of_part)
-    if block_of_part is None:
-        return cast("Average", chunks.in_one(*averages))
-    members = block_of_part.argsort(kind="stable").reshape(len(at.index), -1)
-    return union(averages, members, members >= 0)
+    parts, of_block = _divided(at, chunks.most_tokens(x))
+    if of_block is None:
+        return cast("Average", chunks.in_one(*function(at, None)))
+    averages = function(parts, of_block // of_block.shape[1])
+    return union(averages, of_block, of_block >= 0)
 
 
 def _divided(at: Blocks, most: int) -> tuple[Blocks, Any]:
-    """Blocks of at most so many tokens, as many of each block, and the block that each is a part of."""
+    """Parts of at most so many tokens, as many of each block, and which they are, (B, parts)."""
     import numpy as np
 
     count, length = at.index.shape
@@ -210,7 +209,7 @@ def _divided(at: Blocks, most: int) -> tuple[Blocks, Any]:
     index = np.pad(at.index, fill, mode="edge").reshape(-1, size)
     valid = np.ones_like(at.index, dtype=bool) if at.valid is None else at.valid
     valid = np.pad(valid, fill).reshape(-1, size)
-    return _finish_blocks(index, valid, at.place.size), np.repeat(np.arange(count), parts)
+    return _finish_blocks(index, valid, at.place.size), np.arange(count * parts).reshape(count, parts)
 
 
 def pool(x: Array, at: Blocks, mask: Array | None) -> Average:

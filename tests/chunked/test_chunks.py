@@ -13,12 +13,12 @@ from dask.callbacks import Callback
 
 from randattn import attend, eva, lara, ra, rfa, softmax_attention
 
-N, D, E, CHUNK = 2000, 8, 5, 125
+N, D, E, CHUNK = 2000, 8, 5, 250
 
 # Whose work and whose graph grow as the number of tokens.
 LINEAR = {
     "rfa": partial(rfa, rng=0),
-    "rfa trigonometric": partial(rfa, features="trigonometric", num_samples=8, rng=0),
+    "rfa trigonometric": partial(rfa, features="trigonometric", num_samples=4, rng=0),
     "lara optimal": partial(lara, rng=0),
     "lara landmarks": partial(lara, normalize="landmarks", antithetic=True, mix_keys=True, rng=0),
     "lara balance": partial(lara, weighting="balance", num_landmarks=40),
@@ -109,15 +109,15 @@ def test_nothing_is_computed_and_chunks_stay(function):
 def test_the_same_as_numpy(function):
     """Queries and keys cut differently, with a short chunk at the end, heads and features cut too."""
     q, k, v = inputs()
-    out = function(cut(q, 1, 300, 5), cut(k, 225, -1), cut(v, 2, 370, 2))
-    assert out.chunks[-2] == cut(q, 300, -1).chunks[-2]
+    out = function(cut(q, 1, 600, 5), cut(k, 450, -1), cut(v, 2, 740, 2))
+    assert out.chunks[-2] == cut(q, 600, -1).chunks[-2]
     close(out.compute(), function(q, k, v))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @calls(CALLS, "rfa", "lara optimal", "eva, groups that windows cut", "softmax")
 def test_dtypes_stay(function, dtype):
-    q, k, v = inputs(600, dtype)
+    q, k, v = inputs(700, dtype)
     out = function(*(cut(x, CHUNK, -1) for x in (q, k, v)))
     result = out.compute()
     assert out.dtype == result.dtype == dtype
@@ -207,14 +207,13 @@ def test_chunks_are_made_once():
     ("function", "share"),
     [
         (partial(rfa, rng=0), 0.5),
-        (partial(lara, weighting="balance", rng=0), 3),
         (partial(lara, rng=0), 3),
         (partial(eva, rng=0), 4),
     ],
 )
 def test_peak_memory(function, share):
     """Against the keys' bytes: rfa never has them at once; what others need twice stays (q, k, v)."""
-    n, chunk = 1 << 16, 1 << 12
+    n, chunk = 1 << 15, 1 << 11
     q, k, v = (normal(seed, n, 32, chunk) for seed in range(3))
     mean = function(q, k, v).mean(axis=0)
     normal(3, 4 * chunk, 32, chunk).mean(axis=0).compute()

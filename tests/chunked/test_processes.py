@@ -12,7 +12,7 @@ from dask.distributed import Client, LocalCluster, wait
 
 from randattn import eva, lara, rfa
 
-N, D, CHUNK = 1 << 18, 32, 1 << 14
+N, D, CHUNK = 1 << 17, 32, 1 << 13
 
 CALLS = {
     "rfa": partial(rfa, rng=0),
@@ -52,7 +52,7 @@ def test_two_processes(client, number):
     assert np.linalg.norm(out.compute() - expected) < 2e-5 * np.linalg.norm(expected)
 
 
-@pytest.mark.parametrize(("name", "share"), [("rfa", 1.5), ("lara optimal", 3), ("eva", 3)])
+@pytest.mark.parametrize(("name", "share"), [("rfa", 1.5), ("eva", 3)])
 def test_peak_memory(client, name, share):
     """Against the keys' bytes: each process has its half of what is there at once, and chunks at work."""
     q, k, v = normal(range(100, 103), N, CHUNK)
