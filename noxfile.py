@@ -33,8 +33,10 @@ LIBRARIES = {
     "torch": ("torch",),
     "jax": ("jax",),
     "strict": ("array-api-strict",),
-    "dask": ("dask[array]",),
+    "dask": ("dask[array,distributed]",),
 }
+# What is tested of one library alone.
+OF_ITS_OWN = {"dask": ("tests/chunked",)}
 EVERY_LIBRARY = tuple(package for packages in LIBRARIES.values() for package in packages)
 
 ON_THE_CPU = {
@@ -83,7 +85,7 @@ def register_tests(library: str, packages: tuple[str, ...]) -> None:
                 *("--ignore-glob", "src/randattn/_fused_*.py"),
             )
         else:
-            run_pytest(session, "tests/shared", "--backend", library)
+            run_pytest(session, "tests/shared", *OF_ITS_OWN.get(library, ()), "--backend", library)
 
     tests.__doc__ = f"Run the suite on {library}."
 

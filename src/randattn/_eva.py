@@ -24,14 +24,16 @@ from ._inputs import (
     resolve_count,
     with_rank,
 )
-from ._plans import blocks, blocks_over, cuts, fits_lanes, pieces, windows
+from ._plans import blocks, blocks_over, cuts, fits_lanes, windows
 from ._segments import (
+    along,
     blocks_of_queries,
     check_grid,
     check_sizes,
     gather,
     gather_bias,
     given_landmarks,
+    in_pieces,
     others,
     pool,
     pooling_ranks,
@@ -188,7 +190,7 @@ def eva(
     lanes = 1 if is_causal else _lanes(x, tokens, tile)
     cut = cuts(tokens, (how, sizes), tile, lanes) if tile is not None and disjoint and not is_causal else None
     rest = cut if cut is not None and cut.is_cut.size else None
-    parts = pieces(groups, lanes) if rest is None and lanes > 1 else None if rest is None else rest.pieces
+    parts = in_pieces(x.k, groups) if rest is None else rest.pieces
     atoms = groups if parts is None else parts.atoms
     pooled = pool(x.k, atoms, x.key_mask)
     (kt, log_size), keys_of_groups = (pooled, []) if parts is None else union(pooled, parts)
@@ -215,17 +217,17 @@ def eva(
     log_weights, rests = log_weight, []
     log_weight = log_weight[..., None, :]
     if cut is not None:
-        outside = x.xp.asarray(cut.outside, device=x.device)
-        log_weight = x.xp.where(with_rank(outside, x.q.ndim), log_weight, -math.inf)
+        outside = with_rank(along(cut.outside, x.q), x.q.ndim)
+        log_weight = x.xp.where(outside, log_weight, -math.inf)
     if is_causal:
-        before = x.xp.asarray(blocks_over(tokens, (how, sizes), tile), device=x.device)
-        log_weight = x.xp.where(with_rank(before, x.q.ndim), log_weight, -math.inf)
+        before = with_rank(along(blocks_over(tokens, (how, sizes), tile), x.q), x.q.ndim)
+        log_weight = x.xp.where(before, log_weight, -math.inf)
     if rest is not None:
         given = kt if landmarks is not None else None
         rests = [_rests(values_of_groups, keys_of_groups, rest, given, group_weight)]
     far = Keys(kt[..., None, :, :], beta[..., None, :, :], log_weight)
     out, _ = attend(gather(x.q, at), near, far, *rests, scale=x.scale, is_causal=is_causal)
-    out = x.finish(scatter(out, at))
+    out = x.finish(scatter(out, at, x.q))
     if not return_state:
         return out
     assert tile is not None

@@ -76,6 +76,9 @@ def attend(
     is_causal: bool = False,
 ) -> Average:
     """`_attend.attend`: the average of all sets' values with weights ``exp(scale q . k + bias)``."""
+    chunks = chunked(q)
+    if chunks is not None:
+        return cast("Average", chunks.attend(q, sets, scale, pair_bias, pair_weight, is_causal))
     of_keys, of_queries = sum(math.prod(keys.k.shape) for keys in sets), math.prod(q.shape)
     if scale != 1 and pair_weight is None and 2 * of_queries < of_keys:
         # On the far fewer tokens, once for all blocks.
@@ -108,6 +111,23 @@ def attend(
     return _attend.attend(q, *sets, scale=scale, pair_weight=pair_weight, is_causal=is_causal)
 
 
+def chunked(x: Array) -> Any:
+    """What knows how the tokens of an array are cut into chunks; None where it is whole."""
+    if not compat.is_dask_array(x):
+        return None
+    from . import _fused_dask
+
+    return _fused_dask
+
+
+def take(x: Array, index: Any, axis: int) -> Array:
+    """`x` at a NumPy index of any shape, which is flattened into the axis."""
+    xp, chunks = namespace(x), chunked(x)
+    if chunks is not None:
+        return chunks.take(x, index.reshape(-1), axis)
+    return xp.take(x, xp.asarray(index.reshape(-1), device=placement(x)), axis=axis)
+
+
 def mean_of_rows(x: Array) -> Array:
     """(..., L, D) -> (..., D)."""
     xp = namespace(x)
@@ -129,7 +149,10 @@ def lanes_of(x: Array) -> int:
 
 
 def everywhere(x: Average) -> Average:
-    """Bring what belongs to groups, not to tokens, to all devices that the tokens lie on, once."""
+    """Bring what belongs to groups, not to tokens, to all devices that the tokens lie on, or in one chunk."""
+    chunks = chunked(x.out)
+    if chunks is not None:
+        return cast("Average", chunks.in_one(*x))
     if not compat.is_jax_array(x.out):
         return x
     from . import _fused_jax_mesh

@@ -167,8 +167,7 @@ def log_mask(mask: Array | None, like: Array) -> Array | None:
     if mask is None:
         return None
     xp = namespace(like)
-    zeros = xp.zeros(mask.shape, dtype=like.dtype, device=placement(like))
-    return xp.where(mask, zeros, -math.inf)
+    return xp.where(mask, xp.zeros_like(mask, dtype=like.dtype), -math.inf)
 
 
 def with_rank(x: Array, rank: int) -> Array:

@@ -103,7 +103,7 @@ def _windows(x: Inputs, window: int) -> tuple[Array, Array]:
     at = blocks((x.q.shape[-2],), "tiles", (window,))
     keys = Keys(gather(x.k, at), gather(x.v, at), gather_bias(x.k, x.key_mask, at))
     out, log_norm = attend(gather(x.q, at), keys, scale=x.scale, is_causal=True)
-    return scatter(out, at), scatter(log_norm[..., None], at)
+    return scatter(out, at, x.q), scatter(log_norm[..., None], at, x.q)
 
 
 def _log_mixtures(x: Inputs, proposals: Proposals, w: Array, window: int) -> tuple[Array, Array]:

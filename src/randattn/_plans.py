@@ -141,10 +141,16 @@ def _blocks(grid: Sizes, how: How, sizes: Sizes) -> Blocks:
         valid = valid & inside.reshape(shape)
     count = math.prod(index.shape[:rank])
     index, valid, n = index.reshape(count, -1), valid.reshape(count, -1), math.prod(grid)
+    return _listed(index, valid, n)._replace(laid=(grid, how, sizes))
+
+
+def _listed(index: Any, valid: Any, n: int) -> Blocks:
+    import numpy as np
+
     place = np.zeros(n, dtype=np.int64)
     place[index[valid]] = np.flatnonzero(valid)
     in_order = index.size == n and bool(np.all(index.ravel() == np.arange(n)))
-    return Blocks(index, None if valid.all() else valid, place, in_order, laid=(grid, how, sizes))
+    return Blocks(index, None if valid.all() else valid, place, in_order)
 
 
 def _borders(n: int, how: How, size: int) -> tuple[Any, Any]:
@@ -198,6 +204,25 @@ def _pieces(grid: Sizes, how: How, sizes: Sizes, lanes: int) -> Pieces:
     members, _ = _members(group, is_atom, count, 1)
     whole = np.array_equal(members.index[:, 0], np.arange(len(group))) and members.valid.all()
     return Pieces(atoms, group, () if whole else (members,))
+
+
+@static
+def divided(at: Blocks, most: int) -> Pieces:
+    """Blocks in parts of at most so many tokens, as many of each."""
+    import numpy as np
+
+    count, length = at.index.shape
+    if length <= most:
+        return Pieces(at._replace(laid=None), np.arange(count), ())
+    size = -(-length // -(-length // most))
+    parts = -(-length // size)
+    fill = ((0, 0), (0, parts * size - length))
+    index = np.pad(at.index, fill, mode="edge").reshape(-1, size)
+    valid = np.ones_like(at.index, dtype=bool) if at.valid is None else at.valid
+    members = np.arange(count * parts).reshape(count, parts)
+    atoms = _listed(index, np.pad(valid, fill).reshape(-1, size), at.place.size)
+    levels = (Members(members, np.ones_like(members, dtype=bool), None, 1),)
+    return Pieces(atoms, members.reshape(-1) // parts, levels)
 
 
 @static

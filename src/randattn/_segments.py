@@ -10,9 +10,10 @@ from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 from ._attend import Average, average, merge
-from ._fused import everywhere, lanes_of, mean_of_rows
-from ._inputs import check_broadcast, check_count, hide, namespace, placement, with_rank
-from ._plans import blocks, pieces
+from ._fused import chunked, everywhere, lanes_of, mean_of_rows
+from ._fused import take as take_along
+from ._inputs import check_broadcast, check_count, hide, log_mask, namespace, placement, with_rank
+from ._plans import blocks, divided, pieces
 from ._static import plain, static
 
 if TYPE_CHECKING:
@@ -43,8 +44,13 @@ def pool(x: Array, at: Blocks, mask: Array | None) -> Average:
 
 
 def in_pieces(x: Array, at: Blocks) -> Pieces | None:
-    """The blocks of tokens that are laid over devices, cut at their borders."""
-    lanes = lanes_of(x) if at.lanes == 1 else 1
+    """Blocks in pieces, where their tokens are laid over devices, or in chunks shorter than a block."""
+    if at.laid is None:
+        return None
+    chunks = chunked(x)
+    if chunks is not None:
+        return divided(at, chunks.most_tokens(x))
+    lanes = lanes_of(x)
     return pieces(at, lanes) if lanes > 1 else None
 
 
@@ -53,6 +59,9 @@ def gather(x: Array, at: Blocks) -> Array:
     xp = namespace(x)
     if not at.in_order:
         x = take(_with_edges(x, at), at.index, axis=-2, lanes=at.lanes)
+    chunks = chunked(x)
+    if chunks is not None:
+        x = chunks.cut_between_blocks(x, at.index.shape[1])
     *lead, _, d = x.shape
     return xp.reshape(x, (*lead, *at.index.shape, d))
 
@@ -72,18 +81,30 @@ def gather_bias(x: Array, mask: Array | None, at: Blocks) -> Array | None:
     """0 for the tokens of each block, -inf for padding and what fills it up: (..., B, L); None for all 0."""
     if mask is None and at.valid is None:
         return None
-    xp, device = namespace(x), placement(x)
     keep: Array = None
     if at.valid is not None:
-        keep = with_rank(xp.asarray(at.valid, device=device), x.ndim)
+        keep = with_rank(along(at.valid, x), x.ndim)
     if mask is not None:
         tokens = gather(mask[..., None], at)[..., 0]
         keep = tokens if keep is None else tokens & keep
-    return xp.where(keep, xp.zeros(keep.shape, dtype=x.dtype, device=device), -math.inf)
+    return log_mask(keep, x)
 
 
-def scatter(x: Array, at: Blocks) -> Array:
-    """(..., B, L, E) -> (..., N, E)."""
+def along(rows: Any, tokens: Array) -> Array:
+    """A NumPy array of many rows as one beside `tokens`, in as many chunks."""
+    chunks = chunked(tokens)
+    if chunks is not None:
+        return chunks.along(rows, tokens)
+    return namespace(tokens).asarray(rows, device=placement(tokens))
+
+
+def scatter(x: Array, at: Blocks, like: Array) -> Array:
+    """(..., B, L, E) -> (..., N, E), cut as `like` where that is chunked."""
+    x, chunks = _scattered(x, at), chunked(x)
+    return x if chunks is None else chunks.cut_as(x, like)
+
+
+def _scattered(x: Array, at: Blocks) -> Array:
     xp = namespace(x)
     *lead, b, length, e = x.shape
     x = xp.reshape(x, (*lead, b * length, e))
@@ -107,7 +128,7 @@ def take(x: Array, index: Any, axis: int, lanes: int = 1) -> Array:
     """
     xp = namespace(x)
     if lanes == 1:
-        return xp.take(x, xp.asarray(index.reshape(-1), device=placement(x)), axis=axis)
+        return take_along(x, index, axis)
     axis, size = axis + x.ndim, x.shape[axis]
     shape, rest = tuple(x.shape[:axis]), tuple(x.shape[axis + 1 :])
     within = index.reshape(lanes, -1) % (size // lanes)

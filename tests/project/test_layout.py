@@ -43,7 +43,14 @@ def test_few_files_name_a_library():
         for path in SOURCES
         if re.search(rf"\b(?:is_)?({'|'.join(LIBRARIES)})\b|is_\w+_namespace", code_without_texts(path))
     }
-    assert named == {"_draws.py", "_fused.py", "_fused_torch.py", "_fused_jax.py", "_fused_jax_mesh.py"}
+    assert named == {
+        "_draws.py",
+        "_fused.py",
+        "_fused_torch.py",
+        "_fused_jax.py",
+        "_fused_dask.py",
+        "_fused_jax_mesh.py",
+    }
 
 
 def test_the_hot_loop_stands_once():

@@ -104,7 +104,7 @@ def test_gather_and_scatter_are_inverse(lib, grid, data):
     x = np.random.default_rng(0).standard_normal((2, int(np.prod(grid)), 3))
     there = gather(lib.asarray(x), at)
     assert tuple(there.shape) == (2, *at.index.shape, 3)
-    np.testing.assert_array_equal(lib.numpy(scatter(there, at)), x)
+    np.testing.assert_array_equal(lib.numpy(scatter(there, at, lib.asarray(x))), x)
 
 
 @pytest.mark.only("numpy", "torch", "jax", "strict")  # Dask has no take_along_axis
@@ -126,7 +126,7 @@ def test_windows_in_lanes_are_the_windows(lib, grid, window, lanes):
     ]
     assert len(found) % lanes == 0
     assert sorted(filter(None, found)) == sorted(sorted(row) for row in tokens_of(plain))
-    np.testing.assert_array_equal(lib.numpy(scatter(there, at)), x)
+    np.testing.assert_array_equal(lib.numpy(scatter(there, at, lib.asarray(x))), x)
 
 
 @pytest.mark.parametrize(("grid", "count"), [((48,), 7), ((48,), 6), ((48,), 2), ((12, 4), 5)])

@@ -1,0 +1,66 @@
+"""On `dask.distributed`, with two worker processes."""
+
+from __future__ import annotations
+
+import tracemalloc
+from functools import partial
+
+import dask.array as da
+import numpy as np
+import pytest
+from dask.distributed import Client, LocalCluster, wait
+
+from randattn import eva, lara, rfa
+
+N, D, CHUNK = 1 << 17, 32, 1 << 13
+
+CALLS = {
+    "rfa": partial(rfa, rng=0),
+    "lara optimal": partial(lara, rng=0),
+    "lara balance": partial(lara, weighting="balance", rng=0),
+    "lara biased": partial(lara, weighting="biased", rng=0),
+    "eva": partial(eva, rng=0),
+    "eva, groups that windows cut": partial(eva, num_groups=50, rng=0),
+}
+
+
+@pytest.fixture(scope="module")
+def client():
+    options = {"n_workers": 2, "threads_per_worker": 1, "processes": True, "dashboard_address": ":0"}
+    with LocalCluster(**options) as cluster, Client(cluster) as client:
+        yield client
+
+
+def normal(seeds, n, chunk):
+    return [
+        da.random.default_rng(seed).standard_normal((n, D), chunks=(chunk, D), dtype="float32")
+        for seed in seeds
+    ]
+
+
+@pytest.mark.parametrize("number", range(len(CALLS)), ids=CALLS)
+def test_two_processes(client, number):
+    """The same as in this one, by both of them."""
+    function = [*CALLS.values()][number]
+    q, k, v = normal(range(3 * number, 3 * number + 3), 3000, 750)
+    out = function(q, k, v).persist()
+    wait(out)
+    where = client.has_what()
+    assert len(where) == 2
+    assert all(where.values())
+    expected = function(*(x.compute(scheduler="synchronous") for x in (q, k, v)))
+    assert np.linalg.norm(out.compute() - expected) < 2e-5 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize(("name", "share"), [("rfa", 1.5), ("eva", 3)])
+def test_peak_memory(client, name, share):
+    """Against the keys' bytes: each process has its half of what is there at once, and chunks at work."""
+    q, k, v = normal(range(100, 103), N, CHUNK)
+    mean = CALLS[name](q, k, v).mean(axis=0)
+    client.run(tracemalloc.start)
+    assert np.isfinite(mean.compute()).all()
+    peaks = [peak for _, peak in client.run(tracemalloc.get_traced_memory).values()]
+    client.run(tracemalloc.stop)
+    assert len(peaks) == 2
+
+    assert max(peaks) < share * k.nbytes
