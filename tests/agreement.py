@@ -124,6 +124,10 @@ def make_cases() -> list[Case]:
         *on(common, "lara balance", weighting="balance", **lara),
         *on(common, "lara biased", weighting="biased", **lara),
     ]
+    window = {"window": 5, "is_causal": True}
+    cases += on(square, "rfa causal", is_causal=True, **rfa)
+    cases += on(square, "lara causal", **window, **lara)
+    cases += on(square, "eva causal", group_size=5, **window, **seed)
     antithetic = {"antithetic": True, "mix_keys": True, "normalize": "landmarks"}
     cases += on(common, "lara antithetic", **antithetic, **lara)
     for weight in ("size", "unit"):

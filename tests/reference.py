@@ -128,6 +128,40 @@ def lara(
 
 
 @per_head
+def lara_causal(q, k, v, noise, window, weighting="optimal", alpha=1.0, keep=None):
+    """`keep` says which keys are there; segments are those of all tokens."""
+    q, k = scaled(q, k)
+    keep = np.ones(len(k), dtype=bool) if keep is None else keep
+    all_segments = segments(len(q), len(noise))
+    kept = [s[keep[s]] for s in all_segments]
+    out = np.zeros((len(q), v.shape[1]))
+    for n in np.flatnonzero(keep.cumsum() > 0):
+        first = n - n % window
+        exact = [m for m in range(first, n + 1) if keep[m]]
+        before = np.flatnonzero(keep[:first])
+        weights, values = [np.exp(q[n] @ k[m]) for m in exact], [v[m] for m in exact]
+        over = [c for c, s in enumerate(all_segments) if s[-1] < first and len(kept[c])]
+        mu = np.array([q[kept[c]].mean(axis=0) + k[kept[c]].mean(axis=0) for c in over]).reshape(
+            -1, q.shape[1]
+        )
+        near = np.array([np.exp(q[n] @ q[kept[c]].mean(axis=0)) for c in over])
+        draws = [(c, mu[i] + noise[c]) for i, c in enumerate(over)] + [(None, -one) for one in noise]
+        for c, w in draws if len(before) else []:
+            densities = [np.exp(w @ m - m @ m / 2) for m in mu]
+            own = 1.0 if c is None else densities[over.index(c)]
+            a = own / (sum(densities) + len(noise))
+            if weighting == "optimal":
+                if c is not None:
+                    a += alpha * (near[over.index(c)] / near.sum() - 1 / len(over))
+                a = max(a, 1e-8)
+            f, z = f_and_z(w, k[before], v[before])
+            weights.append(a / own * xi(q[n], w) * z)
+            values.append(f)
+        out[n] = np.array(weights) @ np.array(values) / np.sum(weights)
+    return out
+
+
+@per_head
 def eva(q, k, v, noise, groups, window, group_weight="size", disjoint=True, noise_scale=1.0):
     """`groups` lists the keys of each group, `window` gives the keys of a query's window."""
     q, k = scaled(q, k)

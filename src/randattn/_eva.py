@@ -29,6 +29,7 @@ from ._segments import (
     along,
     blocks,
     blocks_of_queries,
+    blocks_over,
     check_grid,
     check_sizes,
     cuts,
@@ -217,7 +218,7 @@ def eva(
         outside = with_rank(along(cut.outside, x.q), x.q.ndim)
         log_weight = x.xp.where(outside, log_weight, -math.inf)
     if is_causal:
-        before = with_rank(along(_groups_before(windows, groups), x.q), x.q.ndim)
+        before = with_rank(along(blocks_over(tokens, (how, sizes), tile), x.q), x.q.ndim)
         log_weight = x.xp.where(before, log_weight, -math.inf)
     if split is None:
         beta, _ = _control_variates(x, w, groups)
@@ -307,11 +308,6 @@ def _check_max_tokens(value: Any, is_causal: bool, n: int, sizes: Sizes, groups:
     if not is_causal:
         raise ValueError("max_tokens: expected is_causal=True with it")
     return -(-check_count("max_tokens", value, minimum=n) // sizes[0])
-
-
-def _groups_before(windows: Blocks, groups: Blocks) -> Any:
-    """Whether a group is over where a window begins: bools, (B, C)."""
-    return groups.index.max(axis=1)[None, :] < windows.index[:, :1]
 
 
 def _check_groups(

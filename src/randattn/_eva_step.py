@@ -118,7 +118,7 @@ def eva_step(
     check_causal(x, is_causal=True)
     bias = x.xp.zeros_like(x.k[..., 0]) if x.key_bias is None else x.key_bias
     own = match_state("eva", EVAState, state, x, _sizes(x.q.shape[-1], x.v.shape[-1]))
-    after, out = carry(_one, own, 1, x.q, x.k, x.v, bias[..., None])
+    after, out = carry(_one, own, *((y, 1) for y in (x.q, x.k, x.v, bias[..., None])))
     return x.finish(out), _merged(x, after)
 
 

@@ -162,18 +162,18 @@ def by_rows(function: Callable[..., Array], size: int, *arrays: tuple[Array, int
 
 
 def carry(
-    function: Callable[..., tuple[Any, Array]], state: Any, size: int, *arrays: Array
+    function: Callable[..., tuple[Any, Array]], state: Any, *arrays: tuple[Array, int]
 ) -> tuple[Any, Array]:
-    """Go along the tokens (axis -2 of `arrays`), so many at a time: (state, tokens) -> (state, results)."""
-    n = arrays[0].shape[-2]
-    if n <= size:
-        return function(state, *arrays)
-    if compat.is_jax_array(arrays[0]):
+    """Go along axis -2 of the arrays, so many rows of each at a time: (state, rows) -> (state, results)."""
+    x, size = arrays[0]
+    if x.shape[-2] <= size:
+        return function(state, *(x for x, _ in arrays))
+    if compat.is_jax_array(x):
         from . import _fused_jax
 
-        return _fused_jax.carry(function, state, size, *arrays)
+        return _fused_jax.carry(function, state, *arrays)
     done = []
-    for rows in _attend.slices(n, size):
-        state, out = function(state, *(x[..., rows, :] for x in arrays))
+    for rows in zip(*(_attend.slices(x.shape[-2], size) for x, size in arrays), strict=True):
+        state, out = function(state, *(x[..., part, :] for (x, _), part in zip(arrays, rows, strict=True)))
         done.append(out)
-    return state, namespace(done[0]).concat(done, axis=-2)
+    return state, namespace(x).concat(done, axis=-2)

@@ -242,23 +242,23 @@ def by_rows(function: Callable[..., Array], size: int, *arrays: tuple[Array, int
 
 
 def carry(
-    function: Callable[..., tuple[Any, Array]], state: Any, size: int, *arrays: Array
+    function: Callable[..., tuple[Any, Array]], state: Any, *arrays: tuple[Array, int]
 ) -> tuple[Any, Array]:
-    """Go along the tokens, so many at a time: (state, tokens) -> (state, results)."""
-    n = arrays[0].shape[-2]
-    whole = n - n % size
+    """Go along axis -2 of the arrays, so many rows of each at a time: (state, rows) -> (state, results)."""
+    steps = min(x.shape[-2] // size for x, size in arrays)
 
-    def blocks(x: Array) -> Array:
-        x = jax.lax.slice_in_dim(x, 0, whole, axis=-2)
-        return jnp.moveaxis(x.reshape(*x.shape[:-2], whole // size, size, x.shape[-1]), -3, 0)
+    def blocks(x: Array, size: int) -> Array:
+        x = jax.lax.slice_in_dim(x, 0, steps * size, axis=-2)
+        return jnp.moveaxis(x.reshape(*x.shape[:-2], steps, size, x.shape[-1]), -3, 0)
 
     step = jax.checkpoint(lambda state, rows: function(state, *rows))
-    state, out = jax.lax.scan(step, state, [blocks(x) for x in arrays])
+    state, out = jax.lax.scan(step, state, [blocks(*one) for one in arrays])
     out = jnp.moveaxis(out, 0, -3)
-    out = out.reshape(*out.shape[:-3], whole, out.shape[-1])
-    if whole == n:
+    out = out.reshape(*out.shape[:-3], -1, out.shape[-1])
+    tails = [jax.lax.slice_in_dim(x, steps * size, x.shape[-2], axis=-2) for x, size in arrays]
+    if not tails[0].shape[-2]:
         return state, out
-    state, tail = function(state, *(jax.lax.slice_in_dim(x, whole, n, axis=-2) for x in arrays))
+    state, tail = function(state, *tails)
     return state, jnp.concat([out, tail], axis=-2)
 
 

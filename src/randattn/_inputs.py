@@ -342,7 +342,7 @@ def refuse_causal(estimator: str, is_causal: bool) -> None:
     check_flags(is_causal=is_causal)
     if is_causal:
         raise NotImplementedError(
-            f"is_causal: {estimator} has no causal form yet; softmax_attention, rfa and eva have"
+            f"is_causal: {estimator} has no causal form; softmax_attention, rfa, lara and eva have"
         )
 
 

@@ -5,24 +5,25 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import TYPE_CHECKING, Any
 
-from ._attend import Keys, PairWeight, finite, nonzero
+from ._attend import Keys, finite
 from ._draws import normal_draws
 from ._fused import attend, full_precision
 from ._inputs import (
+    check_causal,
+    check_count,
     check_flags,
     check_option,
     check_real,
     hide,
     log_mask,
-    namespace,
     prepare,
-    refuse_causal,
     resolve_count,
 )
+from ._lara_causal import Proposals, causal
+from ._lara_weights import only, optimal, probability
 from ._segments import (
     blocks,
     blocks_of_queries,
@@ -35,15 +36,10 @@ from ._segments import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from ._attend import Steps
     from ._inputs import Inputs
     from ._segments import How
 
     Array = Any
-
-_SMALLEST_ALPHA = 1e-8
 
 
 @full_precision
@@ -57,7 +53,7 @@ def lara(
     landmarks: tuple[Array, Array] | None = None,
     weighting: str = "optimal",
     alpha: float = 1.0,
-    normalize: str = "queries",
+    normalize: str | None = None,
     mix_keys: bool = False,
     antithetic: bool = False,
     noise_scale: float = 1.0,
@@ -65,6 +61,7 @@ def lara(
     noise: Array | None = None,
     query_mask: Array | None = None,
     grid: tuple[int, ...] | None = None,
+    window: int | None = None,
     scale: float | None = None,
     key_mask: Array | None = None,
     is_causal: bool = False,
@@ -93,9 +90,10 @@ def lara(
         the landmarks near the query; or the balance heuristic times ``exp(q . mu)``.
     alpha : float, default 1.0
         How far "optimal" moves.
-    normalize : {"queries", "landmarks"}, default "queries"
-        What the query's nearness to landmarks, in "optimal", adds up to one over. Over the queries, as
-        in the published results, an output depends on the other queries; over landmarks it does not.
+    normalize : {"queries", "landmarks"}, optional
+        What the query's nearness to landmarks, in "optimal", adds up to one over. Over the queries, the
+        default, as in the published results, an output depends on the other queries; over landmarks,
+        the only choice and so the default where `is_causal`, it does not.
     mix_keys : bool, default False
         Mix the key landmarks by softmax attention among themselves first.
     antithetic : bool, default False
@@ -112,13 +110,17 @@ def lara(
         False keeps a query out of the landmarks; by default `key_mask` where N = M.
     grid : tuple of int, optional
         One, two or three sizes of the grid, in row-major order, that the tokens lie on; N = M.
+    window : int, optional
+        Where `is_causal`: tokens of the window that a query sees exactly, by default 64.
     scale : float, optional
         Factor of the logits, by default ``D ** -0.5``.
     key_mask : boolean array, shape (..., M), optional
         True = attend. What lies under False is never read, whatever it holds; a landmark of padding
         alone has no weight. Padding may move the borders of the segments, nothing else.
     is_causal : bool, default False
-        Not there yet.
+        Query n sees the keys up to n: those of its window exactly, those before the window by the
+        proposals whose segments were over, and by as many draws from N(0, I). N = M; weighting "optimal"
+        or "balance".
     enable_gqa : bool, default False
         Let `q` have a multiple of the heads (axis -3) of `k` and `v`.
 
@@ -133,9 +135,8 @@ def lara(
     TypeError
         Not arrays, or of different libraries or dtypes, or not floating; a generator of another library.
     ValueError
-        Shapes, devices, counts or options that do not fit; both `rng` and `noise`.
-    NotImplementedError
-        ``is_causal=True``.
+        Shapes, devices, counts or options that do not fit; both `rng` and `noise`; ``is_causal=True``
+        with N != M, sums over queries or biased weights.
 
     Notes
     -----
@@ -148,7 +149,9 @@ def lara(
         h_{nc} = \frac{\alpha_{nc}}{r_c}\, \xi(q_n, w_c)\, Z(w_c), \qquad
         \mu_c = \tilde q_c + \tilde k_c,
 
-    in O(C (N + M)) time.
+    in O(C (N + M)) time. Causal, for a window that begins when the segments 1, ..., b are over, the
+    proposals are theirs and C times N(0, I), so that the sum over draws estimates the absolute weight
+    :math:`\sum_m \exp(q_n \cdot k_m)` of the keys before the window, and merges with the window's own.
 
     References
     ----------
@@ -166,43 +169,79 @@ def lara(
     (2, 36, 4)
     """
     check_option("weighting", weighting, ("optimal", "balance", "biased"))
+    check_flags(mix_keys=mix_keys, antithetic=antithetic, is_causal=is_causal)
+    if normalize is None:
+        normalize = "landmarks" if is_causal else "queries"
     check_option("normalize", normalize, ("queries", "landmarks"))
+    _check_causal_options(is_causal, window, weighting, normalize, grid)
     alpha, noise_scale = check_real("alpha", alpha), check_real("noise_scale", noise_scale)
-    check_flags(mix_keys=mix_keys, antithetic=antithetic)
-    refuse_causal("lara", is_causal)
     also = pooling_ranks(landmarks, noise, query_mask)
     x = prepare(q, k, v, scale=scale, key_mask=key_mask, enable_gqa=enable_gqa, also=also)
+    check_causal(x, is_causal)
     query_mask = resolve_query_mask(x, query_mask)
     qt, kt, there = _landmarks(x, num_landmarks, landmarks, noise, query_mask, grid)
     qt, kt = x.root * qt, x.root * kt
 
     if mix_keys:
-        kt, _ = attend(kt, Keys(kt, kt, log_mask(there, kt)))
+        kt, _ = attend(kt, Keys(kt, kt, log_mask(there, kt)), is_causal=is_causal)
     mu = qt + kt
     eps = normal_draws(x, tuple(mu.shape[-2:]), rng=rng, noise=noise, axes="C, D", lead=mu.shape[:-2])
-    w = mu if eps is None else mu + noise_scale * eps
-    present = there
     xp = x.xp
-    if antithetic and eps is not None:
-        w = xp.concat([w, mu - noise_scale * eps], axis=-2)
-        mu = xp.concat([mu, mu], axis=-2)
-        present = None if there is None else xp.concat([there, there], axis=-1)
+    if eps is None:
+        noises = [xp.zeros_like(mu[..., :1, :])]
+    else:
+        noises = [noise_scale * eps, -noise_scale * eps] if antithetic else [noise_scale * eps]
+    draws = [mu + one for one in noises]
+    if is_causal:
+        # The same draws from N(0, I), turned round: near those of no proposal.
+        standard = xp.concat([-one for one in noises], axis=-2)
+        proposals = Proposals(qt, mu, there, tuple(draws), standard)
+        size = check_count("window", 64 if window is None else window)
+        return x.finish(causal(x, proposals, size, weighting=weighting, alpha=alpha))
+    w = xp.concat(draws, axis=-2)
+    mu = xp.concat([mu] * len(draws), axis=-2)
+    present = None if there is None else xp.concat([there] * len(draws), axis=-1)
 
     f, log_z = attend(w, Keys(x.k, x.v, x.key_bias, x.scale), scale=x.root)
     # Log densities over that of N(0, I), at each draw: of all proposals together, and of its own.
     half_norm = xp.sum(mu * mu, axis=-1) / 2
-    _, log_mixture = attend(w, Keys(mu, mu, _only(present, -half_norm)))
+    _, log_mixture = attend(w, Keys(mu, mu, only(present, -half_norm)))
     log_mixture = finite(log_mixture)
     if weighting == "optimal":
         log_r = xp.sum(w * mu, axis=-1) - half_norm
-        balance = _probability(log_r - log_mixture)
-        alpha_nc = _optimal(x, qt, there, query_mask, balance, alpha, normalize)
-        out, _ = attend(x.q, Keys(w, f, _only(present, log_z - log_r)), scale=x.root, pair_weight=alpha_nc)
+        over_queries = normalize == "queries"
+        offset = _over_queries(x, qt, query_mask) if over_queries else xp.zeros_like(qt[..., 0])
+        alpha_nc = optimal(
+            x.root * qt,
+            only(there, offset),
+            probability(log_r - log_mixture),
+            mask=query_mask,
+            alpha=alpha,
+            over_queries=over_queries,
+            copies=len(draws),
+        )
+        out, _ = attend(x.q, Keys(w, f, only(present, log_z - log_r)), scale=x.root, pair_weight=alpha_nc)
     else:
         # The balance heuristic over r_c: the proposal's own density cancels.
         towards = w + mu if weighting == "biased" else w
-        out, _ = attend(x.q, Keys(towards, f, _only(present, log_z - log_mixture)), scale=x.root)
+        out, _ = attend(x.q, Keys(towards, f, only(present, log_z - log_mixture)), scale=x.root)
     return x.finish(out)
+
+
+def _check_causal_options(is_causal: bool, window: Any, weighting: str, normalize: str, grid: Any) -> None:
+    if not is_causal:
+        if window is not None:
+            raise ValueError("window: lara has one where is_causal=True")
+        return
+    if grid is not None and len(grid) > 1:
+        raise ValueError(f"is_causal: expected tokens in a row, got grid {grid}")
+    if normalize == "queries":
+        raise ValueError("is_causal: expected normalize='landmarks': a sum over queries has those to come")
+    if weighting == "biased":
+        raise ValueError(
+            "is_causal: expected weighting 'optimal' or 'balance': 'biased' weights are on no scale "
+            "that they share with the window's"
+        )
 
 
 def _landmarks(
@@ -233,67 +272,9 @@ def _landmarks(
     return qt, kt, (log_queries > -math.inf) | (log_keys > -math.inf)
 
 
-def _optimal(
-    x: Inputs,
-    qt: Array,
-    there: Array | None,
-    query_mask: Array | None,
-    balance: Array,
-    alpha: float,
-    normalize: str,
-) -> PairWeight:
-    """``alpha_nc``: the balance heuristic, moved towards the landmarks near the query."""
-    xp = x.xp
-    offset = xp.zeros_like(qt[..., 0])
-    count = offset + 1
-    if normalize == "queries":
-        seen = hide(x.q, query_mask)
-        # No value is asked for: the sum of the weights alone.
-        _, over_queries = attend(qt, Keys(seen, seen[..., :0], log_mask(query_mask, seen)), scale=x.root)
-        offset = -finite(over_queries)
-    if there is not None:
-        offset = xp.where(there, offset, -math.inf)
-        count = xp.astype(there, count.dtype)
-    count = nonzero(xp.sum(count, axis=-1))[..., None, None]
-    arrays = (x.root * qt, offset[..., None], balance[..., None], count)
-    return PairWeight(_moved(alpha, normalize), query_mask, arrays)
-
-
-@functools.cache
-def _moved(alpha: float, normalize: str) -> Callable[..., Array]:
-    """The same function for the same constants, by which a compiler knows it again."""
-
-    def moved(
-        steps: Steps, q: Array, mask: Array | None, qt: Array, offset: Array, balance: Array, count: Array
-    ) -> Array:
-        xp = namespace(q)
-        log_t = steps.add(steps.products("t", qt, q), offset)
-        if normalize == "queries":
-            if mask is not None:
-                log_t = xp.where(mask[..., None, :], log_t, -math.inf)
-            # At most one, also where the terms are so large that rounding alone says otherwise.
-            t = steps.exp(steps.at_most(log_t, 0.0))
-        else:
-            t = steps.exp(steps.subtract(log_t, finite(xp.max(log_t, axis=-2, keepdims=True))))
-            t = steps.multiply(t, 1 / nonzero(xp.sum(t, axis=-2, keepdims=True)))
-        t = steps.subtract(t, xp.sum(t, axis=-2, keepdims=True) / count)
-        if alpha != 1:
-            t = steps.multiply(t, alpha)
-        if balance.shape[-2] != qt.shape[-2]:
-            t = xp.concat([t, t], axis=-2)
-        return steps.at_least(steps.add(t, balance), _SMALLEST_ALPHA)
-
-    return moved
-
-
-def _probability(log_p: Array) -> Array:
-    """At most one, also where the terms of `log_p` are so large that rounding alone says otherwise."""
-    xp = namespace(log_p)
-    return xp.exp(xp.where(log_p > 0, 0.0, log_p))
-
-
-def _only(there: Array | None, log_weight: Array) -> Array:
-    """No weight for a landmark that is made of padding alone."""
-    if there is None:
-        return log_weight
-    return namespace(there).where(there, log_weight, -math.inf)
+def _over_queries(x: Inputs, qt: Array, query_mask: Array | None) -> Array:
+    """What makes the queries' weights ``exp(q . qt)`` for a landmark add up to one: (..., C)."""
+    seen = hide(x.q, query_mask)
+    # No value is asked for: the sum of the weights alone.
+    _, log_norm = attend(qt, Keys(seen, seen[..., :0], log_mask(query_mask, seen)), scale=x.root)
+    return -finite(log_norm)

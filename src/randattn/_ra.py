@@ -58,7 +58,7 @@ def ra(
         True = attend. What lies under False is never read, whatever it holds; any amount of it
         leaves the other outputs unchanged to rounding.
     is_causal : bool, default False
-        Not there yet.
+        Not there: a draw comes from a softmax over the keys.
     enable_gqa : bool, default False
         Let `q` have a multiple of the heads (axis -3) of `k` and `v`.
 

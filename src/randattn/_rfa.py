@@ -8,11 +8,11 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ._attend import Average, Keys, average, finite, merge, past
+from ._attend import Average, Keys, average, finite, merge, nonzero, past
+from ._causal import nothing, scan
 from ._draws import no_draws, normal_draws
-from ._fused import attend, carry, full_precision
+from ._fused import attend, full_precision
 from ._inputs import (
-    broadcast_shapes,
     check_causal,
     check_flags,
     check_option,
@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     Array = Any
 
 # Tokens of a block: as many as features make its own products as large as those with the state.
-_BLOCK_TOKENS = 128
+_BLOCK_TOKENS = 64
+# Of e: so large that sums of exponentials of it stay within float32.
+_SAFE_EXPONENT = 70.0
 
 
 class RFAState(NamedTuple):
@@ -100,7 +102,7 @@ def rfa(
         True = attend. What lies under False is never read, whatever it holds; any amount of it
         leaves the other outputs unchanged to rounding.
     is_causal : bool, default False
-        Query n sees the keys up to n; N = M, positive features. Of the pairs within 128 tokens, those
+        Query n sees the keys up to n; N = M, positive features. Of the pairs within 64 tokens, those
         whose kernel is 87 nats below what their norms allow are taken at that distance.
     return_state : bool, default False
         With ``is_causal=True``: return the state after the last token too, for `rfa_step`.
@@ -176,7 +178,7 @@ def rfa(
     if features == "trigonometric":
         return x.finish(_trigonometric(x, w))
     if is_causal:
-        state, out = _causal(x, w, _nothing(x, w), x.root)
+        state, out = _causal(x, w, nothing(x, w), x.root)
         scale = x.xp.asarray(x.scale, dtype=x.q.dtype, device=x.device)
         return (x.finish(out), _given_back(x, w, state, scale)) if return_state else x.finish(out)
     f, log_z = attend(w, Keys(x.k, x.v, x.key_bias, x.scale), scale=x.root)
@@ -253,14 +255,6 @@ def rfa_step(
     return x.finish(out), _given_back(x, w, after, scale)
 
 
-def _nothing(x: Inputs, w: Array) -> Average:
-    """The averages over no key."""
-    lead = broadcast_shapes(x.lead, w.shape[:-2])
-    shape = (*lead, w.shape[-2], x.v.shape[-1])
-    out = x.xp.zeros(shape, dtype=x.q.dtype, device=x.device)
-    return Average(out, x.xp.full(shape[:-1], -math.inf, dtype=x.q.dtype, device=x.device))
-
-
 def _given_back(x: Inputs, w: Array, state: Average, scale: Array) -> RFAState:
     return RFAState(x.merge_heads(w, 2), x.merge_heads(state.out, 2), x.merge_heads(state.log_norm, 1), scale)
 
@@ -273,7 +267,7 @@ def _causal(x: Inputs, w: Array, before: Average, root: Any) -> tuple[Average, A
         return _block(w, before, root * q, keys)
 
     bias = [] if x.key_bias is None else [x.key_bias[..., None]]
-    return carry(block, before, _BLOCK_TOKENS, x.q, x.k, x.v, *bias)
+    return scan(block, before, *((y, _BLOCK_TOKENS) for y in (x.q, x.k, x.v, *bias)))
 
 
 def _block(w: Array, before: Average, q: Array, keys: Keys) -> tuple[Average, Array]:
@@ -281,22 +275,29 @@ def _block(w: Array, before: Average, q: Array, keys: Keys) -> tuple[Average, Ar
     xp = namespace(q)
     _, v, bias, _ = keys
     along_q = xp.matmul(q, xp.matrix_transpose(w))
-    along_k = xp.matmul(keys.k, xp.matrix_transpose(w)) - (dot(keys.k, keys.k) / 2)[..., None]
+    along_k = xp.matmul(w, xp.matrix_transpose(keys.k)) - (dot(keys.k, keys.k) / 2)[..., None, :]
     # xi(q, w) xi(k, w), each over its maximum. What is moved from one to the other first, and what is
     # subtracted, is of the past alone: a key to come must not push the others below the smallest float.
-    level = xp.logaddexp(before.log_norm[..., None, :], along_k[..., :1, :])
-    along_q, along_k = along_q + level, along_k - level
-    top_q, top_k = (xp.max(y, axis=-1, keepdims=True) for y in (along_q, along_k))
-    kernel = xp.matmul(xp.exp(along_q - top_q), xp.matrix_transpose(xp.exp(along_k - top_k)))
+    level = xp.logaddexp(before.log_norm, along_k[..., 0])
+    along_q, near_k = along_q + level[..., None, :], along_k - level[..., None]
+    top_k = xp.max(near_k, axis=-2, keepdims=True)
+    features_q = xp.exp(along_q - xp.max(along_q, axis=-1, keepdims=True))
+    kernel = xp.matmul(features_q, xp.exp(near_k - top_k))
     smallest = xp.asarray(xp.finfo(kernel.dtype).smallest_normal, dtype=kernel.dtype, device=placement(q))
-    log_weight = xp.log(xp.maximum(kernel, smallest)) + xp.matrix_transpose(top_k)
-    if bias is not None:
-        log_weight = log_weight + bias[..., None, :]
-    seen = xp.matrix_transpose(past(q, v.shape[-2], 0, 0))
-    out, log_norm = average(xp.where(seen, log_weight, -math.inf), v)
 
-    out, _ = merge(attend(q, Keys(w, *before)), Average(out, log_norm + top_q[..., 0]))
-    return merge(before, attend(w, keys)), out
+    # In these units the first key and the past together weigh at least one.
+    if bias is not None:
+        top_k = top_k + bias[..., None, :]
+    top_k = xp.where(xp.matrix_transpose(past(q, v.shape[-2], 0, 0)), top_k, -math.inf)
+    top = xp.max(top_k, axis=-1, keepdims=True) - _SAFE_EXPONENT
+    top = xp.where(top > 0, top, 0.0)
+    weights = xp.maximum(kernel, smallest) * xp.exp(top_k - top)
+    share = features_q * xp.exp(before.log_norm - level)[..., None, :] * xp.exp(-top)
+    total = xp.sum(weights, axis=-1, keepdims=True) + xp.sum(share, axis=-1, keepdims=True)
+    out = (xp.matmul(weights, v) + xp.matmul(share, before.out)) / nonzero(total)
+
+    log_weight = along_k if bias is None else along_k + bias[..., None, :]
+    return merge(before, average(log_weight, v)), out
 
 
 def _trigonometric(x: Inputs, w: Array) -> Array:

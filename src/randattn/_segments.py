@@ -167,6 +167,13 @@ def _cuts(grid: Sizes, groups: tuple[How, Sizes], window: Sizes) -> Cuts:
     )
 
 
+@static
+def blocks_over(grid: Sizes, of: tuple[How, Sizes], window: Sizes) -> Any:
+    """Whether a block of tokens in a row is over where a window begins: bools, (windows, blocks)."""
+    ends, starts = _blocks(grid, *of).index.max(axis=1), _blocks(grid, "tiles", window).index[:, 0]
+    return ends[None, :] < starts[:, None]
+
+
 def _list_by(label: Any, count: int) -> tuple[Any, Any]:
     """The positions (count, L) at which each label stands, filled up, and where they are real."""
     import numpy as np

@@ -37,6 +37,8 @@ LINEAR = [
     partial(lara, rng=0),
     partial(lara, weighting="balance"),
     partial(eva, rng=0),
+    partial(rfa, rng=0, is_causal=True),
+    partial(lara, rng=0, is_causal=True),
 ]
 
 

@@ -21,4 +21,7 @@ ESTIMATORS = {
     "eva unit": partial(eva, group_size=3, window=5, group_weight="unit", rng=0),
     "eva overlapping": partial(eva, num_groups=5, window=4, disjoint=False, rng=0),
     "eva deterministic": partial(eva, num_groups=5, window=0),
+    "rfa causal": partial(rfa, num_samples=8, is_causal=True, rng=0),
+    "lara causal": partial(lara, num_landmarks=5, window=3, is_causal=True, rng=0),
+    "eva causal": partial(eva, group_size=2, window=4, is_causal=True, rng=0),
 }

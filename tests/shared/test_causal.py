@@ -9,13 +9,19 @@ from array_api_compat import array_namespace
 
 from randattn import EVAState, RFAState, eva_step, rfa_step
 from tests.blocks import make_small
-from tests.calls import eva, rfa, softmax_attention
-from tests.reference import rfa_positive
+from tests.calls import eva, lara, rfa, softmax_attention
+from tests.reference import lara_causal, rfa_positive
 
 N, D, E, S = 14, 4, 3, 8
 CAUSAL = {
     "softmax": partial(softmax_attention, is_causal=True),
     "rfa": partial(rfa, num_samples=S, rng=0, is_causal=True),
+    "lara": partial(lara, num_landmarks=5, window=3, rng=0, is_causal=True),
+    "lara balance": partial(lara, num_landmarks=4, window=4, weighting="balance", rng=0, is_causal=True),
+    "lara mixed": partial(
+        lara, num_landmarks=3, window=2, mix_keys=True, antithetic=True, rng=0, is_causal=True
+    ),
+    "lara drawn at the means": partial(lara, num_landmarks=7, window=3, is_causal=True),
     "eva": partial(eva, window=4, is_causal=True),
     "eva groups": partial(eva, window=4, group_size=2, is_causal=True),
     "eva unit": partial(eva, window=6, group_size=3, group_weight="unit", rng=0, is_causal=True),
@@ -59,6 +65,80 @@ def test_rfa_in_single_precision(lib, blocks):
     lib.close(out, rfa_positive(q, k, v, w, is_causal=True), rtol=2e-5)
 
 
+LARA = [
+    {"window": 4},
+    {"window": 1, "weighting": "balance"},
+    {"window": 3, "alpha": 0.5},
+    {"window": 6, "weighting": "balance"},
+]
+
+
+@pytest.mark.parametrize("options", LARA, ids=str)
+def test_lara_is_its_definition(lib, blocks, options):
+    q, k, v = inputs()
+    noise = np.random.default_rng(7).standard_normal((2, 3, 5, D))
+    out = lara(*lib.arrays(q, k, v), noise=lib.asarray(noise), is_causal=True, **options)
+    lib.close(out, lara_causal(q, k, v, noise, **options))
+
+
+@pytest.mark.parametrize("options", LARA[1:3], ids=str)
+def test_lara_with_padding_is_its_definition(lib, options):
+    q, k, v = inputs()
+    noise = np.random.default_rng(7).standard_normal((2, 3, 5, D))
+    # The first two tokens, and the whole third segment.
+    keep = ~np.isin(np.arange(N), [0, 1, 5, 6, 7, 12])
+    hidden = [q, *(np.where(keep[:, None], x, np.nan) for x in (k, v))]
+    out = lara(
+        *lib.arrays(*hidden), noise=lib.asarray(noise), key_mask=lib.asarray(keep), is_causal=True, **options
+    )
+    lib.close(out, lara_causal(q, k, v, noise, keep=keep, **options))
+
+
+@pytest.mark.parametrize("weighting", ["balance", "optimal"])
+def test_lara_estimates_the_weight_of_what_is_before_the_window(lib, weighting):
+    """Without bias. With the values 1 in a query's window and 0 before it, the result tells the estimate."""
+    if lib.name != "numpy":
+        pytest.skip("of NumPy's: the others agree with it")
+    rng, window, n = np.random.default_rng(5), 4, 12
+    q, k = 0.7 * rng.standard_normal((2, n, D))
+    noise = rng.standard_normal((20_000, 3, D))
+    # A clamped weight would be a bias: near segments have none.
+    options = {"weighting": weighting, "alpha": 0.05, "scale": 1.0, "noise": noise, "window": window}
+    for first in (4, 8):
+        v = (np.arange(n) >= first)[:, None] * np.ones((n, 1))
+        share = lara(q, k, v, is_causal=True, **options)[:, first : first + window, 0]
+        weights = np.exp(q @ k.T)[first : first + window]
+        exact = np.tril(weights[:, first : first + window]).sum(axis=1)
+        estimates = exact * (1 / share - 1)
+        expected = weights[:, :first].sum(axis=1)
+        z = (estimates.mean(axis=0) - expected) / (estimates.std(axis=0) / np.sqrt(len(noise)))
+        assert np.all(np.abs(z) < 4)
+        assert np.all(np.abs(estimates.mean(axis=0) / expected - 1) < 0.05)
+
+
+@pytest.mark.parametrize("name", ["rfa", "lara", "lara balance"])
+def test_estimates_approach_causal_softmax(lib, name):
+    """As the root of the number of draws: 16 times as many would divide the error by four."""
+    if lib.name != "numpy":
+        pytest.skip("of NumPy's: the others agree with it")
+    options = {"is_causal": True, **({"window": 2} if name != "rfa" else {})}
+    if name == "lara balance":
+        options["weighting"] = "balance"
+    q, k, v = np.random.default_rng(3).standard_normal((3, 4, 256, D))
+    arrays = 0.3 * q, 0.3 * k, v
+    exact = softmax_attention(*arrays, is_causal=True)
+
+    def error(count):
+        count = {"num_samples" if name == "rfa" else "num_landmarks": count}
+        call = rfa if name == "rfa" else lara
+        found = [call(*arrays, rng=seed, **count, **options) for seed in range(8)]
+        return np.sqrt(np.mean((np.array(found) - exact) ** 2))
+
+    few, more, many = (error(count) for count in (16, 64, 256))
+    assert more < few / 1.5
+    assert many < few / 3
+
+
 def test_eva_of_single_keys_is_exact(lib, blocks):
     arrays = lib.arrays(*inputs())
     exact = lib.numpy(softmax_attention(*arrays, is_causal=True))
@@ -86,6 +166,18 @@ def test_the_future_changes_nothing(lib, blocks, name):
         again = lib.numpy(CAUSAL[name](*lib.arrays(*later)))
         np.testing.assert_allclose(again[..., :n, :], out[..., :n, :], rtol=1e-13, atol=1e-14)
         assert not np.allclose(again[..., n:, :], out[..., n:, :])
+
+
+def test_a_key_to_come_that_outweighs_all_others(lib):
+    """By a thousand nats along one frequency: what was before it would vanish beside it."""
+    (q, k, v), w = inputs(), draws()
+    w[..., 0, :] *= 45 / np.linalg.norm(w[..., 0, :], axis=-1, keepdims=True)
+    n = 6
+    before = lib.numpy(rfa(*lib.arrays(q, k, v), noise=lib.asarray(w), is_causal=True))
+    k[..., n, :] = w[..., 0, :] * D**0.25
+    after = lib.numpy(rfa(*lib.arrays(q, k, v), noise=lib.asarray(w), is_causal=True))
+    np.testing.assert_allclose(after[..., :n, :], before[..., :n, :], rtol=1e-12)
+    assert np.all(np.isfinite(after))
 
 
 @pytest.mark.parametrize("name", CAUSAL)
@@ -154,12 +246,12 @@ def test_gradients_by_differences(lib, blocks, name):
     assert slope == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=1e-6)
 
 
-@pytest.mark.parametrize("name", [name for name in CAUSAL if name != "eva unit"])
+@pytest.mark.parametrize("name", [name for name in CAUSAL if name != "eva unit" and "lara" not in name])
 def test_padding_changes_nothing(lib, blocks, name):
     """And none of it is read; a query before which all is padding gets zeros.
 
-    At the beginning it moves the borders of EVA's windows; one seed draws otherwise for another number of
-    groups.
+    At the beginning it moves the borders of EVA's windows, and everywhere those of LARA's segments; one seed
+    draws otherwise for another number of groups.
     """
     data = inputs()
     mask = np.arange(N) < 9
@@ -313,5 +405,12 @@ def test_calls_without_a_meaning(lib):
     for options in ({"window": 0}, {"grid": (2, 7), "window": 4}, {"num_groups": 3}, {"disjoint": False}):
         with pytest.raises(ValueError, match="is_causal: "):
             eva(q, k, v, is_causal=True, **options)
+    for options in ({"grid": (2, 7)}, {"normalize": "queries"}, {"weighting": "biased"}):
+        with pytest.raises(ValueError, match="is_causal: "):
+            lara(q, k, v, rng=0, is_causal=True, **options)
+    with pytest.raises(ValueError, match="window: lara has one where is_causal=True"):
+        lara(q, k, v, rng=0, window=4)
+    with pytest.raises(ValueError, match=r"is_causal: expected as many keys as queries \(14\), got 5"):
+        lara(q, k[..., :5, :], v[..., :5, :], rng=0, is_causal=True)
     with pytest.raises(NotImplementedError, match="is_causal: features='trigonometric'"):
         rfa(q, k, v, rng=0, features="trigonometric", is_causal=True)

@@ -1,0 +1,130 @@
+"""Causal LARA: a query's window exactly, the tokens before it by the proposals of their own past.
+
+A proposal is there once its segment is over; draws from N(0, I) are there from the first token on.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ._attend import Average, Keys, average, merge
+from ._causal import nothing, scan
+from ._fused import attend, carry, take
+from ._inputs import dot, with_rank
+from ._lara_weights import only, optimal, probability
+from ._segments import blocks, blocks_over, gather, gather_bias, scatter
+
+if TYPE_CHECKING:
+    from ._inputs import Inputs
+
+    Array = Any
+
+
+class Proposals(NamedTuple):
+    """``N(mu_c, I)`` for each segment, and the draws.
+
+    Attributes
+    ----------
+    qt : array, shape (..., C, D)
+        The query landmarks.
+    mu : array, shape (..., C, D)
+    there : boolean array, shape (..., C), or None
+        Whether there is a token behind each.
+    draws : tuple of arrays, shapes (..., C, D)
+        One of each proposal, or two (antithetic).
+    standard : array, shape (..., S, D)
+        Draws from N(0, I).
+    """
+
+    qt: Array
+    mu: Array
+    there: Array | None
+    draws: tuple[Array, ...]
+    standard: Array
+
+
+def causal(x: Inputs, proposals: Proposals, window: int, *, weighting: str, alpha: float) -> Array:
+    """The average for each query over the keys up to it: (..., N, E)."""
+    xp, (qt, mu, _, draws, standard) = x.xp, proposals
+    w = xp.concat([*draws, standard], axis=-2)
+    # Log densities over that of N(0, I), at each draw: of its own proposal, and of all that are there.
+    half_norm = dot(mu, mu) / 2
+    log_r = xp.concat(
+        [*(dot(one, mu) - half_norm for one in draws), xp.zeros_like(standard[..., 0])], axis=-1
+    )
+    log_mixtures, are_there = _log_mixtures(x, proposals, w, window)
+
+    def before_window(q: Array, before: Average, log_mixture: Array, there: Array) -> Average:
+        log_density = log_mixture if weighting == "balance" else log_r
+        keys = Keys(w, before.out, only(there, before.log_norm - log_density))
+        pair_weight = None
+        if weighting == "optimal":
+            pair_weight = optimal(
+                x.root * qt,
+                only(there, xp.zeros_like(log_mixture))[..., : qt.shape[-2]],
+                probability(log_r - log_mixture),
+                mask=None,
+                alpha=alpha,
+                over_queries=False,
+                copies=len(draws),
+            )
+        out, log_norm = attend(q, keys, scale=x.root, pair_weight=pair_weight)
+        # What E exp(w.(q + k)) has over exp(q.k), and the window's own weights have not.
+        return Average(out, log_norm - x.scale / 2 * dot(q, q))
+
+    def block(
+        before: Average,
+        log_mixture: Array,
+        there: Array,
+        q: Array,
+        out: Array,
+        log_norm: Array,
+        k: Array,
+        v: Array,
+        *bias: Array,
+    ) -> tuple[Average, Array]:
+        own = Average(out, log_norm[..., 0])
+        out, _ = merge(own, before_window(q, before, log_mixture[..., 0, :], there[..., 0, :]))
+        log_xi = xp.matmul(x.root * w, xp.matrix_transpose(k)) - (x.scale / 2 * dot(k, k))[..., None, :]
+        if bias:
+            log_xi = log_xi + xp.matrix_transpose(bias[0])
+        return merge(before, average(log_xi, v)), out
+
+    bias = [] if x.key_bias is None else [x.key_bias[..., None]]
+    tokens = [x.q, *_windows(x, window), x.k, x.v, *bias]
+    _, out = scan(block, nothing(x, w), (log_mixtures, 1), (are_there, 1), *((y, window) for y in tokens))
+    return out
+
+
+def _windows(x: Inputs, window: int) -> tuple[Array, Array]:
+    """Each query's average over the keys of its window up to it, (..., N, E), and log norm (..., N, 1)."""
+    at = blocks((x.q.shape[-2],), "tiles", (window,))
+    keys = Keys(gather(x.k, at), gather(x.v, at), gather_bias(x.k, x.key_mask, at))
+    out, log_norm = attend(gather(x.q, at), keys, scale=x.scale, is_causal=True)
+    return scatter(out, at, x.q), scatter(log_norm[..., None], at, x.q)
+
+
+def _log_mixtures(x: Inputs, proposals: Proposals, w: Array, window: int) -> tuple[Array, Array]:
+    """For each window, the log density at each draw of all proposals that are there: (..., B, K).
+
+    Over that of N(0, I), and times their number. And whether a draw's own proposal is there.
+    """
+    xp, (_, mu, there, draws, standard) = x.xp, proposals
+    copies, others = len(draws), standard.shape[-2]
+    log_p = xp.matmul(mu, xp.matrix_transpose(w)) + (math.log(copies) - dot(mu, mu) / 2)[..., None]
+    if there is not None:
+        log_p = xp.where(there[..., None], log_p, -math.inf)
+
+    def add(before: Array, one: Array) -> tuple[Array, Array]:
+        return xp.logaddexp(before, one), before
+
+    # Those of the first segments, for each number of them: none that comes later may be in the sum.
+    _, log_mixtures = carry(add, xp.full_like(log_p[..., :1, :], math.log(others)), (log_p, 1))
+    over = blocks_over((x.q.shape[-2],), ("segments", (mu.shape[-2],)), (window,))
+    log_mixtures = take(log_mixtures, over.sum(axis=1), axis=-2)
+    is_there = with_rank(xp.asarray(over, device=x.device), log_p.ndim)
+    if there is not None:
+        is_there = is_there & there[..., None, :]
+    always = xp.ones_like(is_there[..., :1])
+    return log_mixtures, xp.concat([is_there] * copies + [always] * others, axis=-1)
