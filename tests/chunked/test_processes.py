@@ -38,18 +38,33 @@ def normal(seeds, n, chunk):
     ]
 
 
+def halves(client, x):
+    """The same array, half of its chunks in each process."""
+    middle = x.shape[0] // 2
+    placed = zip((x[:middle], x[middle:]), client.has_what(), strict=True)
+    x = da.concatenate([client.persist(half, workers=[worker]) for half, worker in placed])
+    wait(x)
+    return x
+
+
+def executed(dask_worker):
+    """The tasks that a worker has done."""
+    return dask_worker.state.executed_count
+
+
 @pytest.mark.parametrize("number", range(len(CALLS)), ids=CALLS)
 def test_two_processes(client, number):
-    """The same as in this one, by both of them."""
+    """The same as in this one, by both of them, each of which has half of the tokens."""
     function = [*CALLS.values()][number]
-    q, k, v = normal(range(3 * number, 3 * number + 3), 3000, 750)
-    out = function(q, k, v).persist()
-    wait(out)
-    where = client.has_what()
-    assert len(where) == 2
-    assert all(where.values())
+    q, k, v = normal(range(3 * number, 3 * number + 3), 3000, 375)
     expected = function(*(x.compute(scheduler="synchronous") for x in (q, k, v)))
-    assert np.linalg.norm(out.compute() - expected) < 2e-5 * np.linalg.norm(expected)
+    q, k, v = (halves(client, x) for x in (q, k, v))
+    before = client.run(executed)
+    out = function(q, k, v).compute()
+    after = client.run(executed)
+    assert len(after) == 2
+    assert all(after[worker] > before[worker] for worker in after)
+    assert np.linalg.norm(out - expected) < 2e-5 * np.linalg.norm(expected)
 
 
 @pytest.mark.parametrize("name", ["rfa", "eva"])
