@@ -38,7 +38,10 @@ CASES = {
     # As many groups as tokens allow: they travel, and nothing else.
     "eva group_size": ("eva", {"group_size": WINDOW, "window": WINDOW}),
 }
-WITH_GRADIENTS = ("rfa", "lara optimal", "lara antithetic", "eva across")
+WITH_GRADIENTS = ("rfa", "lara optimal", "eva across")
+# Without optimization, which is how the suite has programs compiled, XLA's for one device had NaN among these
+# gradients, which go away with it.
+FOR_GRADIENTS = {"xla_backend_optimization_level": 1}
 EXPLICIT = ("rfa", "lara antithetic", "eva across")
 # With blocks of few logits, so that there are loops along lanes.
 IN_BLOCKS = ("rfa", "lara optimal")
@@ -82,10 +85,12 @@ def main() -> None:
         layout = NamedSharding(jax.make_mesh((sharding.DEVICES,), ("tokens",), axis_types=(kind,)), spec)
         rng = np.random.default_rng(0)
         inputs = [jnp.asarray(rng.standard_normal((HEADS, n, size))) for size in (FEATURES, FEATURES, VALUES)]
-        program = jax.jit(function).lower(*(jax.device_put(x, layout) for x in inputs)).compile()
+        compiler = FOR_GRADIENTS if gradient else {}
+        lowered = jax.jit(function).lower(*(jax.device_put(x, layout) for x in inputs))
+        program = lowered.compile(compiler_options=compiler)
         found = jax.tree.leaves(program(*(jax.device_put(x, layout) for x in inputs)))
         if gradient:
-            expected = jax.jit(function)(*inputs)
+            expected = jax.jit(function).lower(*inputs).compile(compiler_options=compiler)(*inputs)
         else:
             options = {key: np.asarray(x) if key == "key_mask" else x for key, x in options.items()}
             expected = [getattr(randattn, estimator)(*map(np.asarray, inputs), **options)]
