@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import time
+from functools import partial
 from importlib import import_module
 from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -49,7 +50,9 @@ CHUNK = 16384
 WINDOW = 64
 OPTIONS = {"rfa": "", "eva": f"window={WINDOW}", CACHE: ""}
 # Steps that a time is the mean of. Every so many, one of eva has a window's groups to make.
-NUMBER = {"rfa": 20, "eva": WINDOW, CACHE: 2}
+NUMBER = {"rfa": 100, "eva": WINDOW, CACHE: 2}
+# Programs of JAX, each of a window's steps.
+SCANS = {"rfa": 8, "eva": 1}
 _HEADS, _SIZE, _FEATURES = 8, 64, 64
 _ROUNDS, _SETS = 5, 2
 # Seeds that are no chunk's.
@@ -109,7 +112,7 @@ def measure(library: Library, positions: tuple[int, ...], say: Say) -> Iterator[
             many = scanned(getattr(randattn, f"{kind}_step"))
             calls = {n: in_turn(many, tokens, state) for n, state in states.items()}
             del states
-            found = race(calls, wait=library.wait, rounds=_ROUNDS, sets=_SETS)
+            found = race(calls, wait=library.wait, rounds=_ROUNDS, sets=_SETS, number=SCANS[kind])
             each = {n: tuple(x / WINDOW for x in medians) for n, medians in found.items()}
             yield from _rows(library, kind, each, count, mode="scan")
 
@@ -226,6 +229,7 @@ def arrive(library: Library, positions: tuple[int, ...], seconds: list[float]) -
     begin = compiled(lambda *x: randattn.rfa(*x, noise=noise, is_causal=True, return_state=True)[1])
     go_on = compiled(lambda *x: randattn.rfa_step(*x)[1])
     caches = {n: np.empty((2, 1, _HEADS, n + 1, _SIZE), np.float32) for n in positions}
+    groups_of = compiled(partial(_eva_of, places=CHUNK))
     found: dict[int, Arrived] = {}
     before: tuple[randattn.RFAState, ...] = ()
     groups: list[randattn.EVAState] = []
@@ -237,7 +241,7 @@ def arrive(library: Library, positions: tuple[int, ...], seconds: list[float]) -
             here[...] = drawn[1:, ..., : here.shape[-2], :]
             if start < n <= start + CHUNK:
                 part = [x[..., : n - start, :] for x in tokens]
-                eva = joined(library, groups, _eva_of(part, n - start + _ROOM))
+                eva = joined(library, groups, _eva_of(*part, places=n - start + _ROOM))
                 rfa = go_on(*part, *before) if before else begin(*part)
                 found[n] = Arrived(rfa, eva, (cache[0], cache[1]))
         began = time.perf_counter()
@@ -246,11 +250,11 @@ def arrive(library: Library, positions: tuple[int, ...], seconds: list[float]) -
         if before or max(positions) <= CHUNK:
             seconds.append(time.perf_counter() - began)
         before = (state,)
-        groups.append(_eva_of(tokens, CHUNK))
+        groups.append(groups_of(*tokens))
     return found
 
 
-def _eva_of(tokens: list[Array], places: int) -> randattn.EVAState:
+def _eva_of(*tokens: Array, places: int) -> randattn.EVAState:
     options = {"window": WINDOW, "is_causal": True, "return_state": True, "max_tokens": places}
     state: randattn.EVAState = randattn.eva(*tokens, **options)[1]
     return state

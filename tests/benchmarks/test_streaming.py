@@ -104,7 +104,8 @@ def test_states_of_rfa_have_one_size_and_caches_grow():
 def test_every_eva_step_has_its_place():
     """So many steps follow each position: beyond its places the results would be NaN."""
     timed = streaming._ROUNDS * streaming._SETS + 1
-    assert all(timed * number <= streaming._ROOM for number in streaming.NUMBER.values())
+    assert timed * streaming.NUMBER["eva"] <= streaming._ROOM
+    assert timed * streaming.SCANS["eva"] * streaming.WINDOW <= streaming._ROOM
     assert plan_for("numpy").streaming[-1] == 1_000_000
 
 
