@@ -318,6 +318,13 @@ def bench_peers(session: nox.Session) -> None:
     bench(session, "peers")
 
 
+@nox.session(name="bench-streaming")
+def bench_streaming(session: nox.Session) -> None:
+    """Measure decoding a token at a time, up to the millionth, on NumPy, PyTorch and JAX."""
+    session.install(*PINNED, "-e", ".[cli]", "torch", "jax")
+    bench(session, "streaming")
+
+
 @nox.session(name="bench-guard")
 def bench_guard(session: nox.Session) -> None:
     """Fail where an estimator has become over 25% slower than the committed results."""

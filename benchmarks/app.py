@@ -10,7 +10,7 @@ import click
 from rich.console import Console
 
 from . import guard as guarding
-from . import machine, peers, rows, sharding, workloads
+from . import machine, peers, rows, sharding, streaming, workloads
 from .libraries import NAMES, open_library
 from .plan import plan_for
 from .table import tables
@@ -66,6 +66,21 @@ def measure_peers(*, quick: bool, output: Path | None) -> None:
     about = machine.describe()
     found = list(peers.measure(plan_for("torch", quick=quick), _say))
     _finish("peers", "cpu", about, found, quick=quick, output=output)
+
+
+@app.command(name="streaming")
+@click.argument("libraries", nargs=-1, type=click.Choice(streaming.LIBRARIES))
+@_QUICK
+@_OUTPUT
+def measure_streaming(libraries: tuple[str, ...], *, quick: bool, output: Path | None) -> None:
+    """Measure decoding a token at a time, on one thread, on the CPU; by default on all of these."""
+    about = machine.describe() | {"threads": streaming.ONE_THREAD}
+    found = [
+        row
+        for name in libraries or streaming.LIBRARIES
+        for row in streaming.in_own_process(name, quick=quick)
+    ]
+    _finish("streaming", "cpu", about, found, quick=quick, output=output)
 
 
 @app.command()

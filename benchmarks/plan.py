@@ -42,6 +42,8 @@ class Plan:
         Tokens at which other packages are timed.
     peers_exact : int
         Tokens at which JAX's exact attention is.
+    streaming : tuple of int
+        Tokens after which a step is timed.
     """
 
     dtype: str = "float32"
@@ -62,6 +64,7 @@ class Plan:
     peers: int = 16384
     peers_backward: int = 8192
     peers_exact: int = 4096
+    streaming: tuple[int, ...] = (1, 100, 1000, 10_000, 100_000, 1_000_000)
 
 
 _ON_THE_CPU = {
@@ -110,6 +113,7 @@ _QUICK = {
     "peers": 256,
     "peers_backward": 256,
     "peers_exact": 256,
+    "streaming": (1, 100, 1000),
 }
 
 

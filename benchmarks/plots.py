@@ -38,6 +38,7 @@ _LABELS = {
     "lara weighting=optimal": "lara, optimal",
     "eva window=64": "eva, window 64",
 }
+_LINES = {"numpy": "-", "torch": "--", "jax": "-.", "jax, scan": ":", "cupy": (0, (1, 3))}
 _EXACT, _REFERENCE = "#000000", "#6E6E6E"
 _RC: dict[Any, Any] = {
     "font.size": 11,
@@ -244,6 +245,39 @@ def _peers(rows: list[Row]) -> Figure:
     return figure
 
 
+def _streaming(rows: list[Row]) -> Figure:
+    """Tokens a second and bytes of the state, against the tokens before."""
+    figure = Figure(figsize=(10.5, 4.8), layout="constrained")
+    rate, size = figure.subplots(1, 2)
+    seen: dict[str, Line2D] = {}
+    lines: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
+        lines.setdefault((row.case.label, row.case.library, row.case.mode), []).append(row)
+    for (label, library, mode), its in lines.items():
+        style = {"color": _COLOURS.get(label, _EXACT), "marker": "o", "markersize": 4.5, "linewidth": 1.6}
+        where = f"{library}, scan" if mode == "scan" else library
+        pattern = {"linestyle": _LINES[where]}
+        tokens = [row.case.tokens for row in its]
+        rate.plot(tokens, [1 / (row.seconds or 1.0) for row in its], **style, **pattern)
+        name = _LABELS.get(label, label)
+        if name not in seen:
+            # The same in every library.
+            size.plot(tokens, [row.bytes or 0 for row in its], **style)
+            seen[name] = Line2D([], [], label=name, **style)
+        seen.setdefault(where, Line2D([], [], label=where, color=_REFERENCE, linewidth=1.6, **pattern))
+    case = rows[0].case
+    for axes, what in ((rate, "tokens a second"), (size, "bytes of the state")):
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel(f"tokens before; {case.heads} heads of {case.head_dim}, {case.dtype}")
+        axes.set_title(what)
+    kinds = sorted(seen, key=lambda name: name in _LINES)
+    figure.legend(
+        handles=[seen[name] for name in kinds], loc="outside lower center", ncols=len(seen), fontsize=10
+    )
+    return figure
+
+
 def _groups(rows: list[Row], *, tokens: bool = False) -> dict[Group, list[Row]]:
     groups: dict[Group, list[Row]] = {}
     for row in rows:
@@ -263,4 +297,5 @@ _PLOTS: dict[str, tuple[str, Callable[[list[Row]], Figure]]] = {
     "products": ("products", _products),
     "memory": ("memory", _memory),
     "peers": ("peers", _peers),
+    "streaming": ("streaming", _streaming),
 }

@@ -21,6 +21,8 @@ TITLES = {
     "memory": "Peak memory beyond the inputs, over the output's size",
     "import": "Import, beyond NumPy's own",
     "peers": "Time over other packages'",
+    "streaming": "Time of one more token after so many, over that after 100, and bytes of the state",
+    "prefill": "Time of one step of many tokens",
 }
 
 
@@ -44,7 +46,7 @@ def tables(rows: Iterable[Row]) -> Iterator[Group]:
 
 
 _VALUES = {"estimator", "value", "over it", "ratio"}
-_NUMBERS = {"tokens", "heads", "features", "value", "over it", "ratio", "bandwidth"}
+_NUMBERS = {"tokens", "heads", "features", "value", "over it", "ratio", "bandwidth", "a second", "state"}
 
 
 def _cells(row: Row) -> dict[str, str]:
@@ -53,6 +55,7 @@ def _cells(row: Row) -> dict[str, str]:
         values = [_mebibytes(row.bytes), _mebibytes(row.baseline_bytes)]
     else:
         values = [_milliseconds(row.seconds), _milliseconds(row.baseline_seconds)]
+    streaming = row.measure == "streaming"
     return {
         "library": case.library,
         "device": case.device,
@@ -66,6 +69,8 @@ def _cells(row: Row) -> dict[str, str]:
         "over": row.baseline or "",
         "value": values[0],
         "over it": values[1],
+        "a second": _rate(row.seconds) if streaming else "",
+        "state": _mebibytes(row.bytes) if streaming else "",
         "ratio": "" if row.ratio is None else f"{row.ratio:.3g}",
         "bandwidth": "" if row.bandwidth_share is None else f"{row.bandwidth_share:.0%}",
     }
@@ -73,6 +78,10 @@ def _cells(row: Row) -> dict[str, str]:
 
 def _milliseconds(seconds: float | None) -> str:
     return "" if seconds is None else f"{1e3 * seconds:.3g} ms"
+
+
+def _rate(seconds: float | None) -> str:
+    return "" if not seconds else f"{float(f'{1 / seconds:.3g}'):,.6g}"
 
 
 def _mebibytes(count: int | None) -> str:

@@ -35,6 +35,12 @@ MUTANTS = [
     ),
     Mutant("RA draws no noise", "_ra.py", "_sample_keys(x, q, u)) + eps", "_sample_keys(x, q, u))"),
     Mutant("RA chooses keys without mass", "_ra.py", "passed < total", "passed <= total"),
+    Mutant(
+        "EVA's groups made at every token",
+        "_fused.py",
+        "return function(state) if condition else state",
+        "return function(state)",
+    ),
     Mutant("RFA without log Z", "_rfa.py", "Keys(w, f, log_z)", "Keys(w, f)"),
     Mutant("RFA leaves the range of V", "_rfa.py", "return xp.minimum(xp.maximum(out, lowest), highest)", "return out"),
     Mutant(

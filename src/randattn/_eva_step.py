@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ._attend import Average, Keys, average
-from ._fused import attend, carry, full_precision
+from ._fused import attend, carry, full_precision, when
 from ._inputs import broadcast_shapes, check_causal, namespace, placement, prepare, with_rank
 from ._states import match_state
 
@@ -145,8 +145,8 @@ def _merged(x: Inputs, state: EVAState) -> EVAState:
 
 def _one(state: EVAState, q: Array, k: Array, v: Array, bias: Array) -> tuple[EVAState, Array]:
     """One token: its average, and the state after it."""
-    xp, device, dtype = namespace(q), placement(q), q.dtype
-    groups, length = state.q.shape[-3:-1]
+    xp, device = namespace(q), placement(q)
+    length = state.q.shape[-2]
     window, count = state.k.shape[-2], state.beta.shape[-2]
     place = state.tokens % window
     slots = xp.arange(window, dtype=state.tokens.dtype, device=device)
@@ -165,37 +165,40 @@ def _one(state: EVAState, q: Array, k: Array, v: Array, bias: Array) -> tuple[EV
     fits = state.tokens < count * length
     out = xp.where(with_rank(fits, out.ndim), out, math.nan)
 
-    # The window's groups, which count as soon as it is full.
+    state = state._replace(
+        q=xp.reshape(queries, state.q.shape), k=keys, v=values, bias=kept, tokens=state.tokens + 1
+    )
+    return when(place == window - 1, _with_window, state), out
+
+
+def _with_window(state: EVAState) -> EVAState:
+    """The groups of a window that is over are now among the others."""
+    xp, device, dtype = namespace(state.q), placement(state.q), state.q.dtype
+    groups, length = state.q.shape[-3:-1]
+
     def parts(y: Array) -> Array:
         return xp.reshape(y, (*y.shape[:-2], groups, length, y.shape[-1]))
 
-    bias_of_group = parts(kept[..., None])[..., 0]
-    (mean_q, _), (mean_k, log_size) = (_mean(parts(y), bias_of_group) for y in (queries, keys))
-    first = (state.tokens - place) // length
-    number = xp.arange(count, dtype=state.tokens.dtype, device=device)[:, None] - first
+    keys, values, bias = parts(state.k), parts(state.v), parts(state.bias[..., None])[..., 0]
+    (mean_q, _), (mean_k, log_size) = _mean(state.q, bias), _mean(keys, bias)
+    first = (state.tokens - 1) // length - (groups - 1)
+    number = xp.arange(state.beta.shape[-2], dtype=state.tokens.dtype, device=device)[:, None] - first
     number = number - xp.arange(groups, dtype=state.tokens.dtype, device=device)[None, :]
-    is_new = xp.astype((number == 0) & (place == window - 1), dtype)
     here = xp.astype(number == 0, dtype)
     root = xp.sqrt(state.scale)
     noise = xp.matmul(with_rank(xp.matrix_transpose(here), state.noise.ndim), state.noise)
     w = root * (mean_q + mean_k) / 2 + noise
-    beta, _ = attend(w[..., None, :], Keys(root * parts(keys), parts(values), bias_of_group, 1.0))
+    beta, _ = attend(w[..., None, :], Keys(root * keys, values, bias, 1.0))
     size = xp.exp(log_size)
     weight = xp.where(state.by_size > 0, size, xp.astype(size > 0, dtype))
 
     def join(old: Array, new: Array) -> Array:
-        return old + xp.matmul(with_rank(is_new, new.ndim), new)
+        return old + xp.matmul(with_rank(here, new.ndim), new)
 
-    return (
-        EVAState(
-            xp.reshape(queries, state.q.shape),
-            *(keys, values, kept),
-            join(state.mean_key, mean_k),
-            join(state.beta, beta[..., 0, :]),
-            join(state.weight[..., None], weight[..., None])[..., 0],
-            *(state.noise, state.tokens + 1, state.scale, state.by_size),
-        ),
-        out,
+    return state._replace(
+        mean_key=join(state.mean_key, mean_k),
+        beta=join(state.beta, beta[..., 0, :]),
+        weight=join(state.weight[..., None], weight[..., None])[..., 0],
     )
 
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     Array = Any
 
 F = TypeVar("F", bound="Callable[..., Any]")
+S = TypeVar("S", bound="tuple[Array, ...]")
 
 # Logits of a block on a GPU: enough to keep it busy.
 GPU_BLOCK_LOGITS = 1 << 25
@@ -196,3 +197,25 @@ def carry(
         state, out = function(state, *(x[..., part, :] for (x, _), part in zip(arrays, rows, strict=True)))
         done.append(out)
     return state, namespace(x).concat(done, axis=-2)
+
+
+def when(condition: Array, function: Callable[[S], S], state: S) -> S:
+    """``function(state)`` where the condition, one boolean, is true; else the state, in the same arrays."""
+    if compat.is_jax_array(condition):
+        from . import _fused_jax
+
+        return cast("S", _fused_jax.when(condition, function, state))
+    if compat.is_numpy_array(condition) or _known(condition):
+        return function(state) if condition else state
+    xp = namespace(condition)
+    both = zip(function(state), state, strict=True)
+    return type(state)(*(xp.where(condition, new, old) for new, old in both))
+
+
+def _known(condition: Array) -> bool:
+    """Whether PyTorch has the value at hand: it waits for no device, and traces and transforms nothing."""
+    if not compat.is_torch_array(condition) or sys.modules["torch"].compiler.is_compiling():
+        return False
+    from . import _fused_torch
+
+    return condition.device.type == "cpu" and _fused_torch.is_plain(condition, (), None)

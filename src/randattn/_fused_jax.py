@@ -268,6 +268,14 @@ def carry(
     return state, jnp.concat([out, tail], axis=-2)
 
 
+def when(condition: Array, function: Callable[[Any], Any], state: Any) -> Any:
+    """The function of the state where the condition is true."""
+    if isinstance(condition, jax.core.Tracer):
+        return jax.lax.cond(condition, function, lambda state: state, state)
+    # Not traced: a program would be made at every call.
+    return function(state) if condition else state
+
+
 def _even(size: int, most: int) -> int:
     """A size of blocks that divides, unless that would be far smaller than it may be."""
     divisor = _divisor(size, most)

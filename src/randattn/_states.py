@@ -25,7 +25,7 @@ def match_state(
     """The state, its heads split as those of the inputs; `sizes` are the trailing axes of its fields."""
     if not isinstance(state, kind):
         raise TypeError(f"state: expected one of {estimator}, {kind.__name__}, got {type(state).__name__}")
-    fields = []
+    lead, fields = x.lead, []
     for name, trailing in sizes.items():
         field = getattr(state, name)
         check_like(f"state.{name}", field, x.q)
@@ -40,8 +40,8 @@ def match_state(
         fields.append(x.match(f"state.{name}", field, len(trailing)) if trailing else field)
     for name, field, trailing in zip(sizes, fields, sizes.values(), strict=True):
         theirs = tuple(field.shape[: field.ndim - len(trailing)])
-        if trailing and not _holds(theirs, x.lead, shared=name in SHARED):
-            raise ValueError(f"state.{name}: expected leading axes that hold {x.lead}, got {theirs}")
+        if trailing and not _holds(theirs, lead, shared=name in SHARED):
+            raise ValueError(f"state.{name}: expected leading axes that hold {lead}, got {theirs}")
     return kind(*fields)
 
 

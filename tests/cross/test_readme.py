@@ -1,12 +1,21 @@
-"""The README's examples run as they stand."""
+"""The examples of the README and of docs/ run as they stand."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+ROOT = Path(__file__).parents[2]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+# Those with a test of their own: what they show needs several devices or processes.
+ELSEWHERE = {"sharding.md", "dask.md", "torch_distributed.md"}
+
+
+def blocks(path):
+    return re.findall(r"^```python\n(.*?)^```", path.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+BLOCKS = blocks(ROOT / "README.md")
 
 
 def test_there_are_examples_for_four_libraries():
@@ -35,3 +44,14 @@ def test_example(number, monkeypatch):
     exec(BLOCKS[number], scope)
     if number:
         assert scope["out"].shape == (8, 1024, 64)
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page.name not in ELSEWHERE], ids=lambda page: page.stem
+)
+def test_page(page):
+    """Its blocks one after the other; a line number of the page says where one fails."""
+    scope, text = {}, page.read_text()
+    for block in blocks(page):
+        lines = text[: text.index(block)].count("\n")
+        exec(compile("\n" * lines + block, page.name, "exec"), scope)
