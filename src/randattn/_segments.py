@@ -43,8 +43,8 @@ def pool(x: Array, at: Blocks, mask: Array | None) -> Average:
 
 
 def in_pieces(x: Array, at: Blocks) -> Pieces | None:
-    """The blocks of tokens that are laid over devices, cut at their borders."""
-    lanes = lanes_of(x) if at.lanes == 1 else 1
+    """The blocks of tokens that are laid over devices, cut at their borders; None where they are atoms."""
+    lanes = lanes_of(x) if at.laid is not None else 1
     return pieces(at, lanes) if lanes > 1 else None
 
 
