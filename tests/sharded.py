@@ -38,6 +38,12 @@ CASES = {
     # As many groups as tokens allow: they travel, and nothing else.
     "eva group_size": ("eva", {"group_size": WINDOW, "window": WINDOW}),
 }
+# Nothing is promised of what these send: windows longer than a device's tokens, every query and key.
+OTHERS = {
+    "eva long": ("eva", {"num_groups": 20, "window": 100}),
+    "softmax": ("softmax_attention", {}),
+    "eva causal": ("eva", {"window": WINDOW, "is_causal": True}),
+}
 WITH_GRADIENTS = ("rfa", "lara optimal", "eva across")
 # Without optimization, which is how the suite has programs compiled, XLA's for one device had NaN among these
 # gradients, which go away with it.
@@ -72,8 +78,8 @@ def main() -> None:
     spec = PartitionSpec(None, "tokens", None)
 
     def row(name: str, n: int, kind: AxisType, *, gradient: bool = False) -> dict[str, object]:
-        estimator, options = CASES[name]
-        options = {**options, "rng": 0}
+        estimator, options = (CASES | OTHERS)[name]
+        options = {**options, **({} if name == "softmax" else {"rng": 0})}
         if "grid" in options:
             options["grid"] = (n // 16, 16)
         if "key_mask" in options:
@@ -111,13 +117,14 @@ def main() -> None:
     rows = [row(name, n, AxisType.Auto) for name in CASES for n in LENGTHS]
     rows += [row(name, n, AxisType.Explicit) for name in EXPLICIT for n in LENGTHS]
     rows += [row(name, n, AxisType.Auto, gradient=True) for name in WITH_GRADIENTS for n in LENGTHS]
+    others = [row(name, LENGTHS[0], AxisType.Auto) for name in OTHERS]
     _fused_jax._MOST_LOGITS = 1 << 9
     blocks = [row(name, n, AxisType.Auto) for name in IN_BLOCKS for n in LENGTHS]
     rows += [{**one, "kind": "Auto in blocks"} for one in blocks]
 
     jax.config.update("jax_enable_x64", False)
     counts = [(*case, sharding.count(case[0], layout_of(*case[1:]))) for case in COUNTED]
-    print(json.dumps({"rows": rows, "counts": counts}))
+    print(json.dumps({"rows": rows, "others": others, "counts": counts}))
 
 
 if __name__ == "__main__":

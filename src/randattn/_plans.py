@@ -42,7 +42,7 @@ class Blocks(NamedTuple):
     own : ndarray of bool, shape (lanes, N / lanes), or None
         Whether a token is in a block of the lane that it lies in; None where all are.
     laid : tuple (grid, how, sizes), or None
-        What `blocks` was asked for.
+        What `blocks` was asked for, where that made them.
     """
 
     index: Any

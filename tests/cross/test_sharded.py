@@ -43,6 +43,12 @@ def test_results_are_those_of_one_device(pair):
         assert row["error"] < 1e-9
 
 
+def test_results_are_right_where_keys_may_be_gathered(compiled):
+    assert [row["case"] for row in compiled["others"]] == list(sharded.OTHERS)
+    for row in compiled["others"]:
+        assert row["error"] < 1e-9, row
+
+
 @pytest.mark.parametrize(("kind", "name"), RUNS)
 def test_results_lie_along_the_tokens(pair):
     assert all(row["along_tokens"] for row in pair)
