@@ -318,6 +318,14 @@ def bench_peers(session: nox.Session) -> None:
     bench(session, "peers")
 
 
+@nox.session(name="bench-causal")
+def bench_causal(session: nox.Session) -> None:
+    """Measure causal attention over the same that is not, on NumPy, PyTorch and JAX."""
+    session.install(*PINNED, "-e", ".[cli]", "torch", "jax")
+    for library in ("numpy", "torch", "jax"):
+        bench(session, "causal", library)
+
+
 @nox.session(name="bench-streaming")
 def bench_streaming(session: nox.Session) -> None:
     """Measure decoding a token at a time, up to the millionth, on NumPy, PyTorch and JAX."""

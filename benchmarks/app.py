@@ -32,6 +32,9 @@ _OUTPUT = click.option(
 )
 
 
+CPU_LIBRARIES = ("numpy", "torch", "jax")
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def app() -> None:
     """Measure randattn, or check that it has not become slower."""
@@ -68,6 +71,18 @@ def measure_peers(*, quick: bool, output: Path | None) -> None:
     _finish("peers", "cpu", about, found, quick=quick, output=output)
 
 
+@app.command(name="causal")
+@click.argument("name", metavar="LIBRARY", type=click.Choice(CPU_LIBRARIES))
+@_QUICK
+@_OUTPUT
+def measure_causal(name: str, *, quick: bool, output: Path | None) -> None:
+    """Measure causal attention over the same that is not, on the CPU."""
+    library = open_library(name)
+    about = machine.describe()
+    found = list(workloads.causal(library, plan_for(name, quick=quick), _say))
+    _finish(f"causal-{name}", "cpu", about, found, quick=quick, output=output)
+
+
 @app.command(name="streaming")
 @click.argument("libraries", nargs=-1, type=click.Choice(streaming.LIBRARIES))
 @_QUICK
@@ -98,7 +113,7 @@ def measure_streaming(libraries: tuple[str, ...], *, quick: bool, output: Path |
 def guard(libraries: tuple[str, ...], device: str, *, quick: bool, results: Path) -> None:
     """Fail where a ratio over the matrix products is above 1.25 times the committed one."""
     compared, losses = 0, []
-    for name in libraries or ("numpy", "torch", "jax"):
+    for name in libraries or CPU_LIBRARIES:
         library = open_library(name, device)
         path = rows.result_path(results, name, library.device)
         if not path.exists():

@@ -27,6 +27,16 @@ LINEAR: tuple[tuple[str, str], ...] = (
 )
 
 
+# Each over the same without `is_causal`.
+CAUSAL: tuple[tuple[str, str], ...] = (
+    ("rfa", ""),
+    ("lara", "weighting=balance"),
+    ("lara", "weighting=optimal normalize=landmarks"),
+    ("eva", "window=64 group_size=64"),
+    ("softmax_attention", ""),
+)
+
+
 def case_of(library: Library, estimator: str, tokens: int, options: str = "", **more: Any) -> Case:
     """A case of a library, in the way in which it is called."""
     more.setdefault("mode", library.mode)
@@ -36,7 +46,11 @@ def case_of(library: Library, estimator: str, tokens: int, options: str = "", **
 def keywords(options: str) -> dict[str, Any]:
     """``"weighting=balance window=64"`` as keywords."""
     pairs = (option.split("=") for option in options.split())
-    return {name: int(value) if value.isdecimal() else value for name, value in pairs}
+    return {name: {"True": True}.get(value) or _number(value) for name, value in pairs}
+
+
+def _number(value: str) -> int | str:
+    return int(value) if value.isdecimal() else value
 
 
 @dataclass(frozen=True)
@@ -135,6 +149,8 @@ class Workbench:
         estimator, options = getattr(randattn, case.estimator), keywords(case.options)
         if case.estimator == "ra":
             options["rng"] = 0
+        elif options.get("group_size"):
+            options["rng"] = 0  # A draw for each group, and these are as many as the tokens allow.
         elif case.estimator != "softmax_attention":
             options["noise"] = inputs.noise
         return lambda q, k, v: estimator(q, k, v, **options)

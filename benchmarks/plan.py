@@ -16,6 +16,8 @@ class Plan:
         How the estimators are called; the first is also how the baselines are.
     products : tuple of int
         Tokens at which the estimators are timed over the matrix products alone.
+    causal : tuple of int
+        Tokens at which causal attention is timed over the same that is not.
     exact : tuple of int
         Tokens at which they are timed over the library's exact attention.
     exact_backward : tuple of int
@@ -49,6 +51,7 @@ class Plan:
     dtype: str = "float32"
     modes: tuple[str, ...] = ("eager",)
     products: tuple[int, ...] = (16384,)
+    causal: tuple[int, ...] = (8192,)
     exact: tuple[int, ...] = ()
     exact_backward: tuple[int, ...] = ()
     growth: tuple[int, ...] = (1024, 2048, 8192, 32768, 131072)
@@ -103,6 +106,7 @@ _ON_THE_GPU = {
 
 _QUICK = {
     "products": (256,),
+    "causal": (256,),
     "growth": (128, 512),
     "growth_heads": 2,
     "growth_exact": 512,

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 TITLES = {
     "products": "Time over the four matrix products alone",
     "exact": "Time over the library's exact attention",
+    "causal": "Time of causal attention, over the same that is not",
     "growth": "Time against tokens, over that of a quarter of them",
     "overhead": "Time on the smallest inputs, over the formulas by hand",
     "memory": "Peak memory beyond the inputs, over the output's size",

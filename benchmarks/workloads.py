@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import randattn
 
 from . import by_hand
-from .estimators import LINEAR, Workbench, case_of, keywords
+from .estimators import CAUSAL, LINEAR, Workbench, case_of, keywords
 from .harness import race
 from .memory import memory_row
 from .rows import BY_HAND, PRODUCTS, QUARTER, ROOT, Case, Row, time_row
@@ -60,6 +60,29 @@ def products(library: Library, plan: Plan, say: Say, only: Collection[Case] | No
             yield time_row(
                 "products", case, medians[case], PRODUCTS, medians[baseline], **share(case, medians)
             )
+
+
+def causal(library: Library, plan: Plan, say: Say) -> Iterator[Row]:
+    """Time of causal attention, over that of the same where every query sees every key."""
+    for tokens in plan.causal:
+        say(f"{tokens} tokens, causal")
+        pairs = [
+            [
+                case_of(
+                    library,
+                    estimator,
+                    tokens,
+                    f"{options}{more}".strip(),
+                    dtype=plan.dtype,
+                    mode=library.mode,
+                )
+                for more in (" is_causal=True", "")
+            ]
+            for estimator, options in CAUSAL
+        ]
+        medians = _race(library, plan, [case for pair in pairs for case in pair])
+        for case, plain in pairs:
+            yield time_row("causal", case, medians[case], "not causal", medians[plain])
 
 
 def over_exact(library: Library, plan: Plan, tokens: int, passes: str, say: Say) -> Iterator[Row]:

@@ -115,6 +115,14 @@ def test_lengths_have_their_quarter(name, on_gpu, quick):
     assert any(4 * n in lengths for n in lengths)
 
 
+def test_causal_rows_are_over_the_same_that_is_not(tmp_path):
+    command = ["causal", "numpy", "--quick", "--output", str(tmp_path)]
+    assert CliRunner().invoke(app, command, catch_exceptions=False).exit_code == 0
+    found = rows.read(tmp_path / "causal-numpy-cpu.json")
+    assert [row.case.estimator for row in found] == ["rfa", "lara", "lara", "eva", "softmax_attention"]
+    assert all("is_causal=True" in row.case.options and row.ratio > 0 for row in found)
+
+
 def test_the_machine_is_described_without_paths():
     found = machine.describe()
     assert {"date", "cpu", "cores", "os", "python", "packages", "blas"} <= set(found)

@@ -1,5 +1,7 @@
 """The examples of the README and of docs/ run as they stand."""
 
+import contextlib
+import io
 import re
 from pathlib import Path
 
@@ -50,8 +52,20 @@ def test_example(number, monkeypatch):
     "page", [page for page in PAGES if page.name not in ELSEWHERE], ids=lambda page: page.stem
 )
 def test_page(page):
-    """Its blocks one after the other; a line number of the page says where one fails."""
+    """Its blocks one after the other; a line number of the page says where one fails.
+
+    What a block prints is what the text after it says, its numbers but for the last digit.
+    """
     scope, text = {}, page.read_text()
     for block in blocks(page):
-        lines = text[: text.index(block)].count("\n")
-        exec(compile("\n" * lines + block, page.name, "exec"), scope)
+        start = text.index(block)
+        lines = text[:start].count("\n")
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile("\n" * lines + block, page.name, "exec"), scope)
+        said = re.match(r"```\n\n```text\n(.*?)```", text[start + len(block) :], flags=re.DOTALL)
+        if said:
+            ours, theirs = (re.split(r"(\d+\.\d+)", each) for each in (printed.getvalue(), said.group(1)))
+            assert ours[::2] == theirs[::2]
+            for x, y in zip(ours[1::2], theirs[1::2], strict=True):
+                assert abs(float(x) - float(y)) < 1.5 * 10 ** -len(y.partition(".")[2])
