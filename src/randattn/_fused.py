@@ -121,6 +121,16 @@ def chunked(x: Array) -> Any:
     return _fused_dask
 
 
+def regroup(
+    function: Callable[..., Average], averages: Average, shape: tuple[int, ...], *indices: Any
+) -> Average:
+    """``function(averages, *indices)``, from (..., A) to (..., *shape) averages."""
+    chunks = chunked(averages.out)
+    if chunks is None:
+        return function(averages, *indices)
+    return cast("Average", chunks.regroup(function, averages, shape, *indices))
+
+
 def take(x: Array, index: Any, axis: int) -> Array:
     """`x` at a NumPy index of any shape, which is flattened into the axis."""
     xp, chunks = namespace(x), chunked(x)

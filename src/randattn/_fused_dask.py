@@ -244,6 +244,22 @@ def in_one(out: Array, log_norm: Array) -> Average:
     return Average(out.rechunk({-2: -1}, method="tasks"), log_norm.rechunk({-1: -1}, method="tasks"))
 
 
+def regroup(
+    function: Callable[..., Average], averages: Average, shape: tuple[int, ...], *indices: Any
+) -> Average:
+    """``function(averages, *indices)`` in a task for all that are in one chunk."""
+
+    def of_chunks(out: Any, log_norm: Any) -> Average:
+        return function(Average(_chunk(out), _chunk(log_norm)), *indices)
+
+    out, log_norm = in_one(*averages)
+    lead = _lead(out.ndim - 2)
+    chunks, operands = _laid_out(lead, [(out, "a", "e"), (log_norm, "a")])
+    names = (*lead, *(f"b{axis}" for axis in range(len(shape))))
+    chunks |= {name: (size,) for name, size in zip(names[len(lead) :], shape, strict=True)}
+    return _apart(_tasks(of_chunks, names, chunks, operands), names, chunks, out.shape[-1])
+
+
 def along(rows: Any, tokens: Array) -> Array:
     """A NumPy array in as many chunks as the tokens."""
     return da.from_array(rows, chunks=(-(-rows.shape[0] // tokens.numblocks[-2]), *rows.shape[1:]))

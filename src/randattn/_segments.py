@@ -10,14 +10,14 @@ from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 from ._attend import Average, average, merge
-from ._fused import chunked, everywhere, lanes_of, mean_of_rows
+from ._fused import chunked, everywhere, lanes_of, mean_of_rows, regroup
 from ._fused import take as take_along
 from ._inputs import check_broadcast, check_count, hide, log_mask, namespace, placement, with_rank
 from ._plans import blocks, divided, pieces
 from ._static import plain, static
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
     from ._inputs import Inputs
     from ._plans import Blocks, Cuts, Members, Pieces, Sizes
@@ -32,7 +32,7 @@ def pool(x: Array, at: Blocks, mask: Array | None) -> Average:
     """
     parts = in_pieces(x, at)
     if parts is not None:
-        return union(pool(x, parts.atoms, mask), parts)[0]
+        return union(pool(x, parts.atoms, mask), parts)
     bias = gather_bias(x, mask, at)
     tokens = gather(hide(x, mask), at)
     if bias is None:
@@ -137,22 +137,38 @@ def take(x: Array, index: Any, axis: int, lanes: int = 1) -> Array:
     return xp.reshape(xp.take_along_axis(x, at, axis=axis + 1), (*shape, index.size, *rest))
 
 
-def union(atoms: Average, parts: Pieces) -> tuple[Average, list[Average]]:
-    """The averages over the groups, of those over their pieces; and at each level the parts of each group."""
-    members = []
-    for level in parts.levels:
-        members.append(_of_groups(everywhere(atoms) if level.lanes == 1 else atoms, level))
-        out, log_norm = average(members[-1].log_norm[..., None, :], members[-1].out)
-        atoms = Average(out[..., 0, :], log_norm[..., 0])
-    return everywhere(atoms), members
+def union(atoms: Average, parts: Pieces) -> Average:
+    """The averages over the groups, of those over their pieces."""
+    if not parts.levels:
+        return everywhere(atoms)
+    return regroup(_union, atoms, parts.levels[-1].index.shape[:1], parts)
 
 
-def others(members: Sequence[Average], cut: Cuts) -> Average:
+def others(atoms: Average, cut: Cuts) -> Average:
     """For each window and each group that it cuts, the average over the other parts: (..., B, R, E)."""
+    return regroup(_others, atoms, cut.is_cut.shape, cut)
+
+
+def _union(atoms: Average, parts: Pieces) -> Average:
+    *_, (groups, _) = _levels(atoms, parts)
+    return everywhere(groups)
+
+
+def _others(atoms: Average, cut: Cuts) -> Average:
+    members = [members for _, members in _levels(atoms, cut.pieces)]
     parts = zip(members, cut.pieces.levels, strict=True)
     out, log_norm = reduce(merge, [_all_but(one, level) for one, level in parts])
     is_cut = namespace(out).asarray(cut.is_cut, device=placement(out))
     return Average(out, namespace(out).where(is_cut, log_norm, -math.inf))
+
+
+def _levels(atoms: Average, parts: Pieces) -> Iterator[tuple[Average, Average]]:
+    """At each level the averages over its groups, and the parts of each of them."""
+    for level in parts.levels:
+        members = _of_groups(everywhere(atoms) if level.lanes == 1 else atoms, level)
+        out, log_norm = average(members.log_norm[..., None, :], members.out)
+        atoms = Average(out[..., 0, :], log_norm[..., 0])
+        yield atoms, members
 
 
 def _of_groups(atoms: Average, level: Members) -> Average:
