@@ -89,7 +89,7 @@ MUTANTS = [
     Mutant("sums that overflow once they meet values", "_inplace.py", "(1e-12, 1e18)", "(1e-12, 1e30)"),
     Mutant("a logarithm of fewer heads than its average", "_attend.py", "    if tuple(log_norm.shape) == shape:\n", "    if True:\n"),
     Mutant("weights of pairs left out", "_inplace.py", "return steps.multiply(weights, self.pair_weight.of(self.q, steps))", "return weights"),
-    Mutant("a block's own tokens not in the state", "_rfa.py", "return merge(before, average(log_weight, v)), out", "return before, out"),
+    Mutant("a block's own tokens not in the state", "_rfa.py", "return merge(before, average(log_xi, v)), out", "return before, out"),
     Mutant("a level that sees the block's last key", "_rfa.py", "along_k[..., 0])", "along_k[..., -1])"),
     Mutant("a level that sees all the block's keys", "_rfa.py", "along_k[..., 0])", "xp.max(along_k, axis=-1))"),
     Mutant("a padded key in a block's kernel", "_rfa.py", "top_k = top_k + bias[..., None, :]", "pass"),

@@ -274,8 +274,12 @@ def _block(w: Array, before: Average, q: Array, keys: Keys) -> tuple[Average, Ar
     """The keys before the block through the state, those in it by their kernel with each query."""
     xp = namespace(q)
     _, v, bias, _ = keys
-    along_q = xp.matmul(q, xp.matrix_transpose(w))
     along_k = xp.matmul(w, xp.matrix_transpose(keys.k)) - (dot(keys.k, keys.k) / 2)[..., None, :]
+    log_xi = along_k if bias is None else along_k + bias[..., None, :]
+    if v.shape[-2] == 1:
+        after = merge(before, Average(v, log_xi[..., 0]))
+        return after, attend(q, Keys(w, *after)).out
+    along_q = xp.matmul(q, xp.matrix_transpose(w))
     # xi(q, w) xi(k, w), each over its maximum. What is moved from one to the other first, and what is
     # subtracted, is of the past alone: a key to come must not push the others below the smallest float.
     level = xp.logaddexp(before.log_norm, along_k[..., 0])
@@ -296,8 +300,7 @@ def _block(w: Array, before: Average, q: Array, keys: Keys) -> tuple[Average, Ar
     total = xp.sum(weights, axis=-1, keepdims=True) + xp.sum(share, axis=-1, keepdims=True)
     out = (xp.matmul(weights, v) + xp.matmul(share, before.out)) / nonzero(total)
 
-    log_weight = along_k if bias is None else along_k + bias[..., None, :]
-    return merge(before, average(log_weight, v)), out
+    return merge(before, average(log_xi, v)), out
 
 
 def _trigonometric(x: Inputs, w: Array) -> Array:
