@@ -71,7 +71,7 @@ class Plan:
 
 
 _ON_THE_CPU = {
-    "numpy": Plan(exact=(4096,), processes=5),
+    "numpy": Plan(causal=(4096,), exact=(4096,), processes=5),
     "torch": Plan(exact=(16384,), exact_backward=(8192,), memory_backward=(32768,)),
     # Its exact attention holds the whole N x M matrix, several times in the gradient.
     "jax": Plan(

@@ -177,11 +177,12 @@ def eva(
     x = prepare(q, k, v, scale=scale, key_mask=key_mask, enable_gqa=enable_gqa, also=also)
     tokens = check_grid(grid, x.q.shape[-2], x.k.shape[-2])
     check_causal(x, is_causal)
-    tile = _check_window(x, window, tokens)
+    tile: Sizes | None
     if is_causal:
         how: How = "tiles"
         tile, sizes = _causal_sizes(tokens, window, num_groups, group_size, grid, disjoint)
     else:
+        tile = _check_window(x, window, tokens)
         how, sizes = _check_groups(tokens, num_groups, group_size, landmarks, noise)
     groups = blocks(tokens, how, sizes)
     count = _check_max_tokens(max_tokens, is_causal, x.q.shape[-2], sizes, groups)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ._attend import Average, Keys, average
 from ._fused import attend, carry, full_precision, when
-from ._inputs import broadcast_shapes, check_causal, namespace, placement, prepare, with_rank
+from ._inputs import broadcast_shapes, check_causal, hide, namespace, placement, prepare, with_rank
 from ._states import match_state
 
 if TYPE_CHECKING:
@@ -114,7 +114,8 @@ def eva_step(
     >>> bool(np.allclose(step, eva(q, k, v, **options)[:, 5:]))
     True
     """
-    x = prepare(q, k, v, scale=1.0, key_mask=key_mask, enable_gqa=enable_gqa)
+    also = [(getattr(state, "beta", None), 2)]
+    x = prepare(q, k, v, scale=1.0, key_mask=key_mask, enable_gqa=enable_gqa, also=also)
     check_causal(x, is_causal=True)
     bias = x.xp.zeros_like(x.k[..., 0]) if x.key_bias is None else x.key_bias
     own = match_state("eva", EVAState, state, x, _sizes(x.q.shape[-1], x.v.shape[-1]))
@@ -155,7 +156,8 @@ def _one(state: EVAState, q: Array, k: Array, v: Array, bias: Array) -> tuple[EV
         return xp.where(with_rank((slots == place)[:, None], old.ndim), new, old)
 
     *lead, _, _, d = state.q.shape
-    queries = put(xp.reshape(state.q, (*lead, window, d)), q)
+    # A padded query is in no group's mean, whatever it holds.
+    queries = put(xp.reshape(state.q, (*lead, window, d)), xp.where(bias == 0, q, 0.0))
     keys, values = put(state.k, k), put(state.v, v)
     kept = xp.where(with_rank(slots < place, state.bias.ndim), state.bias, -math.inf)
     kept = put(kept[..., None], bias)[..., 0]
@@ -220,7 +222,7 @@ def state_after(
     xp, device, dtype = x.xp, x.device, x.q.dtype
     n = x.q.shape[-2]
     full = n - n % window
-    lead = broadcast_shapes(x.lead, groups.k.shape[:-2])
+    lead = broadcast_shapes(x.lead, groups.k.shape[:-2], groups.v.shape[:-2])
 
     def filled(y: Array, size: int, value: float = 0.0) -> Array:
         y = xp.broadcast_to(y, (*lead, *y.shape[-2:]))
@@ -230,7 +232,7 @@ def state_after(
     over = groups.of(slice(0, full // length))
     assert over.bias is not None
     bias = xp.zeros_like(x.k[..., 0]) if x.key_bias is None else x.key_bias
-    queries = filled(x.q[..., full:, :], window)
+    queries = filled(hide(x.q, x.key_mask)[..., full:, :], window)
     noise = groups.k[..., :0, :] if eps is None else eps
     state = EVAState(
         xp.reshape(queries, (*lead, window // length, length, queries.shape[-1])),

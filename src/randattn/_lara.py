@@ -12,6 +12,7 @@ from ._attend import Keys, finite
 from ._draws import normal_draws
 from ._fused import attend, full_precision
 from ._inputs import (
+    broadcast_shapes,
     check_causal,
     check_count,
     check_flags,
@@ -187,6 +188,8 @@ def lara(
     mu = qt + kt
     eps = normal_draws(x, tuple(mu.shape[-2:]), rng=rng, noise=noise, axes="C, D", lead=mu.shape[:-2])
     xp = x.xp
+    if eps is not None:
+        eps = xp.broadcast_to(eps, broadcast_shapes(eps.shape, mu.shape))
     if eps is None:
         noises = [xp.zeros_like(mu[..., :1, :])]
     else:
@@ -233,7 +236,7 @@ def _check_causal_options(is_causal: bool, window: Any, weighting: str, normaliz
         if window is not None:
             raise ValueError("window: lara has one where is_causal=True")
         return
-    if grid is not None and len(grid) > 1:
+    if isinstance(grid, tuple | list) and len(grid) > 1:
         raise ValueError(f"is_causal: expected tokens in a row, got grid {grid}")
     if normalize == "queries":
         raise ValueError("is_causal: expected normalize='landmarks': a sum over queries has those to come")

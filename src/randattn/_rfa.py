@@ -21,6 +21,7 @@ from ._inputs import (
     placement,
     prepare,
     resolve_count,
+    with_rank,
 )
 from ._states import match_state
 
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
 
 # Tokens of a block: as many as features make its own products as large as those with the state.
 _BLOCK_TOKENS = 64
-# Of e: so large that sums of exponentials of it stay within float32.
-_SAFE_EXPONENT = 70.0
 
 
 class RFAState(NamedTuple):
@@ -103,7 +102,8 @@ def rfa(
         leaves the other outputs unchanged to rounding.
     is_causal : bool, default False
         Query n sees the keys up to n; N = M, positive features. Of the pairs within 64 tokens, those
-        whose kernel is 87 nats below what their norms allow are taken at that distance.
+        whose kernel is 87 nats below what their norms allow are taken at that distance: with norms of
+        tens, in the units of the logits' square root, single rows may be off by as much as the values.
     return_state : bool, default False
         With ``is_causal=True``: return the state after the last token too, for `rfa_step`.
     enable_gqa : bool, default False
@@ -242,7 +242,8 @@ def rfa_step(
     >>> bool(np.allclose(step, rfa(q, k, v, rng=0, is_causal=True)[:, 5:]))
     True
     """
-    x = prepare(q, k, v, scale=1.0, key_mask=key_mask, enable_gqa=enable_gqa)
+    also = [(getattr(state, "out", None), 2)]
+    x = prepare(q, k, v, scale=1.0, key_mask=key_mask, enable_gqa=enable_gqa, also=also)
     check_causal(x, is_causal=True)
     sizes = {
         "frequencies": (None, x.q.shape[-1]),
@@ -282,25 +283,39 @@ def _block(w: Array, before: Average, q: Array, keys: Keys) -> tuple[Average, Ar
     along_q = xp.matmul(q, xp.matrix_transpose(w))
     # xi(q, w) xi(k, w), each over its maximum. What is moved from one to the other first, and what is
     # subtracted, is of the past alone: a key to come must not push the others below the smallest float.
-    level = xp.logaddexp(before.log_norm, along_k[..., 0])
+    level = xp.logaddexp(before.log_norm, _of_first(along_k, before.log_norm, bias))
     along_q, near_k = along_q + level[..., None, :], along_k - level[..., None]
     top_k = xp.max(near_k, axis=-2, keepdims=True)
     features_q = xp.exp(along_q - xp.max(along_q, axis=-1, keepdims=True))
     kernel = xp.matmul(features_q, xp.exp(near_k - top_k))
     smallest = xp.asarray(xp.finfo(kernel.dtype).smallest_normal, dtype=kernel.dtype, device=placement(q))
 
-    # In these units the first key and the past together weigh at least one.
     if bias is not None:
         top_k = top_k + bias[..., None, :]
     top_k = xp.where(xp.matrix_transpose(past(q, v.shape[-2], 0, 0)), top_k, -math.inf)
-    top = xp.max(top_k, axis=-1, keepdims=True) - _SAFE_EXPONENT
+    log_weights = xp.log(xp.maximum(kernel, smallest)) + top_k
+    # In these units the first key and the past together weigh at least one.
+    top = xp.max(log_weights, axis=-1, keepdims=True)
     top = xp.where(top > 0, top, 0.0)
-    weights = xp.maximum(kernel, smallest) * xp.exp(top_k - top)
+    weights = xp.exp(log_weights - top)
     share = features_q * xp.exp(before.log_norm - level)[..., None, :] * xp.exp(-top)
     total = xp.sum(weights, axis=-1, keepdims=True) + xp.sum(share, axis=-1, keepdims=True)
     out = (xp.matmul(weights, v) + xp.matmul(share, before.out)) / nonzero(total)
 
     return merge(before, average(log_xi, v)), out
+
+
+def _of_first(along_k: Array, log_norm: Array, bias: Array | None) -> Array:
+    """Of a block's first key (..., S); where that is padding, of none, or without a past of the next."""
+    if bias is None:
+        return along_k[..., 0]
+    xp = namespace(along_k)
+    order = xp.arange(bias.shape[-1], device=placement(along_k))
+    is_real = bias > -math.inf
+    first = xp.min(xp.where(is_real, order, bias.shape[-1]), axis=-1, keepdims=True)
+    here = xp.astype(with_rank(order, bias.ndim) == first, along_k.dtype)
+    found = xp.matmul(along_k, here[..., None])[..., 0]
+    return xp.where((first == 0) | (log_norm == -math.inf), found, -math.inf)
 
 
 def _trigonometric(x: Inputs, w: Array) -> Array:

@@ -266,6 +266,96 @@ def test_padding_changes_nothing(lib, blocks, name):
     assert np.all(out[..., :start, :] == 0)
 
 
+@pytest.mark.parametrize("size", [1.0, 15.0])
+def test_rfa_padded_on_the_left_is_its_definition(lib, blocks, size):
+    """The first key of a block, which levels its features, may be padding, with a past and without."""
+    q, k, v = inputs()
+    w = draws()
+    keep = ~np.isin(np.arange(N), [0, 5, 10, 11])
+    hidden = [size * q, *(np.where(keep[:, None], x, np.nan) for x in (size * k, v))]
+    out = lib.numpy(
+        rfa(*lib.arrays(*hidden), noise=lib.asarray(w), key_mask=lib.asarray(keep), is_causal=True)
+    )
+    (q, k), root = (size * q, size * k), D**-0.25
+    log_q, log_k = (np.einsum("...nd,...sd->...ns", root * x, w) for x in (q, k))
+    log_k = log_k - root**2 * np.sum(k * k, axis=-1, keepdims=True) / 2
+    pairs = np.logaddexp.reduce(log_q[..., :, None, :] + log_k[..., None, :, :], axis=-1)
+    pairs = np.where(np.tri(N, dtype=bool) & keep, pairs, -np.inf)[..., 1:, :]
+    weights = np.exp(pairs - pairs.max(axis=-1, keepdims=True))
+    np.testing.assert_allclose(out[..., 1:, :], weights @ v / weights.sum(axis=-1, keepdims=True), rtol=1e-9)
+    assert np.all(out[..., 0, :] == 0)
+
+
+def test_gradients_in_single_precision_where_a_later_key_outweighs(lib):
+    """A normalizer of e^44 and more, squared, is out of range."""
+    if lib.name not in DIFFERENTIABLE:
+        pytest.skip("for torch, jax")
+    q, k, v = inputs(lead=())
+    w = np.zeros((S, D))
+    w[:, 0] = 12.0 + np.arange(S) / 8
+    k[6, 0] = 12.0 * D**0.25
+
+    def gradients(dtype):
+        arrays = lib.arrays(q, k, v, w, dtype=dtype)
+
+        def total(*qkv):
+            return lib.xp.sum(rfa(*qkv, noise=arrays[3], is_causal=True) ** 2)
+
+        if lib.name == "jax":
+            import jax
+
+            return list(map(lib.numpy, jax.grad(total, argnums=(0, 1, 2))(*arrays[:3])))
+        import torch
+
+        leaves = [x.requires_grad_() for x in arrays[:3]]
+        return list(map(lib.numpy, torch.autograd.grad(total(*leaves), leaves)))
+
+    for single, double in zip(gradients("float32"), gradients("float64"), strict=True):
+        np.testing.assert_allclose(single, double, atol=1e-3 * np.abs(double).max())
+
+
+@pytest.mark.parametrize("lead", [(), (3, 2)])
+def test_noise_that_heads_share_and_noise_with_heads_of_its_own(lib, lead):
+    arrays = inputs(lead=(2,))
+    noise = np.random.default_rng(1).standard_normal((*lead, 4, D))
+    everywhere = np.broadcast_to(noise, (*np.broadcast_shapes(lead, (2,)), 4, D))
+    for call in (
+        partial(rfa),
+        partial(lara, window=4),
+        partial(eva, window=4),
+    ):
+        shared = call(*lib.arrays(*arrays), noise=lib.asarray(noise), is_causal=True)
+        lib.close(
+            shared, lib.numpy(call(*lib.arrays(*arrays), noise=lib.asarray(everywhere), is_causal=True))
+        )
+
+
+@pytest.mark.parametrize("name", ["rfa", "eva"])
+def test_states_with_more_leading_axes_than_tokens(lib, name):
+    """Those of the draws."""
+    arrays = lib.arrays(*inputs(lead=()))
+    count = {"rfa": S, "eva": 4}[name]
+    noise = lib.asarray(np.random.default_rng(1).standard_normal((3, count, D)))
+    call, step = {"rfa": (rfa, rfa_step), "eva": (partial(eva, window=4, max_tokens=N), eva_step)}[name]
+    whole = call(*arrays, noise=noise, is_causal=True)
+    _, state = call(*(x[:9, :] for x in arrays), noise=noise, is_causal=True, return_state=True)
+    out, _ = step(*(x[9:, :] for x in arrays), state)
+    lib.close(out, lib.numpy(whole)[:, 9:, :])
+
+
+@pytest.mark.parametrize("start", [3, 7])
+def test_a_padded_query_of_nan_spoils_no_other_row_of_steps(lib, start):
+    data, keep = inputs(lead=()), np.arange(N) != 5
+    arrays = lib.arrays(*(np.where(keep[:, None], x, np.nan) for x in data))
+    mask = lib.asarray(keep)
+    options = {"window": 4, "group_size": 2, "max_tokens": N, "is_causal": True}
+    _, state = eva(*(x[:start, :] for x in arrays), key_mask=mask[:start], return_state=True, **options)
+    out, _ = eva_step(*(x[start:, :] for x in arrays), state, key_mask=mask[start:])
+    whole = lib.numpy(eva(*lib.arrays(*data), key_mask=mask, **options))[start:]
+    rows = keep[start:]
+    np.testing.assert_allclose(lib.numpy(out)[rows], whole[rows], rtol=1e-11)
+
+
 STREAMS = {
     "rfa": (partial(rfa, num_samples=S, rng=0), rfa_step, RFAState),
     "eva": (partial(eva, window=4, group_size=2, max_tokens=N), eva_step, EVAState),
@@ -405,6 +495,8 @@ def test_calls_without_a_meaning(lib):
     for options in ({"window": 0}, {"grid": (2, 7), "window": 4}, {"num_groups": 3}, {"disjoint": False}):
         with pytest.raises(ValueError, match="is_causal: "):
             eva(q, k, v, is_causal=True, **options)
+    with pytest.raises(ValueError, match="grid: "):
+        lara(q, k, v, rng=0, is_causal=True, grid=14)
     for options in ({"grid": (2, 7)}, {"normalize": "queries"}, {"weighting": "biased"}):
         with pytest.raises(ValueError, match="is_causal: "):
             lara(q, k, v, rng=0, is_causal=True, **options)
