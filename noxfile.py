@@ -123,8 +123,9 @@ def tests_cli(session: nox.Session) -> None:
 def agreement(session: nox.Session) -> None:
     """Compare the results and the gradients of all libraries in one environment."""
     session.env.update(ON_THE_CPU)
-    session.install(*PINNED, "-e", ".", *TOOLS, *EVERY_LIBRARY)
-    session.run("pytest", "tests/cross", *session.posargs)
+    session.install(*PINNED, "-e", ".[cli]", *TOOLS, *EVERY_LIBRARY)
+    # A file to a process: some make things once for all their tests.
+    session.run("pytest", "-n", "auto", "--dist", "loadfile", "tests/cross", *session.posargs)
     session.run("python", "-m", "tests.agreement")
 
 

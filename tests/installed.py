@@ -23,6 +23,18 @@ import numpy as np  # noqa: E402
 
 rng = np.random.default_rng(0)
 q, k, v = (rng.standard_normal((2, 100, 8)) for _ in range(3))
+
+
+def streamed(estimator, step):
+    """Half of the tokens in a call, half in steps."""
+    (*first,), (*later,) = ([x[:, half] for x in (q, k, v)] for half in (slice(50), slice(50, None)))
+    options = {"is_causal": True, "return_state": True} | (
+        {"max_tokens": 100} if step is randattn.eva_step else {}
+    )
+    out, state = estimator(*first, rng=0, **options)
+    return np.concat([out, step(*later, state)[0]], axis=1)
+
+
 calls = {
     "attend": lambda: randattn.attend(q, k, v).out,
     "merge": lambda: randattn.merge(randattn.attend(q, k, v), randattn.attend(q, k, v)).out,
@@ -31,6 +43,8 @@ calls = {
     "rfa": lambda: randattn.rfa(q, k, v, rng=0),
     "lara": lambda: randattn.lara(q, k, v, rng=0),
     "eva": lambda: randattn.eva(q, k, v, rng=0),
+    "rfa_step": lambda: streamed(randattn.rfa, randattn.rfa_step),
+    "eva_step": lambda: streamed(randattn.eva, randattn.eva_step),
 }
 public = {name for name in randattn.__all__ if inspect.isfunction(getattr(randattn, name))}
 assert public == set(calls), f"not called: {public - set(calls)}; not public: {set(calls) - public}"
