@@ -46,6 +46,7 @@ from ._segments import (
 if TYPE_CHECKING:
     from ._inputs import Inputs
     from ._plans import Blocks, Cuts, How, Sizes
+    from ._segments import Parted
 
     Array = Any
 
@@ -194,7 +195,7 @@ def eva(
     parts = in_pieces(x.k, groups) if rest is None else rest.pieces
     atoms = groups if parts is None else parts.atoms
     pooled = pool(x.k, atoms, x.key_mask)
-    kt, log_size = pooled if parts is None else union(pooled, parts)
+    (kt, log_size), of_keys = (pooled, None) if parts is None else union(pooled, parts)
     if landmarks is None:
         queries = blocks_of_queries(x, groups)
         qt, _ = pool(x.q, queries, resolve_query_mask(x, query_mask))
@@ -209,7 +210,7 @@ def eva(
     log_weight = _weight(log_size, group_weight)
     centre = w if parts is None or not parts.levels else take(w, parts.group_of_atom, axis=-2)
     values = _control_variates(x, centre, atoms)
-    beta, _ = values if parts is None else union(values, parts)
+    (beta, _), of_values = (values, None) if parts is None else union(values, parts)
     if tile is None:
         return x.finish(attend(x.q, Keys(kt, beta, log_weight), scale=x.scale).out)
 
@@ -223,9 +224,9 @@ def eva(
     if is_causal:
         before = with_rank(along(blocks_over(tokens, (how, sizes), tile), x.q), x.q.ndim)
         log_weight = x.xp.where(before, log_weight, -math.inf)
-    if rest is not None:
+    if rest is not None and of_keys is not None and of_values is not None:
         given = kt if landmarks is not None else None
-        rests = [_rests(values, pooled, rest, given, group_weight)]
+        rests = [_rests(of_values, of_keys, rest, given, group_weight)]
     far = Keys(kt[..., None, :, :], beta[..., None, :, :], log_weight)
     out, _ = attend(gather(x.q, at), near, far, *rests, scale=x.scale, is_causal=is_causal)
     out = x.finish(scatter(out, at, x.q))
@@ -243,7 +244,7 @@ def _control_variates(x: Inputs, w: Array, at: Blocks) -> Average:
     return Average(beta[..., 0, :], log_z[..., 0])
 
 
-def _rests(values: Average, keys: Average, cut: Cuts, given: Array | None, group_weight: str) -> Keys:
+def _rests(values: Parted, keys: Parted, cut: Cuts, given: Array | None, group_weight: str) -> Keys:
     """For each window the keys, values and log weights of what it leaves of the groups that it cuts."""
     beta, _ = others(values, cut)
     kt, log_size = others(keys, cut)

@@ -7,7 +7,7 @@ import itertools
 import math
 import numbers
 from functools import reduce
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ._attend import Average, average, merge
 from ._fused import chunked, everywhere, lanes_of, mean_of_rows, regroup
@@ -17,7 +17,7 @@ from ._plans import blocks, divided, pieces
 from ._static import plain, static
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from ._inputs import Inputs
     from ._plans import Blocks, Cuts, Members, Pieces, Sizes
@@ -32,7 +32,7 @@ def pool(x: Array, at: Blocks, mask: Array | None) -> Average:
     """
     parts = in_pieces(x, at)
     if parts is not None:
-        return union(pool(x, parts.atoms, mask), parts)
+        return union(pool(x, parts.atoms, mask), parts)[0]
     bias = gather_bias(x, mask, at)
     tokens = gather(hide(x, mask), at)
     if bias is None:
@@ -137,25 +137,43 @@ def take(x: Array, index: Any, axis: int, lanes: int = 1) -> Array:
     return xp.reshape(xp.take_along_axis(x, at, axis=axis + 1), (*shape, index.size, *rest))
 
 
-def union(atoms: Average, parts: Pieces) -> Average:
-    """The averages over the groups, of those over their pieces."""
+class Parted(NamedTuple):
+    """What groups are made of: averages over the smallest pieces, and at each level the parts of each.
+
+    The parts are made once for all that asks for them, but for chunked arrays, in their tasks.
+    """
+
+    atoms: Average
+    members: list[Average]
+
+
+def union(atoms: Average, parts: Pieces) -> tuple[Average, Parted]:
+    """The averages over the groups, of those over their pieces; and these."""
     if not parts.levels:
-        return everywhere(atoms)
-    return regroup(_union, atoms, parts.levels[-1].index.shape[:1], parts)
+        return everywhere(atoms), Parted(atoms, [])
+    if chunked(atoms.out) is not None:
+        return regroup(_union, atoms, parts.levels[-1].index.shape[:1], parts), Parted(atoms, [])
+    levels = list(_levels(atoms, parts))
+    return everywhere(levels[-1][0]), Parted(atoms, [members for _, members in levels])
 
 
-def others(atoms: Average, cut: Cuts) -> Average:
+def others(groups: Parted, cut: Cuts) -> Average:
     """For each window and each group that it cuts, the average over the other parts: (..., B, R, E)."""
-    return regroup(_others, atoms, cut.is_cut.shape, cut)
+    if groups.members:
+        return _others(groups.members, cut)
+    return regroup(_others_of_atoms, groups.atoms, cut.is_cut.shape, cut)
 
 
 def _union(atoms: Average, parts: Pieces) -> Average:
     *_, (groups, _) = _levels(atoms, parts)
-    return everywhere(groups)
+    return groups
 
 
-def _others(atoms: Average, cut: Cuts) -> Average:
-    members = [members for _, members in _levels(atoms, cut.pieces)]
+def _others_of_atoms(atoms: Average, cut: Cuts) -> Average:
+    return _others([members for _, members in _levels(atoms, cut.pieces)], cut)
+
+
+def _others(members: Sequence[Average], cut: Cuts) -> Average:
     parts = zip(members, cut.pieces.levels, strict=True)
     out, log_norm = reduce(merge, [_all_but(one, level) for one, level in parts])
     is_cut = namespace(out).asarray(cut.is_cut, device=placement(out))
