@@ -266,7 +266,7 @@ def test_padding_changes_nothing(lib, blocks, name):
     assert np.all(out[..., :start, :] == 0)
 
 
-@pytest.mark.parametrize("size", [1.0, 15.0])
+@pytest.mark.parametrize("size", [1.0, 40.0])
 def test_rfa_padded_on_the_left_is_its_definition(lib, blocks, size):
     """The first key of a block, which levels its features, may be padding, with a past and without."""
     q, k, v = inputs()
