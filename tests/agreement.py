@@ -128,6 +128,8 @@ def make_cases() -> list[Case]:
     cases += on(square, "rfa causal", is_causal=True, **rfa)
     cases += on(square, "lara causal", **window, **lara)
     cases += on(square, "eva causal", group_size=5, **window, **seed)
+    cases += on(square, "rfa_step", **rfa)
+    cases += on(square, "eva_step", window=5, max_tokens=24, **seed)
     antithetic = {"antithetic": True, "mix_keys": True, "normalize": "landmarks"}
     cases += on(common, "lara antithetic", **antithetic, **lara)
     for weight in ("size", "unit"):
@@ -163,9 +165,25 @@ def call(case: Case, arrays: Arrays) -> tuple[Any, ...]:
         result = function(*parts)
     elif case.function == "attend":
         result = function(q, k, v, arrays.pop("bias"), **arrays, **options)
+    elif case.function.endswith("_step"):
+        result = stepped(
+            getattr(randattn, case.function.removesuffix("_step")), function, q, k, v, arrays, options
+        )
     else:
         result = function(q, k, v, **arrays, **options)
     return tuple(result) if isinstance(result, tuple) else (result,)
+
+
+def stepped(
+    estimator: Callable[..., Any], step: Callable[..., Any], q: Any, k: Any, v: Any, masks: Any, options: Any
+) -> Any:
+    """Give the results of a step of the later tokens, after a call on the first ones."""
+    first, later = slice(None, 13), slice(13, None)
+    before, after = ({name: x[..., part] for name, x in masks.items()} for part in (first, later))
+    qkv = [x[..., first, :] for x in (q, k, v)]
+    _, state = estimator(*qkv, is_causal=True, return_state=True, **before, **options)
+    gqa = {"enable_gqa": options.get("enable_gqa", False)}
+    return step(*(x[..., later, :] for x in (q, k, v)), state, **after, **gqa)[0]
 
 
 def run(library: Library, case: Case, arrays: Arrays) -> tuple[Any, ...]:
