@@ -144,6 +144,12 @@ def average(logits: Array, v: Array) -> Average:
     return _average([logits], [v], None)
 
 
+def average_of_all(log_weights: Array, v: Array) -> Average:
+    """One average (..., E) of all of `v` (..., M, E), with weights ``exp(log_weights)`` (..., M)."""
+    out, log_norm = average(log_weights[..., None, :], v)
+    return Average(out[..., 0, :], log_norm[..., 0])
+
+
 def _average(logits: Sequence[Array], values: Sequence[Array], weight: Array | None) -> Average:
     """The average of several sets as one; `weight` is a factor of the weights of a single one."""
     xp = namespace(logits[0])

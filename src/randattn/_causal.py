@@ -1,13 +1,13 @@
-"""Averages over all keys so far, carried along a sequence a block of tokens at a time."""
+"""The causal pass: f(W) and log Z(W) of all keys so far, carried along the tokens a block at a time."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ._attend import Average
+from ._attend import Average, average, merge
 from ._fused import carry
-from ._inputs import broadcast_shapes
+from ._inputs import broadcast_shapes, dot
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -15,8 +15,24 @@ if TYPE_CHECKING:
     from ._inputs import Inputs
 
     Array = Any
-    # (state before, w, arrays of the block) -> (state after, results of the block)
-    Block = Callable[..., tuple[Average, Array]]
+
+
+class Block(NamedTuple):
+    """What a pass knows of a block of n tokens.
+
+    Attributes
+    ----------
+    before, after : Average
+        Of all keys up to it, without its own and with them: (..., S, E).
+    log_xi : array, shape (..., S, n)
+        The logarithms of its keys' weights ``xi(k, w)``; -inf for padding.
+    v : array, shape (..., n, E)
+    """
+
+    before: Average
+    after: Average
+    log_xi: Array
+    v: Array
 
 
 def nothing(x: Inputs, w: Array) -> Average:
@@ -26,6 +42,26 @@ def nothing(x: Inputs, w: Array) -> Average:
     return Average(out, x.xp.full(shape[:-1], -math.inf, dtype=x.q.dtype, device=x.device))
 
 
-def scan(block: Block, before: Average, *arrays: tuple[Array, int]) -> tuple[Average, Array]:
-    """The state after the last token, and the results."""
-    return carry(block, before, *arrays)
+def scan(
+    x: Inputs,
+    w: Array,
+    before: Average,
+    results: Callable[..., Array],
+    size: int,
+    *arrays: tuple[Array, int],
+    root: Any,
+) -> tuple[Average, Array]:
+    """The averages after the last token, and ``results(block, *arrays)`` of blocks of `size` tokens.
+
+    A block has so many rows of each array. `root` is that of the scale, a number or an array.
+    """
+
+    def step(before: Average, k: Array, v: Array, *others: Array) -> tuple[Average, Array]:
+        log_xi = x.xp.matmul(root * w, x.xp.matrix_transpose(k)) - (root**2 / 2 * dot(k, k))[..., None, :]
+        if x.key_mask is not None:
+            log_xi, others = log_xi + x.xp.matrix_transpose(others[0]), others[1:]
+        after = merge(before, average(log_xi, v))
+        return after, results(Block(before, after, log_xi, v), *others)
+
+    tokens = [x.k, x.v] if x.key_bias is None else [x.k, x.v, x.key_bias[..., None]]
+    return carry(step, before, *((y, size) for y in tokens), *arrays)

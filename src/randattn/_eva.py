@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ._attend import Average, Keys
 from ._draws import normal_draws
 from ._eva_step import state_after
-from ._fused import attend, full_precision, lanes_of
+from ._fused import attend, lanes_of, take, undisturbed
 from ._inputs import (
     check_causal,
     check_count,
@@ -39,7 +39,6 @@ from ._segments import (
     pooling_ranks,
     resolve_query_mask,
     scatter,
-    take,
     union,
 )
 
@@ -51,7 +50,7 @@ if TYPE_CHECKING:
     Array = Any
 
 
-@full_precision
+@undisturbed
 def eva(
     q: Array,
     k: Array,
@@ -195,7 +194,7 @@ def eva(
     parts = in_pieces(x.k, groups) if rest is None else rest.pieces
     atoms = groups if parts is None else parts.atoms
     pooled = pool(x.k, atoms, x.key_mask)
-    (kt, log_size), of_keys = (pooled, None) if parts is None else union(pooled, parts)
+    (kt, log_size), of_keys = union(pooled, parts)
     if landmarks is None:
         queries = blocks_of_queries(x, groups)
         qt, _ = pool(x.q, queries, resolve_query_mask(x, query_mask))
@@ -210,7 +209,7 @@ def eva(
     log_weight = _weight(log_size, group_weight)
     centre = w if parts is None or not parts.levels else take(w, parts.group_of_atom, axis=-2)
     values = _control_variates(x, centre, atoms)
-    (beta, _), of_values = (values, None) if parts is None else union(values, parts)
+    (beta, _), of_values = union(values, parts)
     if tile is None:
         return x.finish(attend(x.q, Keys(kt, beta, log_weight), scale=x.scale).out)
 
@@ -224,7 +223,7 @@ def eva(
     if is_causal:
         before = with_rank(along(blocks_over(tokens, (how, sizes), tile), x.q), x.q.ndim)
         log_weight = x.xp.where(before, log_weight, -math.inf)
-    if rest is not None and of_keys is not None and of_values is not None:
+    if rest is not None:
         given = kt if landmarks is not None else None
         rests = [_rests(of_values, of_keys, rest, given, group_weight)]
     far = Keys(kt[..., None, :, :], beta[..., None, :, :], log_weight)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ._attend import Average, Keys, average
-from ._fused import attend, carry, full_precision, when
+from ._attend import Keys, average_of_all
+from ._fused import attend, carry, undisturbed, when
 from ._inputs import broadcast_shapes, check_causal, hide, namespace, placement, prepare, with_rank
 from ._states import match_state
 
@@ -57,7 +57,7 @@ class EVAState(NamedTuple):
     by_size: Array
 
 
-@full_precision
+@undisturbed
 def eva_step(
     q: Array,
     k: Array,
@@ -117,10 +117,14 @@ def eva_step(
     also = [(getattr(state, "beta", None), 2)]
     x = prepare(q, k, v, scale=1.0, key_mask=key_mask, enable_gqa=enable_gqa, also=also)
     check_causal(x, is_causal=True)
-    bias = x.xp.zeros_like(x.k[..., 0]) if x.key_bias is None else x.key_bias
     own = match_state("eva", EVAState, state, x, _sizes(x.q.shape[-1], x.v.shape[-1]))
-    after, out = carry(_one, own, *((y, 1) for y in (x.q, x.k, x.v, bias[..., None])))
+    after, out = carry(_one, own, *((y, 1) for y in (x.q, x.k, x.v, _bias(x)[..., None])))
     return x.finish(out), _merged(x, after)
+
+
+def _bias(x: Inputs) -> Array:
+    """The logarithm of the key mask, also where there is none."""
+    return x.xp.zeros_like(x.k[..., 0]) if x.key_bias is None else x.key_bias
 
 
 def _sizes(d: int, e: int) -> dict[str, tuple[int | None, ...]]:
@@ -182,7 +186,7 @@ def _with_window(state: EVAState) -> EVAState:
         return xp.reshape(y, (*y.shape[:-2], groups, length, y.shape[-1]))
 
     keys, values, bias = parts(state.k), parts(state.v), parts(state.bias[..., None])[..., 0]
-    (mean_q, _), (mean_k, log_size) = _mean(state.q, bias), _mean(keys, bias)
+    (mean_q, _), (mean_k, log_size) = (average_of_all(bias, y) for y in (state.q, keys))
     first = (state.tokens - 1) // length - (groups - 1)
     number = xp.arange(state.beta.shape[-2], dtype=state.tokens.dtype, device=device)[:, None] - first
     number = number - xp.arange(groups, dtype=state.tokens.dtype, device=device)[None, :]
@@ -202,11 +206,6 @@ def _with_window(state: EVAState) -> EVAState:
         beta=join(state.beta, beta[..., 0, :]),
         weight=join(state.weight[..., None], weight[..., None])[..., 0],
     )
-
-
-def _mean(x: Array, bias: Array) -> Average:
-    mean, log_size = average(bias[..., None, :], x)
-    return Average(mean[..., 0, :], log_size[..., 0])
 
 
 def log_of(weight: Array) -> Array:
@@ -231,14 +230,13 @@ def state_after(
 
     over = groups.of(slice(0, full // length))
     assert over.bias is not None
-    bias = xp.zeros_like(x.k[..., 0]) if x.key_bias is None else x.key_bias
     queries = filled(hide(x.q, x.key_mask)[..., full:, :], window)
     noise = groups.k[..., :0, :] if eps is None else eps
     state = EVAState(
         xp.reshape(queries, (*lead, window // length, length, queries.shape[-1])),
         filled(x.k[..., full:, :], window),
         filled(x.v[..., full:, :], window),
-        filled(bias[..., full:, None], window, -math.inf)[..., 0],
+        filled(_bias(x)[..., full:, None], window, -math.inf)[..., 0],
         filled(over.k, count),
         filled(over.v, count),
         filled(xp.exp(over.bias)[..., None], count)[..., 0],

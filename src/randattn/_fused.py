@@ -1,10 +1,10 @@
 """`attend` by the fastest way that a library has. Estimators call this one.
 
 Arrays that can be written to go through `_inplace.py`, PyTorch's with gradients and a kernel of their
-own (`_fused_torch.py`); JAX's are compiled, in blocks by its own loops (`_fused_jax.py`); all others,
-what PyTorch traces or transforms, and on other libraries than JAX a bias of pairs, go through the pure
-`_attend.py`. tests/shared/test_fused.py holds
-them together.
+own (`_fused_torch.py`); JAX's are compiled, in blocks by its own loops (`_fused_jax.py`), on a mesh of
+devices along them (`_fused_jax_mesh.py`); Dask's are cut where their chunks end (`_fused_dask.py`). All
+others, what PyTorch traces or transforms, and on NumPy, CuPy and PyTorch a bias of pairs, go through the
+pure `_attend.py`. tests/shared/test_fused.py holds them together.
 """
 
 from __future__ import annotations
@@ -37,10 +37,11 @@ GPU_BLOCK_LOGITS = 1 << 25
 SMALL = 1 << 16
 
 
-def full_precision(function: F) -> F:
-    """Leave PyTorch's autocast: it would take the products in half precision, and the logits with them.
+def undisturbed(function: F) -> F:
+    """Leave what a caller's context does to operations.
 
-    JAX: leave the layouts of what is inside to its compiler, also on a mesh with explicit axes.
+    PyTorch's autocast would take the products in half precision, and the logits with them; on a JAX mesh
+    with explicit axes every layout inside would have to be said.
     """
 
     @functools.wraps(function)

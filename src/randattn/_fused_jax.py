@@ -106,10 +106,7 @@ def _blocks(
         if len(lead) == 1 and n <= rows and splits and pair_bias is None and not is_causal and m % cols == 0:
             inner = (False, jax.tree.map(lambda _: True, sets), None, None, ())
             parts = _over_two(again, operands, inner, first, (lead[0], m // cols), cols, 0, of_keys=True)
-            found = _attend.average(
-                jnp.moveaxis(parts.log_norm, 1, -1)[..., None, :], jnp.moveaxis(parts.out, 1, -2)
-            )
-            return Average(found.out[..., 0, :], found.log_norm[..., 0])
+            return _attend.average_of_all(jnp.moveaxis(parts.log_norm, 1, -1), jnp.moveaxis(parts.out, 1, -2))
         return _over_heads(again, operands, first, lead[0], 1)
     if n > rows:
         return _over_queries(again, operands, first, _even(n, rows))

@@ -115,9 +115,7 @@ def _on_mesh(
         shape = (*lead, lanes, n)
         nothing = Average(jnp.zeros((*shape, keys.v.shape[-1]), q.dtype), jnp.full(shape, -math.inf, q.dtype))
         parts, _ = jax.lax.scan(jax.checkpoint(of_keys), nothing, per_key)
-        log_norm = jnp.moveaxis(parts.log_norm, -2, -1)[..., None, :]
-        found = _attend.average(log_norm, jnp.moveaxis(parts.out, -3, -2))
-        return Average(found.out[..., 0, :], found.log_norm[..., 0])
+        return _attend.average_of_all(jnp.moveaxis(parts.log_norm, -2, -1), jnp.moveaxis(parts.out, -3, -2))
 
     shared = tuple(
         Keys(k[..., None, :, :], v[..., None, :, :], None if bias is None else bias[..., None, :])

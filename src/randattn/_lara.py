@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ._attend import Keys, finite
 from ._draws import normal_draws
-from ._fused import attend, full_precision
+from ._fused import attend, undisturbed
 from ._inputs import (
     broadcast_shapes,
     check_causal,
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     Array = Any
 
 
-@full_precision
+@undisturbed
 def lara(
     q: Array,
     k: Array,
@@ -188,12 +188,11 @@ def lara(
     mu = qt + kt
     eps = normal_draws(x, tuple(mu.shape[-2:]), rng=rng, noise=noise, axes="C, D", lead=mu.shape[:-2])
     xp = x.xp
-    if eps is not None:
-        eps = xp.broadcast_to(eps, broadcast_shapes(eps.shape, mu.shape))
     if eps is None:
         noises = [xp.zeros_like(mu[..., :1, :])]
     else:
-        noises = [noise_scale * eps, -noise_scale * eps] if antithetic else [noise_scale * eps]
+        eps = noise_scale * xp.broadcast_to(eps, broadcast_shapes(eps.shape, mu.shape))
+        noises = [eps, -eps] if antithetic else [eps]
     draws = [mu + one for one in noises]
     if is_causal:
         # The same draws from N(0, I), turned round: near those of no proposal.

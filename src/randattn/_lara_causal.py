@@ -8,15 +8,16 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ._attend import Average, Keys, average, merge
+from ._attend import Average, Keys, merge
 from ._causal import nothing, scan
-from ._fused import attend, carry
+from ._fused import attend, carry, take
 from ._inputs import dot, with_rank
 from ._lara_weights import only, optimal, probability
 from ._plans import blocks, blocks_over
-from ._segments import gather, gather_bias, scatter, take
+from ._segments import gather, gather_bias, scatter
 
 if TYPE_CHECKING:
+    from ._causal import Block
     from ._inputs import Inputs
 
     Array = Any
@@ -74,28 +75,15 @@ def causal(x: Inputs, proposals: Proposals, window: int, *, weighting: str, alph
         # What E exp(w.(q + k)) has over exp(q.k), and the window's own weights have not.
         return Average(out, log_norm - x.scale / 2 * dot(q, q))
 
-    def block(
-        before: Average,
-        log_mixture: Array,
-        there: Array,
-        q: Array,
-        out: Array,
-        log_norm: Array,
-        k: Array,
-        v: Array,
-        *bias: Array,
-    ) -> tuple[Average, Array]:
-        own = Average(out, log_norm[..., 0])
-        out, _ = merge(own, before_window(q, before, log_mixture[..., 0, :], there[..., 0, :]))
-        log_xi = xp.matmul(x.root * w, xp.matrix_transpose(k)) - (x.scale / 2 * dot(k, k))[..., None, :]
-        if bias:
-            log_xi = log_xi + xp.matrix_transpose(bias[0])
-        return merge(before, average(log_xi, v)), out
+    def results(
+        block: Block, q: Array, out: Array, log_norm: Array, log_mixture: Array, there: Array
+    ) -> Array:
+        far = before_window(q, block.before, log_mixture[..., 0, :], there[..., 0, :])
+        return merge(Average(out, log_norm[..., 0]), far).out
 
-    bias = [] if x.key_bias is None else [x.key_bias[..., None]]
-    tokens = [x.q, *_windows(x, window), x.k, x.v, *bias]
-    _, out = scan(block, nothing(x, w), (log_mixtures, 1), (are_there, 1), *((y, window) for y in tokens))
-    return out
+    tokens = ((y, window) for y in (x.q, *_windows(x, window)))
+    rows = ((log_mixtures, 1), (are_there, 1))
+    return scan(x, w, nothing(x, w), results, window, *tokens, *rows, root=x.root)[1]
 
 
 def _windows(x: Inputs, window: int) -> tuple[Array, Array]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import _attend, _fused
 from ._attend import Average, Keys
-from ._fused import full_precision
+from ._fused import undisturbed
 from ._inputs import (
     check_broadcast,
     check_causal,
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     Array = Any
 
 
-@full_precision
+@undisturbed
 def attend(
     q: Array,
     k: Array,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ._attend import Keys, finite, rows_of_block
 from ._draws import no_draws, normal_draws, uniform_draws
-from ._fused import attend, by_rows, full_precision
+from ._fused import attend, by_rows, undisturbed
 from ._inputs import check_broadcast, namespace, prepare, refuse_causal, resolve_count, with_rank
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     Array = Any
 
 
-@full_precision
+@undisturbed
 def ra(
     q: Array,
     k: Array,

@@ -8,10 +8,10 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ._attend import Average, Keys, average, finite, merge, nonzero, past
+from ._attend import Average, Keys, finite, nonzero, past
 from ._causal import nothing, scan
 from ._draws import no_draws, normal_draws
-from ._fused import attend, full_precision
+from ._fused import attend, undisturbed
 from ._inputs import (
     check_causal,
     check_flags,
@@ -21,11 +21,11 @@ from ._inputs import (
     placement,
     prepare,
     resolve_count,
-    with_rank,
 )
 from ._states import match_state
 
 if TYPE_CHECKING:
+    from ._causal import Block
     from ._inputs import Inputs
 
     Array = Any
@@ -54,7 +54,7 @@ class RFAState(NamedTuple):
     scale: Array
 
 
-@full_precision
+@undisturbed
 def rfa(
     q: Array,
     k: Array,
@@ -186,7 +186,7 @@ def rfa(
     return x.finish(out)
 
 
-@full_precision
+@undisturbed
 def rfa_step(
     q: Array,
     k: Array,
@@ -261,61 +261,48 @@ def _given_back(x: Inputs, w: Array, state: Average, scale: Array) -> RFAState:
 
 
 def _causal(x: Inputs, w: Array, before: Average, root: Any) -> tuple[Average, Array]:
-    """A scan of `merge` over blocks of tokens: the state after the last one, and the results."""
+    """The averages after the last token, and the results."""
 
-    def block(before: Average, q: Array, k: Array, v: Array, *bias: Array) -> tuple[Average, Array]:
-        keys = Keys(root * k, v, bias[0][..., 0] if bias else None, 1.0)
-        return _block(w, before, root * q, keys)
+    def results(block: Block, q: Array) -> Array:
+        if q.shape[-2] == 1:
+            return attend(root * q, Keys(w, *block.after)).out
+        along_q = x.xp.matmul(root * q, x.xp.matrix_transpose(w))
+        return _by_kernel(along_q, block, is_masked=x.key_mask is not None)
 
-    bias = [] if x.key_bias is None else [x.key_bias[..., None]]
-    return scan(block, before, *((y, _BLOCK_TOKENS) for y in (x.q, x.k, x.v, *bias)))
+    return scan(x, w, before, results, _BLOCK_TOKENS, (x.q, _BLOCK_TOKENS), root=root)
 
 
-def _block(w: Array, before: Average, q: Array, keys: Keys) -> tuple[Average, Array]:
+def _by_kernel(along_q: Array, block: Block, *, is_masked: bool) -> Array:
     """The keys before the block through the state, those in it by their kernel with each query."""
-    xp = namespace(q)
-    _, v, bias, _ = keys
-    along_k = xp.matmul(w, xp.matrix_transpose(keys.k)) - (dot(keys.k, keys.k) / 2)[..., None, :]
-    log_xi = along_k if bias is None else along_k + bias[..., None, :]
-    if v.shape[-2] == 1:
-        after = merge(before, Average(v, log_xi[..., 0]))
-        return after, attend(q, Keys(w, *after)).out
-    along_q = xp.matmul(q, xp.matrix_transpose(w))
+    xp, (before, _, log_xi, v) = namespace(along_q), block
     # xi(q, w) xi(k, w), each over its maximum. What is moved from one to the other first, and what is
     # subtracted, is of the past alone: a key to come must not push the others below the smallest float.
-    level = xp.logaddexp(before.log_norm, _of_first(along_k, before.log_norm, bias))
-    along_q, near_k = along_q + level[..., None, :], along_k - level[..., None]
-    top_k = xp.max(near_k, axis=-2, keepdims=True)
+    level = xp.logaddexp(before.log_norm, _of_first(log_xi, before) if is_masked else log_xi[..., 0])
+    along_q, log_xi = along_q + level[..., None, :], log_xi - level[..., None]
+    top_k = xp.max(log_xi, axis=-2, keepdims=True)
     features_q = xp.exp(along_q - xp.max(along_q, axis=-1, keepdims=True))
-    kernel = xp.matmul(features_q, xp.exp(near_k - top_k))
-    smallest = xp.asarray(xp.finfo(kernel.dtype).smallest_normal, dtype=kernel.dtype, device=placement(q))
-
-    if bias is not None:
-        top_k = top_k + bias[..., None, :]
-    top_k = xp.where(xp.matrix_transpose(past(q, v.shape[-2], 0, 0)), top_k, -math.inf)
-    log_weights = xp.log(xp.maximum(kernel, smallest)) + top_k
+    kernel = xp.matmul(features_q, xp.exp(log_xi - finite(top_k)))
+    smallest = xp.asarray(xp.finfo(kernel.dtype).smallest_normal, dtype=kernel.dtype, device=placement(v))
+    seen = xp.matrix_transpose(past(along_q, v.shape[-2], 0, 0))
+    log_weights = xp.where(seen, xp.log(xp.maximum(kernel, smallest)) + top_k, -math.inf)
     # In these units the first key and the past together weigh at least one.
     top = xp.max(log_weights, axis=-1, keepdims=True)
     top = xp.where(top > 0, top, 0.0)
     weights = xp.exp(log_weights - top)
     share = features_q * xp.exp(before.log_norm - level)[..., None, :] * xp.exp(-top)
     total = xp.sum(weights, axis=-1, keepdims=True) + xp.sum(share, axis=-1, keepdims=True)
-    out = (xp.matmul(weights, v) + xp.matmul(share, before.out)) / nonzero(total)
-
-    return merge(before, average(log_xi, v)), out
+    return (xp.matmul(weights, v) + xp.matmul(share, before.out)) / nonzero(total)
 
 
-def _of_first(along_k: Array, log_norm: Array, bias: Array | None) -> Array:
-    """Of a block's first key (..., S); where that is padding, of none, or without a past of the next."""
-    if bias is None:
-        return along_k[..., 0]
-    xp = namespace(along_k)
-    order = xp.arange(bias.shape[-1], device=placement(along_k))
-    is_real = bias > -math.inf
-    first = xp.min(xp.where(is_real, order, bias.shape[-1]), axis=-1, keepdims=True)
-    here = xp.astype(with_rank(order, bias.ndim) == first, along_k.dtype)
-    found = xp.matmul(along_k, here[..., None])[..., 0]
-    return xp.where((first == 0) | (log_norm == -math.inf), found, -math.inf)
+def _of_first(log_xi: Array, before: Average) -> Array:
+    """Of a block's first key (..., S); where that is padding, without a past, of the first that is not."""
+    xp, n = namespace(log_xi), log_xi.shape[-1]
+    order = xp.arange(n, device=placement(log_xi))
+    is_real = log_xi > -math.inf
+    number = xp.min(xp.where(is_real, order, n), axis=-1, keepdims=True)
+    found = xp.sum(xp.where(is_real & (order == number), log_xi, 0.0), axis=-1)
+    first = log_xi[..., 0]
+    return xp.where((first == -math.inf) & (before.log_norm == -math.inf), found, first)
 
 
 def _trigonometric(x: Inputs, w: Array) -> Array:

@@ -9,9 +9,8 @@ import numbers
 from functools import reduce
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ._attend import Average, average, merge
-from ._fused import chunked, everywhere, lanes_of, mean_of_rows, regroup
-from ._fused import take as take_along
+from ._attend import Average, average_of_all, merge
+from ._fused import chunked, everywhere, lanes_of, mean_of_rows, regroup, take
 from ._inputs import check_broadcast, check_count, hide, log_mask, namespace, placement, with_rank
 from ._plans import blocks, divided, pieces
 from ._static import plain, static
@@ -39,8 +38,7 @@ def pool(x: Array, at: Blocks, mask: Array | None) -> Average:
         xp, length = namespace(x), at.index.shape[1]
         mean = mean_of_rows(tokens)
         return Average(mean, xp.full(mean.shape[:-1], math.log(length), dtype=x.dtype, device=placement(x)))
-    mean, log_size = average(bias[..., None, :], tokens)
-    return Average(mean[..., 0, :], log_size[..., 0])
+    return average_of_all(bias, tokens)
 
 
 def in_pieces(x: Array, at: Blocks) -> Pieces | None:
@@ -58,7 +56,7 @@ def gather(x: Array, at: Blocks) -> Array:
     """(..., N, D) -> (..., B, L, D)."""
     xp = namespace(x)
     if not at.in_order:
-        x = take(_with_edges(x, at), at.index, axis=-2, lanes=at.lanes)
+        x = _take(_with_edges(x, at), at.index, axis=-2, lanes=at.lanes)
     chunks = chunked(x)
     if chunks is not None:
         x = chunks.cut_between_blocks(x, at.index.shape[1])
@@ -110,7 +108,7 @@ def _scattered(x: Array, at: Blocks) -> Array:
     x = xp.reshape(x, (*lead, b * length, e))
     if at.in_order:
         return x
-    x = take(x, at.place, axis=-2, lanes=at.lanes)
+    x = _take(x, at.place, axis=-2, lanes=at.lanes)
     if not at.edge:
         return x
     # What belongs to the next lane goes there.
@@ -121,14 +119,14 @@ def _scattered(x: Array, at: Blocks) -> Array:
     return xp.reshape(x, (*lead, -1, e))
 
 
-def take(x: Array, index: Any, axis: int, lanes: int = 1) -> Array:
+def _take(x: Array, index: Any, axis: int, lanes: int) -> Array:
     """`x` at a NumPy index of any shape, which is flattened into the axis.
 
     With lanes, each of an equal share of the index is into the same share of the axis.
     """
     xp = namespace(x)
     if lanes == 1:
-        return take_along(x, index, axis)
+        return take(x, index, axis)
     axis, size = axis + x.ndim, x.shape[axis]
     shape, rest = tuple(x.shape[:axis]), tuple(x.shape[axis + 1 :])
     within = index.reshape(lanes, -1) % (size // lanes)
@@ -147,8 +145,10 @@ class Parted(NamedTuple):
     members: list[Average]
 
 
-def union(atoms: Average, parts: Pieces) -> tuple[Average, Parted]:
-    """The averages over the groups, of those over their pieces; and these."""
+def union(atoms: Average, parts: Pieces | None) -> tuple[Average, Parted]:
+    """The averages over the groups, of those over their pieces (None: they are the groups); and these."""
+    if parts is None:
+        return atoms, Parted(atoms, [])
     if not parts.levels:
         return everywhere(atoms), Parted(atoms, [])
     if chunked(atoms.out) is not None:
@@ -184,18 +184,17 @@ def _levels(atoms: Average, parts: Pieces) -> Iterator[tuple[Average, Average]]:
     """At each level the averages over its groups, and the parts of each of them."""
     for level in parts.levels:
         members = _of_groups(everywhere(atoms) if level.lanes == 1 else atoms, level)
-        out, log_norm = average(members.log_norm[..., None, :], members.out)
-        atoms = Average(out[..., 0, :], log_norm[..., 0])
+        atoms = average_of_all(members.log_norm, members.out)
         yield atoms, members
 
 
 def _of_groups(atoms: Average, level: Members) -> Average:
     """The parts of each group, beside each other: (..., C, r, E)."""
     xp, shape = namespace(atoms.out), level.index.shape
-    log_norm = take(atoms.log_norm, level.index, axis=-1, lanes=level.lanes)
+    log_norm = _take(atoms.log_norm, level.index, axis=-1, lanes=level.lanes)
     log_norm = xp.reshape(log_norm, (*log_norm.shape[:-1], *shape))
     log_norm = xp.where(xp.asarray(level.valid, device=placement(log_norm)), log_norm, -math.inf)
-    out = take(atoms.out, level.index, axis=-2, lanes=level.lanes)
+    out = _take(atoms.out, level.index, axis=-2, lanes=level.lanes)
     return Average(xp.reshape(out, (*out.shape[:-2], *shape, out.shape[-1])), log_norm)
 
 
@@ -209,8 +208,8 @@ def _all_but(members: Average, level: Members) -> Average:
     rest = merge(before, Average(xp.flip(after.out, axis=-2), xp.flip(after.log_norm, axis=-1)))
     out = xp.reshape(rest.out, (*rest.out.shape[:-3], -1, rest.out.shape[-1]))
     log_norm = xp.reshape(rest.log_norm, (*rest.log_norm.shape[:-2], -1))
-    out = take(out, level.inside, axis=-2, lanes=level.lanes)
-    log_norm = take(log_norm, level.inside, axis=-1, lanes=level.lanes)
+    out = _take(out, level.inside, axis=-2, lanes=level.lanes)
+    log_norm = _take(log_norm, level.inside, axis=-1, lanes=level.lanes)
     out = xp.reshape(out, (*out.shape[:-2], *shape, out.shape[-1]))
     return Average(out, xp.reshape(log_norm, (*log_norm.shape[:-1], *shape)))
 

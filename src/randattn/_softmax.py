@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ._attend import Keys
-from ._fused import attend, full_precision
+from ._fused import attend, undisturbed
 from ._inputs import check_causal, prepare
 
 if TYPE_CHECKING:
     Array = Any
 
 
-@full_precision
+@undisturbed
 def softmax_attention(
     q: Array,
     k: Array,

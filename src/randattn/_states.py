@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     State = TypeVar("State", bound=tuple[Any, ...])
 
 # Fields that heads and sequences may share.
-SHARED = ("frequencies",)
-WHOLE_NUMBERS = ("tokens",)
+_SHARED = ("frequencies",)
+_WHOLE_NUMBERS = ("tokens",)
 
 
 def match_state(
@@ -29,7 +29,7 @@ def match_state(
     for name, trailing in sizes.items():
         field = getattr(state, name)
         check_like(f"state.{name}", field, x.q)
-        if name not in WHOLE_NUMBERS and field.dtype != x.q.dtype:
+        if name not in _WHOLE_NUMBERS and field.dtype != x.q.dtype:
             raise TypeError(f"state.{name}: expected dtype {x.q.dtype}, got {field.dtype}")
         got = tuple(field.shape)
         own = got[len(got) - len(trailing) :]
@@ -40,7 +40,7 @@ def match_state(
         fields.append(x.match(f"state.{name}", field, len(trailing)) if trailing else field)
     for name, field, trailing in zip(sizes, fields, sizes.values(), strict=True):
         theirs = tuple(field.shape[: field.ndim - len(trailing)])
-        if trailing and not _holds(theirs, lead, shared=name in SHARED):
+        if trailing and not _holds(theirs, lead, shared=name in _SHARED):
             raise ValueError(f"state.{name}: expected leading axes that hold {lead}, got {theirs}")
     return kind(*fields)
 
