@@ -5,10 +5,18 @@ from __future__ import annotations
 import importlib
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from array_api_compat import array_namespace, device
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+# Without optimization, which is how the suite has programs compiled, XLA's fusions of some right gradients give
+# single NaNs, other ones for each length; they are gone with its fusion pass or at the next level.
+FOR_GRADIENTS = {"xla_backend_optimization_level": 1}
 
 
 @dataclass(frozen=True)
@@ -63,6 +71,13 @@ class Library:
             return self.xp.random.default_rng(seed)
         return np.random.default_rng(seed)
 
+    def gradients(self, function: Callable[..., Any], *arrays: Any) -> list[np.ndarray]:
+        """Of a scalar function in each of its arrays: PyTorch's backward, JAX's compiled program."""
+        if self.name == "jax":
+            return list(map(self.numpy, jax_gradient(function, tuple(range(len(arrays))))(*arrays)))
+        leaves = [x.detach().requires_grad_() for x in arrays]
+        return list(map(self.numpy, self.xp.autograd.grad(function(*leaves), leaves)))
+
     def check(self, x: Any, like: Any, shape: tuple[int, ...]) -> np.ndarray:
         """The values of a result that must be of the library, device and dtype of an input."""
         assert array_namespace(x) is array_namespace(like)
@@ -78,6 +93,12 @@ class Library:
         assert np.all(np.isfinite(actual))
         error = np.linalg.norm(actual - expected) / max(np.linalg.norm(expected), 1e-300)
         assert error <= rtol, f"relative error {error:.3g} > {rtol:g}"
+
+
+def jax_gradient(function: Callable[..., Any], argnums: tuple[int, ...]) -> Callable[..., Any]:
+    """The gradient, compiled."""
+    jax = importlib.import_module("jax")
+    return jax.jit(jax.grad(function, argnums), compiler_options=FOR_GRADIENTS)
 
 
 def _numpy(_: str | None) -> Library:

@@ -9,6 +9,7 @@ import functools
 import json
 
 from benchmarks import sharding
+from tests.libraries import FOR_GRADIENTS
 
 HEADS, FEATURES, VALUES = 2, 8, 6
 LENGTHS = (512, 1024)
@@ -45,9 +46,6 @@ OTHERS = {
     "eva causal": ("eva", {"window": WINDOW, "is_causal": True}),
 }
 WITH_GRADIENTS = ("rfa", "lara optimal", "eva across")
-# Without optimization, which is how the suite has programs compiled, XLA's for one device had NaN among these
-# gradients, which go away with it.
-FOR_GRADIENTS = {"xla_backend_optimization_level": 1}
 EXPLICIT = ("rfa", "lara antithetic", "eva across")
 # With blocks of few logits, so that there are loops along lanes.
 IN_BLOCKS = ("rfa", "lara optimal")

@@ -21,6 +21,7 @@ from ._inputs import (
     placement,
     prepare,
     resolve_count,
+    with_rank,
 )
 from ._states import match_state
 
@@ -297,7 +298,7 @@ def _by_kernel(along_q: Array, block: Block, *, is_masked: bool) -> Array:
 def _of_first(log_xi: Array, before: Average) -> Array:
     """Of a block's first key (..., S); where that is padding, without a past, of the first that is not."""
     xp, n = namespace(log_xi), log_xi.shape[-1]
-    order = xp.arange(n, device=placement(log_xi))
+    order = with_rank(xp.arange(n, device=placement(log_xi)), log_xi.ndim)
     is_real = log_xi > -math.inf
     number = xp.min(xp.where(is_real, order, n), axis=-1, keepdims=True)
     found = xp.sum(xp.where(is_real & (order == number), log_xi, 0.0), axis=-1)

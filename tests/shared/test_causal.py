@@ -196,22 +196,12 @@ def test_the_first_token_sees_itself(lib, blocks, name):
 def test_no_gradient_of_the_future(lib, blocks, name):
     if lib.name not in DIFFERENTIABLE:
         pytest.skip("for torch, jax")
-    arrays = lib.arrays(*inputs())
     n = 6
 
     def total(*arrays):
         return lib.xp.sum(CAUSAL[name](*arrays)[..., :n, :] ** 2)
 
-    if lib.name == "jax":
-        import jax
-
-        gradients = jax.grad(total, argnums=(0, 1, 2))(*arrays)
-    else:
-        import torch
-
-        arrays = [x.requires_grad_() for x in arrays]
-        gradients = torch.autograd.grad(total(*arrays), arrays)
-    for x in map(lib.numpy, gradients):
+    for x in lib.gradients(total, *lib.arrays(*inputs())):
         assert np.all(x[..., n:, :] == 0)
         assert np.all(np.isfinite(x))
         assert np.all(np.any(x[..., 1:n, :] != 0, axis=-1))
@@ -228,17 +218,8 @@ def test_gradients_by_differences(lib, blocks, name):
     def total(*arrays):
         return lib.xp.sum(CAUSAL[name](*arrays) * lib.asarray(cotangent))
 
-    arrays = lib.arrays(*data)
-    if lib.name == "jax":
-        import jax
-
-        gradients = jax.grad(total, argnums=(0, 1, 2))(*arrays)
-    else:
-        import torch
-
-        arrays = [x.requires_grad_() for x in arrays]
-        gradients = torch.autograd.grad(total(*arrays), arrays)
-    slope = sum(np.sum(lib.numpy(g) * d) for g, d in zip(gradients, along, strict=True))
+    gradients = lib.gradients(total, *lib.arrays(*data))
+    slope = sum(np.sum(g * d) for g, d in zip(gradients, along, strict=True))
     ends = [
         float(lib.numpy(total(*lib.arrays(*(x + step * d for x, d in zip(data, along, strict=True))))))
         for step in (1e-5, -1e-5)
@@ -301,14 +282,7 @@ def test_gradients_in_single_precision_where_a_later_key_outweighs(lib):
         def total(*qkv):
             return lib.xp.sum(rfa(*qkv, noise=arrays[3], is_causal=True) ** 2)
 
-        if lib.name == "jax":
-            import jax
-
-            return list(map(lib.numpy, jax.grad(total, argnums=(0, 1, 2))(*arrays[:3])))
-        import torch
-
-        leaves = [x.requires_grad_() for x in arrays[:3]]
-        return list(map(lib.numpy, torch.autograd.grad(total(*leaves), leaves)))
+        return lib.gradients(total, *arrays[:3])
 
     for single, double in zip(gradients("float32"), gradients("float64"), strict=True):
         np.testing.assert_allclose(single, double, atol=1e-3 * np.abs(double).max())

@@ -9,6 +9,7 @@ import pytest
 
 import randattn
 from tests import calls
+from tests.libraries import jax_gradient
 from tests.shared.estimators import ESTIMATORS
 
 N, D, E = 12, 4, 3
@@ -38,7 +39,7 @@ def functional(lib):
         return compiled, torch.func.vmap, torch.func.grad
     import jax
 
-    return jax.jit, jax.vmap, jax.grad
+    return jax.jit, jax.vmap, jax_gradient
 
 
 @pytest.mark.only("torch", "jax")
@@ -146,10 +147,6 @@ def test_gradients_are_those_of_finite_differences(lib, name, masked):
     def loss(q, k, v):
         return lib.xp.sum(weights * EAGER[name](q, k, v, **options))
 
-    if lib.name == "jax":
-        import jax
-
-        loss = jax.jit(loss)
     gradients = grad(loss, argnums=(0, 1, 2))(*lib.arrays(*data))
     slope = sum(np.sum(lib.numpy(g) * d) for g, d in zip(gradients, directions, strict=True))
     step = 1e-6
@@ -176,10 +173,6 @@ def test_gradients_of_a_row_without_keys_are_zeros(lib, name):
     def loss(q, k, v):
         return lib.xp.sum(EAGER[name](q, k, v, key_mask=keep) ** 2)
 
-    if lib.name == "jax":
-        import jax
-
-        loss = jax.jit(loss)
     for gradient in grad(loss, argnums=(0, 1, 2))(*lib.arrays(q, k + nan, v + nan)):
         values = lib.numpy(gradient)
         assert np.all(np.isfinite(values))
