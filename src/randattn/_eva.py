@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ._attend import Average, Keys
 from ._draws import normal_draws
+from ._eva_exact import check_exact, check_unused, choose, corrected
 from ._eva_step import state_after
 from ._fused import attend, lanes_of, take, undisturbed
 from ._inputs import (
@@ -59,7 +60,12 @@ def eva(
     *,
     num_groups: int | tuple[int, ...] | None = None,
     group_size: int | tuple[int, ...] | None = None,
+    groups: Any = "segments",
+    exact: str | tuple[str, ...] = "window",
     window: int | tuple[int, ...] = 64,
+    num_exact: int = 8,
+    num_blocks: int | None = None,
+    second_order: bool = False,
     landmarks: tuple[Array, Array] | None = None,
     group_weight: str = "size",
     disjoint: bool = True,
@@ -91,10 +97,26 @@ def eva(
         up to it that fits, in the squarest blocks that this number allows (a prime makes strips).
     group_size : int or tuple of int, optional
         Groups by their tokens instead of their number; the last one may be smaller.
+    groups : {"segments", "tree"} or array of int, shape (..., M), default "segments"
+        What a group is: consecutive keys; keys that are near each other where these queries are
+        concerned, found by halving them along their main directions, `num_groups` rounded down to a
+        power of two; or the caller's labels in ``range(num_groups)``.
+    exact : {"window", "top"} or a tuple of both, default "window"
+        What is computed exactly: a query's window; the keys of which its groups would be most wrong, chosen
+        for blocks of queries together.
     window : int or tuple of int, default 64
         Tokens of the window of keys that a query sees exactly: blocks of so many tokens, the last one
         smaller where it does not divide. Of a `grid`, the block's size on each axis, or its number of
         tokens. 0: none, and the only choice where N is not M.
+    num_exact : int, default 8
+        With ``exact="top"``: how many groups' worth of keys, so many times ``M / num_groups``.
+    num_blocks : int, optional
+        With ``exact="top"``: in how many blocks of queries near each other, rounded down to a power of two (with
+        a window: in how many runs of windows) keys are chosen, by default 128 or as many as there are queries by
+        eights. More are more accurate and slower.
+    second_order : bool, default False
+        Weigh a group by the variances of its keys too, ``q . Sigma . q / 2``: right for Gaussian keys, and more
+        than there is for others.
     landmarks : tuple of arrays, shapes (..., C, D), optional
         ``(q_landmarks, k_landmarks)`` of the caller's own, in the units of `q` and `k`, instead of the
         groups' means.
@@ -170,13 +192,43 @@ def eva(
     """
     check_option("group_weight", group_weight, ("size", "unit"))
     noise_scale = check_real("noise_scale", noise_scale)
-    check_flags(disjoint=disjoint, return_state=return_state)
+    check_flags(disjoint=disjoint, return_state=return_state, second_order=second_order)
     if return_state and (not is_causal or landmarks is not None or query_mask is not None):
         raise ValueError("return_state: expected is_causal=True, and neither landmarks nor query_mask")
-    also = pooling_ranks(landmarks, noise, query_mask)
+    also = [*pooling_ranks(landmarks, noise, query_mask), (groups, 1)]
     x = prepare(q, k, v, scale=scale, key_mask=key_mask, enable_gqa=enable_gqa, also=also)
     tokens = check_grid(grid, x.q.shape[-2], x.k.shape[-2])
     check_causal(x, is_causal)
+    exactly = check_exact(exact)
+    if not isinstance(groups, str) or groups != "segments" or "top" in exactly or second_order:
+        published = {
+            "rng": rng is not None,
+            "noise": noise is not None,
+            "landmarks": landmarks is not None,
+            "group_weight": group_weight != "size",
+            "disjoint": not disjoint,
+            "is_causal": is_causal,
+            "max_tokens": max_tokens is not None,
+        }
+        check_unused(published)
+        by_segments = isinstance(groups, str) and groups == "segments"
+        if group_size is not None and not by_segments:
+            raise ValueError("group_size: expected num_groups with groups other than 'segments'")
+        at, count = groups, num_groups
+        if by_segments:
+            at = blocks(tokens, *_check_groups(tokens, num_groups, group_size, None, None))
+            count = at.index.shape[0]
+        tile = _check_window(x, window, tokens) if "window" in exactly else None
+        choice = choose(
+            x,
+            at,
+            count,
+            None if tile is None else blocks(tokens, "tiles", tile),
+            num_exact if "top" in exactly else 0,
+            num_blocks,
+            second_order=second_order,
+        )
+        return x.finish(corrected(x, choice, resolve_query_mask(x, query_mask)))
     tile: Sizes | None
     if is_causal:
         how: How = "tiles"

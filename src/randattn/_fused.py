@@ -210,6 +210,25 @@ def carry(
     return state, namespace(x).concat(done, axis=-2)
 
 
+def constant(x: Array) -> Array:
+    """`x`, of which nothing is differentiated."""
+    if compat.is_torch_array(x):
+        return x.detach()
+    return sys.modules["jax"].lax.stop_gradient(x) if compat.is_jax_array(x) else x
+
+
+def largest(x: Array, count: int) -> Array:
+    """Where the so many largest entries of the last axis stand, in any order."""
+    xp, size = namespace(x), x.shape[-1]
+    if compat.is_torch_array(x):
+        return x.topk(count, sorted=False).indices
+    if compat.is_jax_array(x):
+        return sys.modules["jax"].lax.top_k(x, count)[1]
+    if count < size and (compat.is_numpy_array(x) or compat.is_cupy_array(x)):
+        return xp.argpartition(x, size - count, axis=-1)[..., size - count :]
+    return xp.argsort(x, axis=-1)[..., size - count :]
+
+
 def when(condition: Array, function: Callable[[S], S], state: S) -> S:
     """``function(state)`` where the condition, one boolean, is true; else the state, in the same arrays."""
     if compat.is_jax_array(condition):
@@ -221,6 +240,13 @@ def when(condition: Array, function: Callable[[S], S], state: S) -> S:
     xp = namespace(condition)
     both = zip(function(state), state, strict=True)
     return type(state)(*(xp.where(condition, new, old) for new, old in both))
+
+
+def known(x: Array) -> bool:
+    """Whether the values are at hand, on the host."""
+    if compat.is_jax_array(x):
+        return not isinstance(x, sys.modules["jax"].core.Tracer)
+    return compat.is_numpy_array(x) or _known(x)
 
 
 def _known(condition: Array) -> bool:

@@ -98,11 +98,13 @@ class Inputs:
         """Bring a further array of the caller's to these dtypes, ranks and split heads."""
         check_like(name, x, self.q)
         check_floating(name, x)
-        x = self.xp.astype(x, self.q.dtype, copy=False)
-        rank = self.q.ndim - 2 + trailing
+        return self.with_heads(name, self.xp.astype(x, self.q.dtype, copy=False), trailing)
+
+    def with_heads(self, name: str, x: Array, trailing: int) -> Array:
+        """Bring it to these ranks and split heads alone."""
         if self.heads is not None:
             x = _split_heads(name, x, trailing, self.heads)
-        return with_rank(x, rank)
+        return with_rank(x, self.q.ndim - 2 + trailing)
 
     def match_mask(self, name: str, mask: Array, length: int) -> Array:
         """Bring a further boolean array (..., length) to these ranks and split heads."""

@@ -1,0 +1,331 @@
+"""EVA for trained models: any groups of keys, and for each block of queries the keys that groups miss most.
+
+A group is one control variate, the tangent at the mean query mu to the convex ``log Z_c(q)``, Z_c the sum of
+``exp(q.k)`` over its keys: with ``p_m = exp(mu.k_m) / Z_c(mu)``,
+
+    exp(q.k_m) ~ p_m exp(log Z_c(mu) + (q - mu).kt_c),   kt_c = sum_m p_m k_m,   beta_c = sum_m p_m v_m,
+
+never too much in sum. A block of queries takes the keys where this is furthest from ``exp(q.k_m)`` exactly,
+and of each group what they leave: ``attend(q, [k_E ; kt_c], [v_E ; beta_c], [0 ; log Z_c - mu.kt_c]).out``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ._attend import Keys, average, average_of_all, finite, merge
+from ._fused import attend, by_rows, constant, known, largest
+from ._inputs import check_count, check_like, check_option, hide, log_mask, namespace, placement
+from ._plans import Blocks
+from ._tree import covariance, entries, halves, rows, sketch
+
+if TYPE_CHECKING:
+    from ._inputs import Inputs
+
+    Array = Any
+
+# Numbers that are at hand at a time: of scores, of gathered keys and values.
+_AT_HAND = 1 << 22
+# Coordinates that keys are chosen by: a quarter of the features, and not fewer than these.
+_LEAST_RANK = 8
+
+
+class Choice(NamedTuple):
+    """What is grouped and what is exact.
+
+    Attributes
+    ----------
+    groups : Blocks, array of int (..., M), or None
+        Given ones; labels; or by a tree.
+    count : int
+        Groups C, of the tree and of labels.
+    windows : Blocks or None
+        Of queries whose own keys are exact.
+    num_keys : int
+        Keys that a block of queries has exactly for what they weigh; 0 for none.
+    num_blocks : int
+        Blocks of queries that choose.
+    second_order : bool
+        Weigh groups by their keys' variances too.
+    """
+
+    groups: Any
+    count: int
+    windows: Blocks | None
+    num_keys: int
+    num_blocks: int
+    second_order: bool
+
+
+class _Grouped(NamedTuple):
+    """S places for keys, listed by group, some of them empty, and the C groups.
+
+    Attributes
+    ----------
+    key, group : arrays of int, shape (L, S)
+        Which key stands there, in which group; of an empty place M and more.
+    is_key : array of bool, shape (L, S)
+    k, v, sketch : arrays, shapes (L, S, D), (L, S, E), (L, S, r)
+    along_mu, share : arrays, shape (L, S)
+        ``mu.k_m`` and ``p_m``.
+    log_z : array, shape (L, C)
+        ``log Z_c(mu)``.
+    kt, beta, kt_sketch, variance : arrays, shapes (L, C, D), (L, C, E), (L, C, r), (L, C, D)
+        Averages by the shares; the last one of squares, less the average's.
+    """
+
+    key: Array
+    group: Array
+    is_key: Array
+    k: Array
+    v: Array
+    sketch: Array
+    along_mu: Array
+    share: Array
+    log_z: Array
+    kt: Array
+    beta: Array
+    kt_sketch: Array
+    variance: Array
+
+
+def check_exact(exact: Any) -> tuple[str, ...]:
+    """What is exact, in a tuple."""
+    names = (exact,) if isinstance(exact, str) else tuple(exact)
+    for name in names:
+        check_option("exact", name, ("window", "top"))
+    return names
+
+
+def check_unused(options: dict[str, bool]) -> None:
+    """What EVA as published has alone."""
+    for name, is_given in options.items():
+        if is_given:
+            raise ValueError(f"{name}: expected groups='segments', exact='window', second_order=False with it")
+
+
+def choose(
+    x: Inputs,
+    groups: Any,
+    num_groups: Any,
+    windows: Blocks | None,
+    num_exact: Any,
+    num_blocks: Any,
+    *,
+    second_order: bool,
+) -> Choice:
+    """What the caller asks for, checked."""
+    n, m = x.q.shape[-2], x.k.shape[-2]
+    count = 64 if num_groups is None else check_count("num_groups", num_groups)
+    if isinstance(groups, str):
+        check_option("groups", groups, ("segments", "tree"))
+        groups, count = None, 2 ** _depth(count, m)
+    elif not isinstance(groups, Blocks):
+        groups = _check_labels(x, groups, count, m)
+    keys = min(m, check_count("num_exact", num_exact, minimum=0) * -(-m // count))
+    blocks = min(128, -(-n // 8)) if num_blocks is None else check_count("num_blocks", num_blocks)
+    if not keys and windows is None:
+        raise ValueError("exact: expected a window, or num_exact of at least 1")
+    return Choice(groups, count, windows, keys, blocks, second_order)
+
+
+def _check_labels(x: Inputs, labels: Any, count: int, m: int) -> Array:
+    check_like("groups", labels, x.q)
+    if not x.xp.isdtype(labels.dtype, "integral"):
+        raise TypeError(f"groups: expected 'segments', 'tree' or integers, got dtype {labels.dtype}")
+    if labels.ndim < 1 or labels.shape[-1] != m:
+        raise ValueError(f"groups: expected shape (..., {m}), got {tuple(labels.shape)}")
+    if known(labels) and not x.xp.all((labels >= 0) & (labels < count)):
+        raise ValueError(f"groups: expected labels in range(num_groups={count})")
+    return x.with_heads("groups", x.xp.clip(labels, 0, count - 1), 1)
+
+
+def corrected(x: Inputs, choice: Choice, query_mask: Array | None) -> Array:
+    """The results (..., N, E)."""
+    xp, lead = x.xp, x.lead
+    q, k, v = (_one_lead(y, lead) for y in (x.root * x.q, x.root * x.k, x.v))
+    is_key, is_query = (None if y is None else _one_lead(y[..., None], lead)[..., 0] for y in (x.key_mask, query_mask))
+    (lanes, n, features), values = q.shape, v.shape[-1]
+    mu = _mean(q, is_query)
+    near_mu = hide(constant(q - mu[:, None, :]), is_query)
+    of_q, of_k = sketch(
+        near_mu,
+        hide(constant(k - _mean(k, is_key)[:, None, :]), is_key),
+        max(_LEAST_RANK, features // 4),
+    )
+    grouped = _group(choice, lead, mu, k, v, is_key, of_q, of_k)
+
+    # Of n and more, which fill blocks up, the first query stands in.
+    if choice.windows is None:
+        index = halves(of_q, covariance(of_k), is_query, _depth(choice.num_blocks, n))
+    else:
+        at = choice.windows
+        index = at.index if at.valid is None else at.index + n * ~at.valid
+        index = xp.asarray(index[None, ...], device=placement(q))
+    count, size = index.shape[1:]
+    exact = []
+    if choice.num_keys:
+        exact.append(_chosen(choice, grouped, index, of_q, is_query))
+    if choice.windows is not None:
+        place = xp.argsort(grouped.key, axis=-1)[:, :n]
+        exact.append(entries(place, xp.where(index < n, index, index[..., :1])))
+    slots = xp.sort(exact[0] if len(exact) == 1 else xp.concat(exact, axis=-1), axis=-1)
+
+    of_blocks = xp.reshape(rows(q, xp.where(index < n, index, 0)), (lanes, count, size * features))
+    out = by_rows(
+        lambda q, slots: _attended(q, slots, grouped, mu, size, second_order=choice.second_order),
+        max(1, _AT_HAND // (lanes * slots.shape[-1] * (features + values))),
+        (of_blocks, -2),
+        (slots, -2),
+    )
+    place = xp.argsort(xp.reshape(index, (index.shape[0], count * size)), axis=-1)[:, :n]
+    out = rows(xp.reshape(out, (lanes, count * size, values)), place)
+    return xp.reshape(out, (*lead, n, values))
+
+
+def _group(
+    choice: Choice,
+    lead: tuple[int, ...],
+    mu: Array,
+    k: Array,
+    v: Array,
+    mask: Array | None,
+    of_q: Array,
+    of_k: Array,
+) -> _Grouped:
+    xp, (lanes, m, _) = namespace(k), k.shape
+    device, groups, count = placement(k), choice.groups, choice.count
+    by_label = groups is not None and not isinstance(groups, Blocks)
+    if by_label:
+        labels = _one_lead(groups[..., None], lead)[..., 0]
+        key = xp.argsort(labels, axis=-1)
+        group = entries(labels, key)
+    else:
+        if groups is None:
+            index = halves(of_k, covariance(of_q), mask, _depth(count, m))
+        else:
+            index = groups.index if groups.valid is None else groups.index + m * ~groups.valid
+            index = xp.broadcast_to(xp.asarray(index, device=device)[None, ...], (lanes, *index.shape))
+        count, size = index.shape[1:]
+        key = xp.reshape(index, (lanes, count * size))
+        group = xp.broadcast_to(xp.arange(count * size, device=device)[None, :] // size, key.shape)
+    is_key, real = key < m, xp.where(key < m, key, 0)
+    if mask is not None:
+        is_key = is_key & entries(mask, real)
+    k, v, of_k = rows(k, real), rows(v, real), rows(of_k, real)
+    along_mu = xp.where(is_key, xp.matmul(k, mu[..., None])[..., 0], -math.inf)
+    tokens = xp.concat([k, v, of_k, k * k], axis=-1)
+    if by_label:
+        number = xp.arange(count, dtype=group.dtype, device=device)[None, :, None]
+        of_group = xp.where(group[:, None, :] == number, along_mu[:, None, :], -math.inf)
+        means, log_z = average(of_group, tokens)
+    else:
+        shape = (lanes, count, size)
+        of_group = xp.reshape(along_mu, shape)
+        means, log_z = average_of_all(of_group, xp.reshape(tokens, (*shape, tokens.shape[-1])))
+    share = xp.exp(along_mu - entries(finite(log_z), group))
+    d, e, r = k.shape[-1], v.shape[-1], of_k.shape[-1]
+    kt, beta, kt_sketch = means[..., :d], means[..., d : d + e], means[..., d + e : d + e + r]
+    variance = means[..., d + e + r :] - kt * kt
+    return _Grouped(key, group, is_key, k, v, of_k, along_mu, share, log_z, kt, beta, kt_sketch, variance)
+
+
+def _chosen(choice: Choice, grouped: _Grouped, index: Array, of_q: Array, is_query: Array | None) -> Array:
+    """Places (L, B, T) of the keys that each block's queries weigh most otherwise than their groups do."""
+    xp, (lanes, n, _) = namespace(of_q), of_q.shape
+    blocks, run = index.shape[1], 1
+    if choice.windows is not None:
+        # Windows that follow each other choose together.
+        run = -(-blocks // choice.num_blocks)
+        fill = xp.full((1, -blocks % run, index.shape[2]), n, dtype=index.dtype, device=placement(index))
+        index = xp.concat([index, fill], axis=1)
+        index = xp.reshape(index, (1, index.shape[1] // run, run * index.shape[2]))
+    real = xp.where(index < n, index, 0)
+    is_there = xp.broadcast_to(index < n, (lanes, *index.shape[1:]))
+    if is_query is not None:
+        is_there = is_there & entries(is_query, real)
+    tokens = rows(of_q, real)
+    log_there = log_mask(is_there, tokens)
+    centre = average_of_all(log_there, tokens).out
+    spread = average_of_all(log_there, (tokens - centre[..., None, :]) ** 2).out
+    spread = xp.mean(spread, axis=-1, keepdims=True) / 2
+
+    along_mu, share, v, of_k, of_group = (
+        constant(y) for y in (grouped.along_mu, grouped.share, grouped.v, grouped.sketch, grouped.kt_sketch)
+    )
+    weight = average_of_all(log_mask(grouped.is_key, v), v).out[:, None, :]
+    weight = xp.sqrt(xp.sum((v - weight) ** 2, axis=-1))[:, None, :]
+    square = xp.sum(of_k * of_k, axis=-1)[:, None, :]
+
+    def choose(centre: Array, spread: Array) -> Array:
+        # q.k less what all keys have; the mean of exp over a block's queries, were they Gaussian.
+        exact = xp.matmul(centre, xp.matrix_transpose(of_k)) + spread * square + along_mu[:, None, :]
+        by_group = xp.matrix_transpose(xp.matmul(centre, xp.matrix_transpose(of_group)))
+        by_group = xp.matrix_transpose(rows(by_group, grouped.group)) + along_mu[:, None, :]
+        top = finite(xp.max(exact, axis=-1, keepdims=True))
+        missed = xp.abs(xp.exp(exact - top) - xp.exp(by_group - top)) * weight
+        return largest(xp.where(grouped.is_key[:, None, :], missed, -1.0), choice.num_keys)
+
+    size = max(1, _AT_HAND // (lanes * of_k.shape[1]))
+    found = by_rows(choose, size, (centre, -2), (spread, -2))
+    if run > 1:
+        found = xp.broadcast_to(found[:, :, None, :], (lanes, found.shape[1], run, found.shape[2]))
+        found = xp.reshape(found, (lanes, found.shape[1] * run, found.shape[3]))[:, :blocks, :]
+    return found
+
+
+def _attended(q: Array, slots: Array, grouped: _Grouped, mu: Array, size: int, *, second_order: bool) -> Array:
+    """Of some blocks of queries (L, B, size * D), with their exact keys (L, B, T): (L, B, size * E)."""
+    xp, (lanes, count, _) = namespace(q), q.shape
+    q = xp.reshape(q, (lanes, count, size, mu.shape[-1]))
+    # A place that stands there twice is there once.
+    first = xp.ones_like(slots[..., :1], dtype=xp.bool)
+    is_exact = xp.concat([first, slots[..., 1:] != slots[..., :-1]], axis=-1) & entries(grouped.is_key, slots)
+    v = rows(grouped.v, slots)
+    near = Keys(rows(grouped.k, slots), v, log_mask(is_exact, v))
+    far = _rest(grouped, mu, slots, xp.where(is_exact, entries(grouped.share, slots), 0.0)[..., None], v)
+    if not second_order:
+        out, _ = attend(q, near, far)
+    else:
+        curved = xp.matmul((q - mu[:, None, None, :]) ** 2, xp.matrix_transpose(grouped.variance)[:, None, ...] / 2)
+        out, _ = merge(attend(q, near), attend(q, far, pair_bias=curved))
+    return xp.reshape(out, (lanes, count, size * v.shape[-1]))
+
+
+def _rest(grouped: _Grouped, mu: Array, slots: Array, share: Array, v: Array) -> Keys:
+    """What exact keys (L, B, T), in their order, with shares (L, B, T, 1), leave of the groups: (L, B, C)."""
+    xp, (lanes, count, _), groups = namespace(v), slots.shape, grouped.log_z.shape[-1]
+    # Places are in order, so that those of a group lie between two sums of all up to them.
+    number = xp.arange(groups, dtype=slots.dtype, device=placement(slots))
+    of_slots = entries(xp.astype(grouped.group, slots.dtype), slots)
+    ends = xp.sum(xp.astype(of_slots[..., None, :] <= number[:, None], slots.dtype), axis=-1)
+    sums = xp.cumulative_sum(xp.concat([share, share * v], axis=-1), axis=-2, include_initial=True)
+    flat = xp.reshape(sums, (lanes * count, *sums.shape[-2:]))
+    sums = xp.reshape(rows(flat, xp.reshape(ends, (lanes * count, groups))), (lanes, count, groups, sums.shape[-1]))
+    taken = xp.concat([sums[..., :1, :], sums[..., 1:, :] - sums[..., :-1, :]], axis=-2)
+    left = 1 - taken[..., :1]
+    # As much as sums of shares are rounded by is nothing.
+    is_left = left > 16 * xp.finfo(v.dtype).eps
+    left = xp.where(is_left, left, 1.0)
+    beta = xp.where(is_left, (grouped.beta[:, None, ...] - taken[..., 1:]) / left, 0.0)
+    bias = (grouped.log_z - xp.matmul(grouped.kt, mu[..., None])[..., 0])[:, None, :] + xp.log(left[..., 0])
+    return Keys(grouped.kt[:, None, ...], beta, xp.where(is_left[..., 0], bias, -math.inf))
+
+
+def _one_lead(x: Array, lead: tuple[int, ...]) -> Array:
+    """(..., N, X) -> (L, N, X)."""
+    xp, shape = namespace(x), tuple(x.shape[-2:])
+    return xp.reshape(xp.broadcast_to(x, (*lead, *shape)), (math.prod(lead), *shape))
+
+
+def _mean(x: Array, mask: Array | None) -> Array:
+    """(L, N, D) -> (L, D); zero of nothing."""
+    if mask is None:
+        return namespace(x).mean(x, axis=1)
+    return average_of_all(log_mask(mask, x), hide(x, mask)).out
+
+
+def _depth(count: int, tokens: int) -> int:
+    """How often tokens are halved, to be in at most so many groups."""
+    return min(count, tokens).bit_length() - 1

@@ -1,0 +1,112 @@
+"""Tokens in groups of one size that are near each other where logits are concerned.
+
+Arrays here are (L, N, .), the leading axes in one; nothing of it is differentiated.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from ._inputs import namespace, placement
+
+if TYPE_CHECKING:
+    Array = Any
+
+# Of a large set every so many tokens tell its directions.
+_STRIDE = 4
+_ROUNDS = 2
+
+
+def rows(x: Array, index: Array) -> Array:
+    """Row `index` (L or 1, ...) of each `x` (L, N, X): (L, ..., X)."""
+    xp, (lanes, n, features) = namespace(x), x.shape
+    first = xp.arange(0, lanes * n, n, dtype=index.dtype, device=placement(x))
+    index = index + xp.reshape(first, (lanes,) + (1,) * (index.ndim - 1))
+    found = xp.take(xp.reshape(x, (lanes * n, features)), xp.reshape(index, (-1,)), axis=0)
+    return xp.reshape(found, (*index.shape, features))
+
+
+def entries(x: Array, index: Array) -> Array:
+    """Entry `index` (L or 1, ...) of each `x` (L, N): (L, ...)."""
+    return rows(x[..., None], index)[..., 0]
+
+
+def sketch(q: Array, k: Array, rank: int) -> tuple[Array, Array]:
+    """Coordinates (L, N, r), (L, M, r) whose products approximate ``q . k``, each less its set's mean.
+
+    They are those along the leading eigenvectors X of cov(k) cov(q), by subspace iteration: with
+    ``A = cov(q) X``, ``q . k ~ (X'q) . (X'A)^-1 (A'k)``, the best there is of this rank.
+    """
+    xp, size = namespace(q), q.shape[-1]
+    if size <= rank:
+        return q, k
+    of_q, of_k = (covariance(x[:, :: max(1, min(_STRIDE, x.shape[1] // 64)), :]) for x in (q, k))
+    basis = xp.linalg.qr(of_k[..., :rank])[0]
+    for _ in range(_ROUNDS):
+        basis = xp.linalg.qr(xp.matmul(of_k, xp.matmul(of_q, basis)))[0]
+    along = xp.matmul(of_q, basis)
+    both = xp.matmul(xp.matrix_transpose(basis), along)
+    # A set of equal tokens has no directions, and its products are the mean's.
+    trace = xp.sum(xp.linalg.diagonal(both), axis=-1)[..., None, None]
+    ridge = trace * xp.finfo(q.dtype).eps + xp.finfo(q.dtype).smallest_normal
+    unit = xp.eye(rank, dtype=q.dtype, device=placement(q))
+    inverse = xp.linalg.solve(both + ridge * unit, xp.matrix_transpose(along))
+    return xp.matmul(q, basis), xp.matmul(k, xp.matrix_transpose(inverse))
+
+
+def covariance(x: Array) -> Array:
+    """``x'x / n``, of tokens (L, n, r) about their mean."""
+    xp = namespace(x)
+    return xp.matmul(xp.matrix_transpose(x), x) / x.shape[-2]
+
+
+def halves(x: Array, metric: Array, keep: Array | None, depth: int) -> Array:
+    """Groups (L, 2**depth, s) of tokens `x` (L, N, r), halved again and again along their main direction.
+
+    What is long is measured by `metric` (L, r, r), the covariance of what `x` is multiplied by. Numbers from N
+    on fill the groups up; what is not to keep (L, N) is in the last ones.
+    """
+    xp, (lanes, n, features) = namespace(x), x.shape
+    size = -(-n // 2**depth)
+    fill = size * 2**depth - n
+    device = placement(x)
+    index = xp.broadcast_to(xp.arange(n + fill, device=device)[None, :], (lanes, n + fill))
+    is_token = xp.ones((lanes, n), dtype=xp.bool, device=device) if keep is None else keep
+    if fill:
+        x = xp.concat([x, xp.zeros((lanes, fill, features), dtype=x.dtype, device=device)], axis=1)
+        none = xp.zeros((lanes, fill), dtype=xp.bool, device=device)
+        is_token = xp.concat([is_token, none], axis=1)
+    for level in range(depth):
+        nodes, length = lanes * 2**level, size * 2 ** (depth - level)
+        x, is_token, index = (
+            xp.reshape(y, (nodes, length, *y.shape[2:])) for y in (x, is_token, index)
+        )
+        weight = xp.astype(is_token, x.dtype)[..., None]
+        every = max(1, min(_STRIDE, length // 8))
+        steps = xp.reshape(
+            xp.broadcast_to(metric[:, None, ...], (lanes, 2**level, features, features)),
+            (nodes, features, features),
+        )
+        direction = _direction(x[:, ::every, :], weight[:, ::every, :], steps)
+        along = xp.where(is_token, xp.matmul(x, direction)[..., 0], math.inf)
+        order = xp.argsort(along, axis=-1)
+        x, is_token, index = rows(x, order), entries(is_token, order), entries(index, order)
+    return xp.reshape(index, (lanes, 2**depth, size))
+
+
+def _direction(x: Array, weight: Array, metric: Array) -> Array:
+    """The leading eigenvector (nodes, r, 1) of metric times covariance, from the coordinate that varies most."""
+    xp = namespace(x)
+    tiny = xp.finfo(x.dtype).smallest_normal
+    count = xp.sum(weight, axis=-2, keepdims=True)
+    x = (x - xp.sum(x * weight, axis=-2, keepdims=True) / xp.where(count == 0, 1.0, count)) * weight
+    most = xp.argmax(xp.sum(x * x, axis=-2), axis=-1)
+    start = xp.arange(x.shape[-1], device=placement(x))[None, :] == most[:, None]
+    direction = xp.astype(start, x.dtype)[..., None]
+    for _ in range(_ROUNDS):
+        along = xp.matmul(xp.matrix_transpose(x), xp.matmul(x, direction))
+        direction = xp.matmul(metric, along)
+        longest = xp.max(xp.abs(direction), axis=-2, keepdims=True)
+        direction = direction / xp.where(longest < tiny, 1.0, longest)
+    return direction
