@@ -65,8 +65,12 @@ class _Grouped(NamedTuple):
     ----------
     key, group : arrays of int, shape (L, S)
         Which key stands there, in which group; of an empty place M and more.
+    stop : array of int, shape (L, C)
+        The place after a group's last.
     is_key : array of bool, shape (L, S)
-    k, v, sketch : arrays, shapes (L, S, D), (L, S, E), (L, S, r)
+    tokens : array, shape (L, S, D + E + 1)
+        Keys, values and ones.
+    sketch : array, shape (L, S, r)
     along_mu, share : arrays, shape (L, S)
         ``mu.k_m`` and ``p_m``.
     log_z : array, shape (L, C)
@@ -77,9 +81,9 @@ class _Grouped(NamedTuple):
 
     key: Array
     group: Array
+    stop: Array
     is_key: Array
-    k: Array
-    v: Array
+    tokens: Array
     sketch: Array
     along_mu: Array
     share: Array
@@ -87,7 +91,7 @@ class _Grouped(NamedTuple):
     kt: Array
     beta: Array
     kt_sketch: Array
-    variance: Array
+    variance: Array | None
 
 
 def check_exact(exact: Any) -> tuple[str, ...]:
@@ -213,27 +217,43 @@ def _group(
     is_key, real = key < m, xp.where(key < m, key, 0)
     if mask is not None:
         is_key = is_key & entries(mask, real)
-    k, v, of_k = rows(k, real), rows(v, real), rows(of_k, real)
+    d, e, r = k.shape[-1], v.shape[-1], of_k.shape[-1]
+    tokens = rows(xp.concat([k, v, xp.ones_like(k[..., :1]), of_k], axis=-1), real)
+    k = tokens[..., :d]
     along_mu = xp.where(is_key, xp.matmul(k, mu[..., None])[..., 0], -math.inf)
-    tokens = xp.concat([k, v, of_k, k * k], axis=-1)
+    averaged = xp.concat([tokens, k * k], axis=-1) if choice.second_order else tokens
     if by_label:
         number = xp.arange(count, dtype=group.dtype, device=device)[None, :, None]
-        of_group = xp.where(group[:, None, :] == number, along_mu[:, None, :], -math.inf)
-        means, log_z = average(of_group, tokens)
+        group_of = group[:, None, :]
+        stop = xp.sum(xp.astype(group_of <= number, key.dtype), axis=-1)
+        means, log_z = average(xp.where(group_of == number, along_mu[:, None, :], -math.inf), averaged)
     else:
+        stop = xp.broadcast_to(xp.arange(size, (count + 1) * size, size, device=device)[None, :], (lanes, count))
         shape = (lanes, count, size)
-        of_group = xp.reshape(along_mu, shape)
-        means, log_z = average_of_all(of_group, xp.reshape(tokens, (*shape, tokens.shape[-1])))
-    share = xp.exp(along_mu - entries(finite(log_z), group))
-    d, e, r = k.shape[-1], v.shape[-1], of_k.shape[-1]
-    kt, beta, kt_sketch = means[..., :d], means[..., d : d + e], means[..., d + e : d + e + r]
-    variance = means[..., d + e + r :] - kt * kt
-    return _Grouped(key, group, is_key, k, v, of_k, along_mu, share, log_z, kt, beta, kt_sketch, variance)
+        means, log_z = average_of_all(
+            xp.reshape(along_mu, shape), xp.reshape(averaged, (*shape, averaged.shape[-1]))
+        )
+    kt, beta = means[..., :d], means[..., d : d + e]
+    return _Grouped(
+        key=key,
+        group=group,
+        stop=stop,
+        is_key=is_key,
+        tokens=tokens[..., : d + e + 1],
+        sketch=tokens[..., d + e + 1 :],
+        along_mu=along_mu,
+        share=xp.exp(along_mu - entries(finite(log_z), group)),
+        log_z=log_z,
+        kt=kt,
+        beta=beta,
+        kt_sketch=means[..., d + e + 1 : d + e + 1 + r],
+        variance=means[..., d + e + 1 + r :] - kt * kt if choice.second_order else None,
+    )
 
 
 def _chosen(choice: Choice, grouped: _Grouped, index: Array, of_q: Array, is_query: Array | None) -> Array:
     """Places (L, B, T) of the keys that each block's queries weigh most otherwise than their groups do."""
-    xp, (lanes, n, _) = namespace(of_q), of_q.shape
+    xp, (lanes, n, _), values = namespace(of_q), of_q.shape, grouped.beta.shape[-1]
     blocks, run = index.shape[1], 1
     if choice.windows is not None:
         # Windows that follow each other choose together.
@@ -249,10 +269,14 @@ def _chosen(choice: Choice, grouped: _Grouped, index: Array, of_q: Array, is_que
     log_there = log_mask(is_there, tokens)
     centre = average_of_all(log_there, tokens).out
     spread = average_of_all(log_there, (tokens - centre[..., None, :]) ** 2).out
+    # Of a block of padding alone, any query's.
+    is_empty = ~xp.any(is_there, axis=-1, keepdims=True)
+    spread = xp.where(is_empty, xp.mean(of_q * of_q, axis=1, keepdims=True), spread)
     spread = xp.mean(spread, axis=-1, keepdims=True) / 2
 
-    along_mu, share, v, of_k, of_group = (
-        constant(y) for y in (grouped.along_mu, grouped.share, grouped.v, grouped.sketch, grouped.kt_sketch)
+    along_mu, v, of_k, of_group = (
+        constant(y)
+        for y in (grouped.along_mu, grouped.tokens[..., -values - 1 : -1], grouped.sketch, grouped.kt_sketch)
     )
     weight = average_of_all(log_mask(grouped.is_key, v), v).out[:, None, :]
     weight = xp.sqrt(xp.sum((v - weight) ** 2, axis=-1))[:, None, :]
@@ -282,33 +306,40 @@ def _attended(q: Array, slots: Array, grouped: _Grouped, mu: Array, size: int, *
     # A place that stands there twice is there once.
     first = xp.ones_like(slots[..., :1], dtype=xp.bool)
     is_exact = xp.concat([first, slots[..., 1:] != slots[..., :-1]], axis=-1) & entries(grouped.is_key, slots)
-    v = rows(grouped.v, slots)
-    near = Keys(rows(grouped.k, slots), v, log_mask(is_exact, v))
-    far = _rest(grouped, mu, slots, xp.where(is_exact, entries(grouped.share, slots), 0.0)[..., None], v)
+    d = mu.shape[-1]
+    tokens = rows(grouped.tokens, slots)
+    near = Keys(tokens[..., :d], tokens[..., d:-1], log_mask(is_exact, tokens))
+    share = xp.where(is_exact, entries(grouped.share, slots), 0.0)
+    far = _rest(grouped, mu, slots, share[..., None] * tokens[..., d:])
     if not second_order:
         out, _ = attend(q, near, far)
     else:
         curved = xp.matmul((q - mu[:, None, None, :]) ** 2, xp.matrix_transpose(grouped.variance)[:, None, ...] / 2)
         out, _ = merge(attend(q, near), attend(q, far, pair_bias=curved))
-    return xp.reshape(out, (lanes, count, size * v.shape[-1]))
+    return xp.reshape(out, (lanes, count, size * grouped.beta.shape[-1]))
 
 
-def _rest(grouped: _Grouped, mu: Array, slots: Array, share: Array, v: Array) -> Keys:
-    """What exact keys (L, B, T), in their order, with shares (L, B, T, 1), leave of the groups: (L, B, C)."""
-    xp, (lanes, count, _), groups = namespace(v), slots.shape, grouped.log_z.shape[-1]
+def _rest(grouped: _Grouped, mu: Array, slots: Array, taken: Array) -> Keys:
+    """What exact keys (L, B, T), in their order, leave of the groups: (L, B, C).
+
+    `taken` (L, B, T, E + 1) are their values and ones times their shares.
+    """
+    xp, (lanes, count, num_keys), groups = namespace(taken), slots.shape, grouped.log_z.shape[-1]
     # Places are in order, so that those of a group lie between two sums of all up to them.
-    number = xp.arange(groups, dtype=slots.dtype, device=placement(slots))
-    of_slots = entries(xp.astype(grouped.group, slots.dtype), slots)
-    ends = xp.sum(xp.astype(of_slots[..., None, :] <= number[:, None], slots.dtype), axis=-1)
-    sums = xp.cumulative_sum(xp.concat([share, share * v], axis=-1), axis=-2, include_initial=True)
-    flat = xp.reshape(sums, (lanes * count, *sums.shape[-2:]))
-    sums = xp.reshape(rows(flat, xp.reshape(ends, (lanes * count, groups))), (lanes, count, groups, sums.shape[-1]))
+    block = xp.reshape(xp.arange(lanes * count, dtype=slots.dtype, device=placement(slots)), (lanes, count, 1))
+    first = block * grouped.group.shape[-1]
+    stops = xp.reshape(xp.astype(grouped.stop, slots.dtype)[:, None, :] + first, (-1,))
+    ends = xp.searchsorted(xp.reshape(slots + first, (-1,)), stops, side="left")
+    ends = xp.reshape(ends, (lanes * count, groups)) - xp.reshape(block, (-1, 1)) * num_keys
+    sums = xp.cumulative_sum(taken, axis=-2, include_initial=True)
+    sums = rows(xp.reshape(sums, (lanes * count, num_keys + 1, sums.shape[-1])), ends)
+    sums = xp.reshape(sums, (lanes, count, groups, sums.shape[-1]))
     taken = xp.concat([sums[..., :1, :], sums[..., 1:, :] - sums[..., :-1, :]], axis=-2)
-    left = 1 - taken[..., :1]
+    left = 1 - taken[..., -1:]
     # As much as sums of shares are rounded by is nothing.
-    is_left = left > 16 * xp.finfo(v.dtype).eps
+    is_left = left > 16 * xp.finfo(taken.dtype).eps
     left = xp.where(is_left, left, 1.0)
-    beta = xp.where(is_left, (grouped.beta[:, None, ...] - taken[..., 1:]) / left, 0.0)
+    beta = xp.where(is_left, (grouped.beta[:, None, ...] - taken[..., :-1]) / left, 0.0)
     bias = (grouped.log_z - xp.matmul(grouped.kt, mu[..., None])[..., 0])[:, None, :] + xp.log(left[..., 0])
     return Keys(grouped.kt[:, None, ...], beta, xp.where(is_left[..., 0], bias, -math.inf))
 

@@ -33,26 +33,36 @@ def entries(x: Array, index: Array) -> Array:
 
 
 def sketch(q: Array, k: Array, rank: int) -> tuple[Array, Array]:
-    """Coordinates (L, N, r), (L, M, r) whose products approximate ``q . k``, each less its set's mean.
+    """Coordinates (L, N, r), (L, M, r) whose products approximate ``q . k``, of tokens about their means.
 
-    They are those along the leading eigenvectors X of cov(k) cov(q), by subspace iteration: with
-    ``A = cov(q) X``, ``q . k ~ (X'q) . (X'A)^-1 (A'k)``, the best there is of this rank.
+    ``X'q`` and ``(cov(q) X)'k`` with the leading eigenvectors X of cov(k) cov(q), orthonormal by cov(q): the best
+    there is of this rank. By subspace iteration.
     """
-    xp, size = namespace(q), q.shape[-1]
-    if size <= rank:
+    if q.shape[-1] <= rank:
         return q, k
+    matmul = namespace(q).matmul
     of_q, of_k = (covariance(x[:, :: max(1, min(_STRIDE, x.shape[1] // 64)), :]) for x in (q, k))
-    basis = xp.linalg.qr(of_k[..., :rank])[0]
+    basis = _orthonormal(of_k[..., :rank], of_q)
     for _ in range(_ROUNDS):
-        basis = xp.linalg.qr(xp.matmul(of_k, xp.matmul(of_q, basis)))[0]
-    along = xp.matmul(of_q, basis)
-    both = xp.matmul(xp.matrix_transpose(basis), along)
-    # A set of equal tokens has no directions, and its products are the mean's.
-    trace = xp.sum(xp.linalg.diagonal(both), axis=-1)[..., None, None]
-    ridge = trace * xp.finfo(q.dtype).eps + xp.finfo(q.dtype).smallest_normal
-    unit = xp.eye(rank, dtype=q.dtype, device=placement(q))
-    inverse = xp.linalg.solve(both + ridge * unit, xp.matrix_transpose(along))
-    return xp.matmul(q, basis), xp.matmul(k, xp.matrix_transpose(inverse))
+        basis = _orthonormal(matmul(of_k, matmul(of_q, basis)), of_q)
+    return matmul(q, basis), matmul(k, matmul(of_q, basis))
+
+
+def _orthonormal(x: Array, metric: Array) -> Array:
+    """The columns of `x` (L, D, r) made orthonormal by the metric, one by one; those that have no more, zero."""
+    xp, done = namespace(x), []
+    transpose = xp.matrix_transpose
+    largest = xp.sqrt(xp.max(xp.sum(x * xp.matmul(metric, x), axis=-2), axis=-1))[:, None, None]
+    for _ in range(x.shape[-1]):
+        one, x = x[..., :1], x[..., 1:]
+        along = xp.matmul(metric, one)
+        length = xp.sqrt(xp.abs(xp.sum(one * along, axis=-2, keepdims=True)))
+        is_more = length > largest * xp.finfo(x.dtype).eps ** 0.5
+        length = xp.where(is_more, length, 1.0)
+        one, along = xp.where(is_more, one / length, 0.0), along / length
+        done.append(one)
+        x = x - xp.matmul(one, xp.matmul(transpose(along), x))
+    return xp.concat(done, axis=-1)
 
 
 def covariance(x: Array) -> Array:
