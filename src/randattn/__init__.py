@@ -1,6 +1,7 @@
 """Softmax attention and its Monte Carlo estimators, on any array library."""
 
 from ._attend import Average
+from ._counts import multiply_adds
 from ._eva import eva
 from ._eva_step import EVAState, eva_step
 from ._lara import lara
@@ -18,6 +19,7 @@ __all__ = [
     "eva_step",
     "lara",
     "merge",
+    "multiply_adds",
     "ra",
     "rfa",
     "rfa_step",

@@ -12,13 +12,14 @@ and of each group what they leave: ``attend(q, [k_E ; kt_c], [v_E ; beta_c], [0 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ._attend import Keys, average, average_of_all, finite, merge
-from ._fused import attend, by_rows, constant, known, largest
-from ._inputs import check_count, check_like, check_option, hide, log_mask, namespace, placement
+from ._fused import attend, by_rows, chunked, constant, known, largest
+from ._inputs import check_count, check_like, check_option, hide, is_array, log_mask, namespace, placement
 from ._plans import Blocks
-from ._tree import covariance, entries, halves, rows, sketch
+from ._tree import STRIDE, covariance, entries, halves, rows, sketch
 
 if TYPE_CHECKING:
     from ._inputs import Inputs
@@ -75,6 +76,8 @@ class _Grouped(NamedTuple):
         ``mu.k_m`` and ``p_m``.
     log_z : array, shape (L, C)
         ``log Z_c(mu)``.
+    lowest, highest : arrays, shape (L, 1, 1, E)
+        Of all values.
     kt, beta, kt_sketch, variance : arrays, shapes (L, C, D), (L, C, E), (L, C, r), (L, C, D)
         Averages by the shares; the last one of squares, less the average's.
     """
@@ -88,6 +91,8 @@ class _Grouped(NamedTuple):
     along_mu: Array
     share: Array
     log_z: Array
+    lowest: Array
+    highest: Array
     kt: Array
     beta: Array
     kt_sketch: Array
@@ -124,11 +129,11 @@ def choose(
     count = 64 if num_groups is None else check_count("num_groups", num_groups)
     if isinstance(groups, str):
         check_option("groups", groups, ("segments", "tree"))
-        groups, count = None, 2 ** _depth(count, m)
+        groups, count = None, 2 ** depth_of(count, m)
     elif not isinstance(groups, Blocks):
         groups = _check_labels(x, groups, count, m)
     keys = min(m, check_count("num_exact", num_exact, minimum=0) * -(-m // count))
-    blocks = min(128, -(-n // 8)) if num_blocks is None else check_count("num_blocks", num_blocks)
+    blocks = default_blocks(n) if num_blocks is None else check_count("num_blocks", num_blocks)
     if not keys and windows is None:
         raise ValueError("exact: expected a window, or num_exact of at least 1")
     return Choice(groups, count, windows, keys, blocks, second_order)
@@ -147,6 +152,21 @@ def _check_labels(x: Inputs, labels: Any, count: int, m: int) -> Array:
 
 def corrected(x: Inputs, choice: Choice, query_mask: Array | None) -> Array:
     """The results (..., N, E)."""
+    chunks = chunked(x.q)
+    if chunks is None:
+        return _corrected(x, choice, query_mask)
+    # Which token is near which is for all of them to tell.
+    labels = choice.groups if is_array(choice.groups) else None
+
+    def of_chunks(q: Array, k: Array, v: Array, mask: Array, query_mask: Array, labels: Array) -> Array:
+        part = replace(x, q=q, k=k, v=v, key_mask=mask)
+        return _corrected(part, choice if labels is None else choice._replace(groups=labels), query_mask)
+
+    given = ((x.q, 2), (x.k, 2), (x.v, 2), (x.key_mask, 1), (query_mask, 1), (labels, 1))
+    return chunks.with_whole_tokens(of_chunks, x.v.shape[-1], *given)
+
+
+def _corrected(x: Inputs, choice: Choice, query_mask: Array | None) -> Array:
     xp, lead = x.xp, x.lead
     q, k, v = (_one_lead(y, lead) for y in (x.root * x.q, x.root * x.k, x.v))
     is_key, is_query = (None if y is None else _one_lead(y[..., None], lead)[..., 0] for y in (x.key_mask, query_mask))
@@ -156,13 +176,13 @@ def corrected(x: Inputs, choice: Choice, query_mask: Array | None) -> Array:
     of_q, of_k = sketch(
         near_mu,
         hide(constant(k - _mean(k, is_key)[:, None, :]), is_key),
-        max(_LEAST_RANK, features // 4),
+        rank_of(features),
     )
     grouped = _group(choice, lead, mu, k, v, is_key, of_q, of_k)
 
     # Of n and more, which fill blocks up, the first query stands in.
     if choice.windows is None:
-        index = halves(of_q, covariance(of_k), is_query, _depth(choice.num_blocks, n))
+        index = halves(of_q, covariance(of_k[:, ::STRIDE, :]), is_query, depth_of(choice.num_blocks, n))
     else:
         at = choice.windows
         index = at.index if at.valid is None else at.index + n * ~at.valid
@@ -207,7 +227,7 @@ def _group(
         group = entries(labels, key)
     else:
         if groups is None:
-            index = halves(of_k, covariance(of_q), mask, _depth(count, m))
+            index = halves(of_k, covariance(of_q[:, ::STRIDE, :]), mask, depth_of(count, m))
         else:
             index = groups.index if groups.valid is None else groups.index + m * ~groups.valid
             index = xp.broadcast_to(xp.asarray(index, device=device)[None, ...], (lanes, *index.shape))
@@ -234,6 +254,7 @@ def _group(
             xp.reshape(along_mu, shape), xp.reshape(averaged, (*shape, averaged.shape[-1]))
         )
     kt, beta = means[..., :d], means[..., d : d + e]
+    v = tokens[..., None, :, d : d + e]
     return _Grouped(
         key=key,
         group=group,
@@ -244,6 +265,8 @@ def _group(
         along_mu=along_mu,
         share=xp.exp(along_mu - entries(finite(log_z), group)),
         log_z=log_z,
+        lowest=constant(xp.min(v, axis=-2, keepdims=True)),
+        highest=constant(xp.max(v, axis=-2, keepdims=True)),
         kt=kt,
         beta=beta,
         kt_sketch=means[..., d + e + 1 : d + e + 1 + r],
@@ -326,22 +349,33 @@ def _rest(grouped: _Grouped, mu: Array, slots: Array, taken: Array) -> Keys:
     """
     xp, (lanes, count, num_keys), groups = namespace(taken), slots.shape, grouped.log_z.shape[-1]
     # Places are in order, so that those of a group lie between two sums of all up to them.
-    block = xp.reshape(xp.arange(lanes * count, dtype=slots.dtype, device=placement(slots)), (lanes, count, 1))
-    first = block * grouped.group.shape[-1]
-    stops = xp.reshape(xp.astype(grouped.stop, slots.dtype)[:, None, :] + first, (-1,))
-    ends = xp.searchsorted(xp.reshape(slots + first, (-1,)), stops, side="left")
-    ends = xp.reshape(ends, (lanes * count, groups)) - xp.reshape(block, (-1, 1)) * num_keys
+    slots = xp.reshape(slots, (lanes * count, num_keys))
+    stops = xp.broadcast_to(xp.astype(grouped.stop, slots.dtype)[:, None, :], (lanes, count, groups))
+    ends = _how_many_below(slots, xp.reshape(stops, (lanes * count, groups)))
     sums = xp.cumulative_sum(taken, axis=-2, include_initial=True)
     sums = rows(xp.reshape(sums, (lanes * count, num_keys + 1, sums.shape[-1])), ends)
     sums = xp.reshape(sums, (lanes, count, groups, sums.shape[-1]))
     taken = xp.concat([sums[..., :1, :], sums[..., 1:, :] - sums[..., :-1, :]], axis=-2)
     left = 1 - taken[..., -1:]
     # As much as sums of shares are rounded by is nothing.
-    is_left = left > 16 * xp.finfo(taken.dtype).eps
+    is_left = left > 64 * xp.finfo(taken.dtype).eps
     left = xp.where(is_left, left, 1.0)
     beta = xp.where(is_left, (grouped.beta[:, None, ...] - taken[..., :-1]) / left, 0.0)
+    # Rounding must not take the average of what is left out of the values' range.
+    beta = beta + constant(xp.minimum(xp.maximum(beta, grouped.lowest), grouped.highest) - beta)
     bias = (grouped.log_z - xp.matmul(grouped.kt, mu[..., None])[..., 0])[:, None, :] + xp.log(left[..., 0])
     return Keys(grouped.kt[:, None, ...], beta, xp.where(is_left[..., 0], bias, -math.inf))
+
+
+def _how_many_below(x: Array, bounds: Array) -> Array:
+    """Of each `x` (R, T), in order, how many are below its bounds (R, C): by bisection."""
+    xp, size = namespace(x), x.shape[-1]
+    found = xp.zeros_like(bounds)
+    for power in reversed(range(size.bit_length())):
+        more = found + 2**power
+        is_below = (more <= size) & (entries(x, xp.where(more <= size, more, size) - 1) < bounds)
+        found = xp.where(is_below, more, found)
+    return found
 
 
 def _one_lead(x: Array, lead: tuple[int, ...]) -> Array:
@@ -357,6 +391,16 @@ def _mean(x: Array, mask: Array | None) -> Array:
     return average_of_all(log_mask(mask, x), hide(x, mask)).out
 
 
-def _depth(count: int, tokens: int) -> int:
+def depth_of(count: int, tokens: int) -> int:
     """How often tokens are halved, to be in at most so many groups."""
     return min(count, tokens).bit_length() - 1
+
+
+def rank_of(features: int) -> int:
+    """The coordinates that keys are chosen by."""
+    return min(features, max(_LEAST_RANK, features // 4))
+
+
+def default_blocks(tokens: int) -> int:
+    """Blocks of 8 queries, and not more than make products of matrices worth their name."""
+    return min(64, -(-tokens // 8))

@@ -260,6 +260,35 @@ def regroup(
     return _apart(_tasks(of_chunks, names, chunks, operands), names, chunks, out.shape[-1])
 
 
+def with_whole_tokens(
+    function: Callable[..., Array], size: int, *arrays: tuple[Array | None, int]
+) -> Array:
+    """``function(*arrays)`` (..., N, size), N that of the first array, a task for each chunk of leading axes.
+
+    Of each array the number of its trailing axes, which are in one chunk.
+    """
+    given: list[tuple[Any, ...]] = []
+    for number, (x, trailing) in enumerate(arrays):
+        if x is not None:
+            x = x.rechunk({-1 - axis: -1 for axis in range(trailing)}, method="tasks")
+        given.append((x, *(f"{axis} {number}" for axis in range(trailing))))
+    lead = _lead(max(x.ndim - trailing for x, trailing in arrays if x is not None))
+    chunks, operands = _laid_out(lead, given)
+    (q, _), *_ = arrays
+    names = (*lead, "0 0", "result")
+    chunks["result"] = (size,)
+    found = da.blockwise(
+        lambda *blocks: function(*map(_chunk, blocks)),
+        names,
+        *(part for x, own in operands for part in (x, own)),
+        new_axes={"result": size},
+        concatenate=True,
+        dtype=q.dtype,
+        meta=meta_from_array(q, ndim=len(names)),
+    )
+    return cut_as(found, q)
+
+
 def along(rows: Any, tokens: Array) -> Array:
     """A NumPy array in as many chunks as the tokens."""
     return da.from_array(rows, chunks=(-(-rows.shape[0] // tokens.numblocks[-2]), *rows.shape[1:]))

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     Array = Any
 
 # Of a large set every so many tokens tell its directions.
-_STRIDE = 4
-_ROUNDS = 2
+STRIDE = 4
+ROUNDS = 2
 
 
 def rows(x: Array, index: Array) -> Array:
@@ -41,11 +41,16 @@ def sketch(q: Array, k: Array, rank: int) -> tuple[Array, Array]:
     if q.shape[-1] <= rank:
         return q, k
     matmul = namespace(q).matmul
-    of_q, of_k = (covariance(x[:, :: max(1, min(_STRIDE, x.shape[1] // 64)), :]) for x in (q, k))
+    of_q, of_k = (covariance(x[:, :: stride_of(x.shape[1]), :]) for x in (q, k))
     basis = _orthonormal(of_k[..., :rank], of_q)
-    for _ in range(_ROUNDS):
+    for _ in range(ROUNDS):
         basis = _orthonormal(matmul(of_k, matmul(of_q, basis)), of_q)
     return matmul(q, basis), matmul(k, matmul(of_q, basis))
+
+
+def stride_of(tokens: int) -> int:
+    """Every so many of them tell a set's covariance."""
+    return max(1, min(STRIDE, tokens // 64))
 
 
 def _orthonormal(x: Array, metric: Array) -> Array:
@@ -93,7 +98,7 @@ def halves(x: Array, metric: Array, keep: Array | None, depth: int) -> Array:
             xp.reshape(y, (nodes, length, *y.shape[2:])) for y in (x, is_token, index)
         )
         weight = xp.astype(is_token, x.dtype)[..., None]
-        every = max(1, min(_STRIDE, length // 8))
+        every = max(1, min(STRIDE, length // 8))
         steps = xp.reshape(
             xp.broadcast_to(metric[:, None, ...], (lanes, 2**level, features, features)),
             (nodes, features, features),
@@ -114,7 +119,7 @@ def _direction(x: Array, weight: Array, metric: Array) -> Array:
     most = xp.argmax(xp.sum(x * x, axis=-2), axis=-1)
     start = xp.arange(x.shape[-1], device=placement(x))[None, :] == most[:, None]
     direction = xp.astype(start, x.dtype)[..., None]
-    for _ in range(_ROUNDS):
+    for _ in range(ROUNDS):
         along = xp.matmul(xp.matrix_transpose(x), xp.matmul(x, direction))
         direction = xp.matmul(metric, along)
         longest = xp.max(xp.abs(direction), axis=-2, keepdims=True)

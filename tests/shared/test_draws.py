@@ -9,7 +9,8 @@ from tests.calls import eva, lara, ra, rfa
 from tests.shared.estimators import ESTIMATORS
 
 N, D = 10, 4
-DRAWN = [name for name in ESTIMATORS if name not in ("softmax", "lara deterministic", "eva deterministic")]
+DETERMINISTIC = ("softmax", "lara deterministic", "eva deterministic", "eva top", "eva top and window", "eva second order")
+DRAWN = [name for name in ESTIMATORS if name not in DETERMINISTIC]
 
 
 def inputs(seed=0, lead=(2, 2)):
