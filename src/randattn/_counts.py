@@ -7,7 +7,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from ._eva import eva
-from ._eva_exact import default_blocks, depth_of, rank_of
+from ._eva_choice import default_blocks, depth_of, keys_of, rank_of
 from ._inputs import check_count
 from ._lara import lara
 from ._ra import ra
@@ -48,8 +48,8 @@ def multiply_adds(
     Returns
     -------
     int
-        Multiply-adds of products of matrices and of weighted sums, those that choose groups and keys included.
-        Exponentials, comparisons, sorts and sums without weights are not.
+        Multiply-adds of products of matrices and of weighted sums, those that choose groups and keys
+        included. Exponentials, comparisons, sorts and sums without weights are not.
 
     Raises
     ------
@@ -62,8 +62,7 @@ def multiply_adds(
 
     Notes
     -----
-    Exact attention takes ``N M (D + E)``. Where an estimator takes blocks of two sizes, the larger one counts for
-    all, so that counts are too high by as much as is filled up.
+    Exact attention takes ``N M (D + E)``. Blocks count as large as they are when filled up.
 
     Examples
     --------
@@ -82,7 +81,9 @@ def multiply_adds(
         eva: _eva,
     }
     if estimator not in counts:
-        raise TypeError(f"estimator: expected one of {', '.join(f.__name__ for f in counts)}, got {estimator!r}")
+        raise TypeError(
+            f"estimator: expected one of {', '.join(f.__name__ for f in counts)}, got {estimator!r}"
+        )
     sizes = [check_count(name, size) for name, size in zip("nmde", (n, m, d, e), strict=True)]
     known = inspect.signature(estimator).parameters
     for name in options:
@@ -90,7 +91,9 @@ def multiply_adds(
             raise TypeError(f"{estimator.__name__} has no option {name!r}")
     if options.get("is_causal"):
         raise NotImplementedError("is_causal: causal calls are not counted")
-    filled = {name: known[name].default for name in known if known[name].kind is inspect.Parameter.KEYWORD_ONLY}
+    filled = {
+        name: known[name].default for name in known if known[name].kind is inspect.Parameter.KEYWORD_ONLY
+    }
     return math.ceil(counts[estimator](*sizes, {**filled, **options}))
 
 
@@ -127,7 +130,12 @@ def _eva(n: int, m: int, d: int, e: int, options: Any) -> float:
     size = options["group_size"]
     c = min(_number(options["num_groups"]), m) if size is None else -(-m // _number(size))
     w = _number(options["window"]) if "window" in exact else 0
-    if isinstance(groups, str) and groups == "segments" and "top" not in exact and not options["second_order"]:
+    if (
+        isinstance(groups, str)
+        and groups == "segments"
+        and "top" not in exact
+        and not options["second_order"]
+    ):
         near = n * min(w, m) * (d + e)
         return near + n * c * (d + e) + m * (2 * d + e)
     by_tree = isinstance(groups, str) and groups == "tree"
@@ -137,7 +145,7 @@ def _eva(n: int, m: int, d: int, e: int, options: Any) -> float:
     places = -(-m // c) * c if by_tree else m
     r = rank_of(d)
     blocks = options["num_blocks"] or default_blocks(n)
-    t = min(m, options["num_exact"] * -(-m // c)) if "top" in exact else 0
+    t = keys_of(options["num_exact"], m, c) if "top" in exact else 0
     count = float(places * d + (places * c if labels else places) * (d + e + 1 + r))
     if options["second_order"]:
         count += places * d * (c if labels else 1) + n * c * d
@@ -146,7 +154,7 @@ def _eva(n: int, m: int, d: int, e: int, options: Any) -> float:
         orthonormal = 2 * d * d * r + d * r * r
         count += sampled * d * d + (1 + ROUNDS) * orthonormal + (2 * ROUNDS + 1) * d * d * r + (n + m) * d * r
     if by_tree:
-        count += _halves(m, depth_of(c, m), r) + -(-n // STRIDE) * r * r
+        count += _halves(m, depth_of(c, m), r) + -(-n // stride_of(n)) * r * r
     if w:
         of_blocks = -(-n // w)
         filled = of_blocks * w
@@ -154,7 +162,7 @@ def _eva(n: int, m: int, d: int, e: int, options: Any) -> float:
     else:
         of_blocks = choosing = 2 ** depth_of(blocks, n)
         filled = -(-n // of_blocks) * of_blocks
-        count += _halves(n, depth_of(blocks, n), r) + -(-m // STRIDE) * r * r
+        count += _halves(n, depth_of(blocks, n), r) + -(-m // stride_of(m)) * r * r
     if t:
         count += choosing * (places + c) * r + 2 * filled * r + m * (e + r)
     exactly = t + w

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from ._attend import Average, Keys
 from ._draws import normal_draws
-from ._eva_exact import check_exact, check_unused, choose, corrected
+from ._eva_choice import check_exact, check_unused, choose
+from ._eva_exact import corrected
 from ._eva_step import state_after
 from ._fused import attend, lanes_of, take, undisturbed
 from ._inputs import (
@@ -63,7 +64,7 @@ def eva(
     groups: Any = "segments",
     exact: str | tuple[str, ...] = "window",
     window: int | tuple[int, ...] = 64,
-    num_exact: int = 8,
+    num_exact: float = 8,
     num_blocks: int | None = None,
     second_order: bool = False,
     landmarks: tuple[Array, Array] | None = None,
@@ -108,15 +109,15 @@ def eva(
         Tokens of the window of keys that a query sees exactly: blocks of so many tokens, the last one
         smaller where it does not divide. Of a `grid`, the block's size on each axis, or its number of
         tokens. 0: none, and the only choice where N is not M.
-    num_exact : int, default 8
+    num_exact : float, default 8
         With ``exact="top"``: how many groups' worth of keys, so many times ``M / num_groups``.
     num_blocks : int, optional
-        With ``exact="top"``: in how many blocks of queries near each other, rounded down to a power of two (with
-        a window: in how many runs of windows) keys are chosen, by default 128 or as many as there are queries by
-        eights. More are more accurate and slower.
+        With ``exact="top"``: in how many blocks of queries near each other, rounded down to a power of
+        two, or runs of windows, keys are chosen; by default N / 8, at most 64. More are more accurate
+        and slower.
     second_order : bool, default False
-        Weigh a group by the variances of its keys too, ``q . Sigma . q / 2``: right for Gaussian keys, and more
-        than there is for others.
+        Weigh a group by the variances of its keys too: right for Gaussian keys. Where there are exact
+        keys it has made trained models' inputs worse more often than better.
     landmarks : tuple of arrays, shapes (..., C, D), optional
         ``(q_landmarks, k_landmarks)`` of the caller's own, in the units of `q` and `k`, instead of the
         groups' means.
@@ -218,12 +219,12 @@ def eva(
         if by_segments:
             at = blocks(tokens, *_check_groups(tokens, num_groups, group_size, None, None))
             count = at.index.shape[0]
-        tile = _check_window(x, window, tokens) if "window" in exactly else None
+        shape = _check_window(x, window, tokens) if "window" in exactly else None
         choice = choose(
             x,
             at,
             count,
-            None if tile is None else blocks(tokens, "tiles", tile),
+            None if shape is None else blocks(tokens, "tiles", shape),
             num_exact if "top" in exactly else 0,
             num_blocks,
             second_order=second_order,

@@ -16,47 +16,20 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ._attend import Keys, average, average_of_all, finite, merge
-from ._fused import attend, by_rows, chunked, constant, known, largest
-from ._inputs import check_count, check_like, check_option, hide, is_array, log_mask, namespace, placement
+from ._eva_choice import depth_of, rank_of
+from ._fused import attend, by_rows, chunked, constant, largest
+from ._inputs import hide, is_array, log_mask, namespace, placement
 from ._plans import Blocks
-from ._tree import STRIDE, covariance, entries, halves, rows, sketch
+from ._tree import covariance, entries, halves, rows, sketch, stride_of
 
 if TYPE_CHECKING:
+    from ._eva_choice import Choice
     from ._inputs import Inputs
 
     Array = Any
 
 # Numbers that are at hand at a time: of scores, of gathered keys and values.
 _AT_HAND = 1 << 22
-# Coordinates that keys are chosen by: a quarter of the features, and not fewer than these.
-_LEAST_RANK = 8
-
-
-class Choice(NamedTuple):
-    """What is grouped and what is exact.
-
-    Attributes
-    ----------
-    groups : Blocks, array of int (..., M), or None
-        Given ones; labels; or by a tree.
-    count : int
-        Groups C, of the tree and of labels.
-    windows : Blocks or None
-        Of queries whose own keys are exact.
-    num_keys : int
-        Keys that a block of queries has exactly for what they weigh; 0 for none.
-    num_blocks : int
-        Blocks of queries that choose.
-    second_order : bool
-        Weigh groups by their keys' variances too.
-    """
-
-    groups: Any
-    count: int
-    windows: Blocks | None
-    num_keys: int
-    num_blocks: int
-    second_order: bool
 
 
 class _Grouped(NamedTuple):
@@ -99,57 +72,6 @@ class _Grouped(NamedTuple):
     variance: Array | None
 
 
-def check_exact(exact: Any) -> tuple[str, ...]:
-    """What is exact, in a tuple."""
-    names = (exact,) if isinstance(exact, str) else tuple(exact)
-    for name in names:
-        check_option("exact", name, ("window", "top"))
-    return names
-
-
-def check_unused(options: dict[str, bool]) -> None:
-    """What EVA as published has alone."""
-    for name, is_given in options.items():
-        if is_given:
-            raise ValueError(f"{name}: expected groups='segments', exact='window', second_order=False with it")
-
-
-def choose(
-    x: Inputs,
-    groups: Any,
-    num_groups: Any,
-    windows: Blocks | None,
-    num_exact: Any,
-    num_blocks: Any,
-    *,
-    second_order: bool,
-) -> Choice:
-    """What the caller asks for, checked."""
-    n, m = x.q.shape[-2], x.k.shape[-2]
-    count = 64 if num_groups is None else check_count("num_groups", num_groups)
-    if isinstance(groups, str):
-        check_option("groups", groups, ("segments", "tree"))
-        groups, count = None, 2 ** depth_of(count, m)
-    elif not isinstance(groups, Blocks):
-        groups = _check_labels(x, groups, count, m)
-    keys = min(m, check_count("num_exact", num_exact, minimum=0) * -(-m // count))
-    blocks = default_blocks(n) if num_blocks is None else check_count("num_blocks", num_blocks)
-    if not keys and windows is None:
-        raise ValueError("exact: expected a window, or num_exact of at least 1")
-    return Choice(groups, count, windows, keys, blocks, second_order)
-
-
-def _check_labels(x: Inputs, labels: Any, count: int, m: int) -> Array:
-    check_like("groups", labels, x.q)
-    if not x.xp.isdtype(labels.dtype, "integral"):
-        raise TypeError(f"groups: expected 'segments', 'tree' or integers, got dtype {labels.dtype}")
-    if labels.ndim < 1 or labels.shape[-1] != m:
-        raise ValueError(f"groups: expected shape (..., {m}), got {tuple(labels.shape)}")
-    if known(labels) and not x.xp.all((labels >= 0) & (labels < count)):
-        raise ValueError(f"groups: expected labels in range(num_groups={count})")
-    return x.with_heads("groups", x.xp.clip(labels, 0, count - 1), 1)
-
-
 def corrected(x: Inputs, choice: Choice, query_mask: Array | None) -> Array:
     """The results (..., N, E)."""
     chunks = chunked(x.q)
@@ -169,7 +91,9 @@ def corrected(x: Inputs, choice: Choice, query_mask: Array | None) -> Array:
 def _corrected(x: Inputs, choice: Choice, query_mask: Array | None) -> Array:
     xp, lead = x.xp, x.lead
     q, k, v = (_one_lead(y, lead) for y in (x.root * x.q, x.root * x.k, x.v))
-    is_key, is_query = (None if y is None else _one_lead(y[..., None], lead)[..., 0] for y in (x.key_mask, query_mask))
+    is_key, is_query = (
+        None if y is None else _one_lead(y[..., None], lead)[..., 0] for y in (x.key_mask, query_mask)
+    )
     (lanes, n, features), values = q.shape, v.shape[-1]
     mu = _mean(q, is_query)
     near_mu = hide(constant(q - mu[:, None, :]), is_query)
@@ -182,7 +106,12 @@ def _corrected(x: Inputs, choice: Choice, query_mask: Array | None) -> Array:
 
     # Of n and more, which fill blocks up, the first query stands in.
     if choice.windows is None:
-        index = halves(of_q, covariance(of_k[:, ::STRIDE, :]), is_query, depth_of(choice.num_blocks, n))
+        index = halves(
+            of_q,
+            covariance(of_k[:, :: stride_of(of_k.shape[1]), :]),
+            is_query,
+            depth_of(choice.num_blocks, n),
+        )
     else:
         at = choice.windows
         index = at.index if at.valid is None else at.index + n * ~at.valid
@@ -219,7 +148,7 @@ def _group(
     of_k: Array,
 ) -> _Grouped:
     xp, (lanes, m, _) = namespace(k), k.shape
-    device, groups, count = placement(k), choice.groups, choice.count
+    device, groups, count = placement(k), choice.groups, choice.num_groups
     by_label = groups is not None and not isinstance(groups, Blocks)
     if by_label:
         labels = _one_lead(groups[..., None], lead)[..., 0]
@@ -227,7 +156,9 @@ def _group(
         group = entries(labels, key)
     else:
         if groups is None:
-            index = halves(of_k, covariance(of_q[:, ::STRIDE, :]), mask, depth_of(count, m))
+            index = halves(
+                of_k, covariance(of_q[:, :: stride_of(of_q.shape[1]), :]), mask, depth_of(count, m)
+            )
         else:
             index = groups.index if groups.valid is None else groups.index + m * ~groups.valid
             index = xp.broadcast_to(xp.asarray(index, device=device)[None, ...], (lanes, *index.shape))
@@ -248,7 +179,9 @@ def _group(
         stop = xp.sum(xp.astype(group_of <= number, key.dtype), axis=-1)
         means, log_z = average(xp.where(group_of == number, along_mu[:, None, :], -math.inf), averaged)
     else:
-        stop = xp.broadcast_to(xp.arange(size, (count + 1) * size, size, device=device)[None, :], (lanes, count))
+        stop = xp.broadcast_to(
+            xp.arange(size, (count + 1) * size, size, device=device)[None, :], (lanes, count)
+        )
         shape = (lanes, count, size)
         means, log_z = average_of_all(
             xp.reshape(along_mu, shape), xp.reshape(averaged, (*shape, averaged.shape[-1]))
@@ -322,7 +255,9 @@ def _chosen(choice: Choice, grouped: _Grouped, index: Array, of_q: Array, is_que
     return found
 
 
-def _attended(q: Array, slots: Array, grouped: _Grouped, mu: Array, size: int, *, second_order: bool) -> Array:
+def _attended(
+    q: Array, slots: Array, grouped: _Grouped, mu: Array, size: int, *, second_order: bool
+) -> Array:
     """Of some blocks of queries (L, B, size * D), with their exact keys (L, B, T): (L, B, size * E)."""
     xp, (lanes, count, _) = namespace(q), q.shape
     q = xp.reshape(q, (lanes, count, size, mu.shape[-1]))
@@ -337,7 +272,9 @@ def _attended(q: Array, slots: Array, grouped: _Grouped, mu: Array, size: int, *
     if not second_order:
         out, _ = attend(q, near, far)
     else:
-        curved = xp.matmul((q - mu[:, None, None, :]) ** 2, xp.matrix_transpose(grouped.variance)[:, None, ...] / 2)
+        curved = xp.matmul(
+            (q - mu[:, None, None, :]) ** 2, xp.matrix_transpose(grouped.variance)[:, None, ...] / 2
+        )
         out, _ = merge(attend(q, near), attend(q, far, pair_bias=curved))
     return xp.reshape(out, (lanes, count, size * grouped.beta.shape[-1]))
 
@@ -389,18 +326,3 @@ def _mean(x: Array, mask: Array | None) -> Array:
     if mask is None:
         return namespace(x).mean(x, axis=1)
     return average_of_all(log_mask(mask, x), hide(x, mask)).out
-
-
-def depth_of(count: int, tokens: int) -> int:
-    """How often tokens are halved, to be in at most so many groups."""
-    return min(count, tokens).bit_length() - 1
-
-
-def rank_of(features: int) -> int:
-    """The coordinates that keys are chosen by."""
-    return min(features, max(_LEAST_RANK, features // 4))
-
-
-def default_blocks(tokens: int) -> int:
-    """Blocks of 8 queries, and not more than make products of matrices worth their name."""
-    return min(64, -(-tokens // 8))

@@ -260,21 +260,18 @@ def regroup(
     return _apart(_tasks(of_chunks, names, chunks, operands), names, chunks, out.shape[-1])
 
 
-def with_whole_tokens(
-    function: Callable[..., Array], size: int, *arrays: tuple[Array | None, int]
-) -> Array:
+def with_whole_tokens(function: Callable[..., Array], size: int, *arrays: tuple[Array | None, int]) -> Array:
     """``function(*arrays)`` (..., N, size), N that of the first array, a task for each chunk of leading axes.
 
     Of each array the number of its trailing axes, which are in one chunk.
     """
     given: list[tuple[Any, ...]] = []
+    first: Any = arrays[0][0]
     for number, (x, trailing) in enumerate(arrays):
-        if x is not None:
-            x = x.rechunk({-1 - axis: -1 for axis in range(trailing)}, method="tasks")
-        given.append((x, *(f"{axis} {number}" for axis in range(trailing))))
+        whole = x if x is None else x.rechunk({-1 - axis: -1 for axis in range(trailing)}, method="tasks")
+        given.append((whole, *(f"{axis} {number}" for axis in range(trailing))))
     lead = _lead(max(x.ndim - trailing for x, trailing in arrays if x is not None))
     chunks, operands = _laid_out(lead, given)
-    (q, _), *_ = arrays
     names = (*lead, "0 0", "result")
     chunks["result"] = (size,)
     found = da.blockwise(
@@ -283,10 +280,10 @@ def with_whole_tokens(
         *(part for x, own in operands for part in (x, own)),
         new_axes={"result": size},
         concatenate=True,
-        dtype=q.dtype,
-        meta=meta_from_array(q, ndim=len(names)),
+        dtype=first.dtype,
+        meta=meta_from_array(first, ndim=len(names)),
     )
-    return cut_as(found, q)
+    return cut_as(found, first)
 
 
 def along(rows: Any, tokens: Array) -> Array:

@@ -35,8 +35,8 @@ def entries(x: Array, index: Array) -> Array:
 def sketch(q: Array, k: Array, rank: int) -> tuple[Array, Array]:
     """Coordinates (L, N, r), (L, M, r) whose products approximate ``q . k``, of tokens about their means.
 
-    ``X'q`` and ``(cov(q) X)'k`` with the leading eigenvectors X of cov(k) cov(q), orthonormal by cov(q): the best
-    there is of this rank. By subspace iteration.
+    ``X'q`` and ``(cov(q) X)'k`` with the leading eigenvectors X of cov(k) cov(q), orthonormal by cov(q):
+    the best there is of this rank. By subspace iteration.
     """
     if q.shape[-1] <= rank:
         return q, k
@@ -50,11 +50,11 @@ def sketch(q: Array, k: Array, rank: int) -> tuple[Array, Array]:
 
 def stride_of(tokens: int) -> int:
     """Every so many of them tell a set's covariance."""
-    return max(1, min(STRIDE, tokens // 64))
+    return max(1, min(2 * STRIDE, tokens // 64))
 
 
 def _orthonormal(x: Array, metric: Array) -> Array:
-    """The columns of `x` (L, D, r) made orthonormal by the metric, one by one; those that have no more, zero."""
+    """The columns of `x` (L, D, r), one by one made orthonormal by the metric; what has no length, zero."""
     xp, done = namespace(x), []
     transpose = xp.matrix_transpose
     largest = xp.sqrt(xp.max(xp.sum(x * xp.matmul(metric, x), axis=-2), axis=-1))[:, None, None]
@@ -79,8 +79,8 @@ def covariance(x: Array) -> Array:
 def halves(x: Array, metric: Array, keep: Array | None, depth: int) -> Array:
     """Groups (L, 2**depth, s) of tokens `x` (L, N, r), halved again and again along their main direction.
 
-    What is long is measured by `metric` (L, r, r), the covariance of what `x` is multiplied by. Numbers from N
-    on fill the groups up; what is not to keep (L, N) is in the last ones.
+    What is long is measured by `metric` (L, r, r), the covariance of what `x` is multiplied by. Numbers
+    from N on fill the groups up; what is not to keep (L, N) is in the last ones.
     """
     xp, (lanes, n, features) = namespace(x), x.shape
     size = -(-n // 2**depth)
@@ -94,9 +94,7 @@ def halves(x: Array, metric: Array, keep: Array | None, depth: int) -> Array:
         is_token = xp.concat([is_token, none], axis=1)
     for level in range(depth):
         nodes, length = lanes * 2**level, size * 2 ** (depth - level)
-        x, is_token, index = (
-            xp.reshape(y, (nodes, length, *y.shape[2:])) for y in (x, is_token, index)
-        )
+        x, is_token, index = (xp.reshape(y, (nodes, length, *y.shape[2:])) for y in (x, is_token, index))
         weight = xp.astype(is_token, x.dtype)[..., None]
         every = max(1, min(STRIDE, length // 8))
         steps = xp.reshape(
@@ -111,13 +109,14 @@ def halves(x: Array, metric: Array, keep: Array | None, depth: int) -> Array:
 
 
 def _direction(x: Array, weight: Array, metric: Array) -> Array:
-    """The leading eigenvector (nodes, r, 1) of metric times covariance, from the coordinate that varies most."""
+    """The leading eigenvector (nodes, r, 1) of metric times covariance, by a few steps."""
     xp = namespace(x)
     tiny = xp.finfo(x.dtype).smallest_normal
     count = xp.sum(weight, axis=-2, keepdims=True)
     x = (x - xp.sum(x * weight, axis=-2, keepdims=True) / xp.where(count == 0, 1.0, count)) * weight
-    most = xp.argmax(xp.sum(x * x, axis=-2), axis=-1)
-    start = xp.arange(x.shape[-1], device=placement(x))[None, :] == most[:, None]
+    number = xp.arange(x.shape[-1], device=placement(x))[None, :]
+    of_metric = xp.sum(xp.where((number == xp.matrix_transpose(number))[None, ...], metric, 0.0), axis=-1)
+    start = number == xp.argmax(xp.sum(x * x, axis=-2) * of_metric, axis=-1)[:, None]
     direction = xp.astype(start, x.dtype)[..., None]
     for _ in range(ROUNDS):
         along = xp.matmul(xp.matrix_transpose(x), xp.matmul(x, direction))

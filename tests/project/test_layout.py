@@ -59,7 +59,15 @@ def test_the_hot_loop_stands_once():
     assert exponentials["_attend.py"] > 0
     # RFA's signed features are no average, nor are kernels of pairs; RA samples from a row; LARA's weights
     # are probabilities; EVA's state counts keys.
-    allowed = {"_attend.py", "_inplace.py", "_rfa.py", "_ra.py", "_lara_weights.py", "_eva_step.py", "_eva_exact.py"}
+    allowed = {
+        "_attend.py",
+        "_inplace.py",
+        "_rfa.py",
+        "_ra.py",
+        "_lara_weights.py",
+        "_eva_step.py",
+        "_eva_exact.py",
+    }
     assert {name for name, count in exponentials.items() if count} <= allowed
     for name in ("_softmax.py", "_eva.py"):
         assert exponentials[name] == 0

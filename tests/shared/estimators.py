@@ -22,7 +22,9 @@ ESTIMATORS = {
     "eva overlapping": partial(eva, num_groups=5, window=4, disjoint=False, rng=0),
     "eva deterministic": partial(eva, num_groups=5, window=0),
     "eva top": partial(eva, groups="tree", exact="top", num_groups=4, num_exact=1, num_blocks=4),
-    "eva top and window": partial(eva, exact=("window", "top"), num_groups=6, num_exact=2, window=3, num_blocks=3),
+    "eva top and window": partial(
+        eva, exact=("window", "top"), num_groups=6, num_exact=2, window=3, num_blocks=3
+    ),
     "eva second order": partial(eva, groups="tree", num_groups=4, window=3, second_order=True),
     "rfa causal": partial(rfa, num_samples=8, is_causal=True, rng=0),
     "lara causal": partial(lara, num_landmarks=5, window=3, is_causal=True, rng=0),

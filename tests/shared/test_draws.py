@@ -9,7 +9,14 @@ from tests.calls import eva, lara, ra, rfa
 from tests.shared.estimators import ESTIMATORS
 
 N, D = 10, 4
-DETERMINISTIC = ("softmax", "lara deterministic", "eva deterministic", "eva top", "eva top and window", "eva second order")
+DETERMINISTIC = (
+    "softmax",
+    "lara deterministic",
+    "eva deterministic",
+    "eva top",
+    "eva top and window",
+    "eva second order",
+)
 DRAWN = [name for name in ESTIMATORS if name not in DETERMINISTIC]
 
 

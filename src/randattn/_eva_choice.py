@@ -1,0 +1,118 @@
+"""What EVA groups and what it computes exactly: the caller's options, checked."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ._fused import known
+from ._inputs import check_count, check_like, check_option, check_real
+from ._plans import Blocks
+
+if TYPE_CHECKING:
+    from ._inputs import Inputs
+
+    Array = Any
+
+# Coordinates that keys are chosen by: a quarter of the features, and not fewer than these.
+_LEAST_RANK = 8
+
+
+class Choice(NamedTuple):
+    """What is grouped and what is exact.
+
+    Attributes
+    ----------
+    groups : Blocks, array of int (..., M), or None
+        Given ones; labels; or by a tree.
+    num_groups : int
+        Groups C, of the tree and of labels.
+    windows : Blocks or None
+        Of queries whose own keys are exact.
+    num_keys : int
+        Keys that a block of queries has exactly for what they weigh; 0 for none.
+    num_blocks : int
+        Blocks of queries that choose.
+    second_order : bool
+        Weigh groups by their keys' variances too.
+    """
+
+    groups: Any
+    num_groups: int
+    windows: Blocks | None
+    num_keys: int
+    num_blocks: int
+    second_order: bool
+
+
+def check_exact(exact: Any) -> tuple[str, ...]:
+    """What is exact, in a tuple."""
+    names = (exact,) if isinstance(exact, str) else tuple(exact)
+    for name in names:
+        check_option("exact", name, ("window", "top"))
+    return names
+
+
+def check_unused(options: dict[str, bool]) -> None:
+    """What EVA as published has alone."""
+    for name, is_given in options.items():
+        if is_given:
+            raise ValueError(
+                f"{name}: expected groups='segments', exact='window', second_order=False with it"
+            )
+
+
+def choose(
+    x: Inputs,
+    groups: Any,
+    num_groups: Any,
+    windows: Blocks | None,
+    num_exact: Any,
+    num_blocks: Any,
+    *,
+    second_order: bool,
+) -> Choice:
+    """What the caller asks for, checked."""
+    n, m = x.q.shape[-2], x.k.shape[-2]
+    count = 64 if num_groups is None else check_count("num_groups", num_groups)
+    if isinstance(groups, str):
+        check_option("groups", groups, ("segments", "tree"))
+        groups, count = None, 2 ** depth_of(count, m)
+    elif not isinstance(groups, Blocks):
+        groups = _check_labels(x, groups, count, m)
+    keys = keys_of(check_real("num_exact", num_exact), m, count)
+    blocks = default_blocks(n) if num_blocks is None else check_count("num_blocks", num_blocks)
+    if not keys and windows is None:
+        raise ValueError("num_exact: expected more than 0 where there is no window")
+    return Choice(groups, count, windows, keys, blocks, second_order)
+
+
+def _check_labels(x: Inputs, labels: Any, count: int, m: int) -> Array:
+    check_like("groups", labels, x.q)
+    if not x.xp.isdtype(labels.dtype, "integral"):
+        raise TypeError(f"groups: expected 'segments', 'tree' or integers, got dtype {labels.dtype}")
+    if labels.ndim < 1 or labels.shape[-1] != m:
+        raise ValueError(f"groups: expected shape (..., {m}), got {tuple(labels.shape)}")
+    if known(labels) and not x.xp.all((labels >= 0) & (labels < count)):
+        raise ValueError(f"groups: expected labels in range(num_groups={count})")
+    return x.with_heads("groups", x.xp.clip(labels, 0, count - 1), 1)
+
+
+def depth_of(count: int, tokens: int) -> int:
+    """How often tokens are halved, to be in at most so many groups."""
+    return min(count, tokens).bit_length() - 1
+
+
+def rank_of(features: int) -> int:
+    """The coordinates that keys are chosen by."""
+    return min(features, max(_LEAST_RANK, features // 4))
+
+
+def keys_of(num_exact: float, keys: int, groups: int) -> int:
+    """So many groups' worth of keys."""
+    return min(keys, math.ceil(num_exact * -(-keys // groups)))
+
+
+def default_blocks(tokens: int) -> int:
+    """Blocks of 8 queries, and not more than make products of matrices worth their name."""
+    return min(64, -(-tokens // 8))

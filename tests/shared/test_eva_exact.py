@@ -1,0 +1,227 @@
+"""EVA with groups of any kind and chosen keys: exact where mathematics says so, and as `reference` computes it."""
+
+import numpy as np
+import pytest
+
+from tests.calls import eva
+
+N, D, E = 48, 12, 3
+LEAD = (2,)
+
+
+def inputs(n=N, m=N, seed=0, lead=LEAD):
+    rng = np.random.default_rng(seed)
+    return [rng.standard_normal((*lead, *shape)) for shape in ((n, D), (m, D), (m, E))]
+
+
+def exactly(q, k, v):
+    logits = q @ np.swapaxes(k, -1, -2) / np.sqrt(D)
+    weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return weights / weights.sum(axis=-1, keepdims=True) @ v
+
+
+def by_pairs(q, k, v, labels, exact, second_order=False):
+    """The definition with every pair's weight; of one head. `exact` (N, M)."""
+    q, k = q / D**0.25, k / D**0.25
+    mu = q.mean(axis=0)
+    weights = np.zeros((len(q), len(k)))
+    for label in np.unique(labels):
+        own = labels == label
+        of_keys = np.exp(k[own] @ mu)
+        share = of_keys / of_keys.sum()
+        kt = share @ k[own]
+        total = np.exp((q - mu) @ kt) * of_keys.sum()
+        if second_order:
+            total = total * np.exp((q - mu) ** 2 @ (share @ k[own] ** 2 - kt**2) / 2)
+        weights[:, own] = total[:, None] * share
+    weights = np.where(exact, np.exp(q @ k.T), weights)
+    return weights @ v / weights.sum(axis=1, keepdims=True)
+
+
+KINDS = {
+    "tree": {"groups": "tree", "num_groups": 8},
+    "segments": {"num_groups": 7},
+    "labels": {"num_groups": 5},
+}
+
+
+def given_labels(lib, labels):
+    return lib.xp.asarray(labels, device=None if lib.name == "dask" else lib.device)
+
+
+def options_of(lib, kind, lead=LEAD, m=N):
+    options = dict(KINDS[kind])
+    if kind == "labels":
+        options["groups"] = given_labels(lib, np.random.default_rng(3).integers(0, 5, (*lead, m)))
+    return options
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_keys_exact_is_attention(lib, kind):
+    data = inputs()
+    options = options_of(lib, kind)
+    everything = {"exact": "top", "num_exact": options["num_groups"]}
+    for more in (
+        everything,
+        {"exact": "window", "window": N},
+        {**everything, "exact": ("top", "window"), "window": 7},
+    ):
+        out = eva(*lib.arrays(*data), **options, second_order=True, **more)
+        lib.close(out, exactly(*data), rtol=1e-10)
+
+
+def test_groups_of_one_key_are_attention(lib):
+    data = inputs()
+    lib.close(
+        eva(*lib.arrays(*data), groups=given_labels(lib, np.arange(N)), num_groups=N, window=6),
+        exactly(*data),
+        rtol=1e-10,
+    )
+    lib.close(
+        eva(
+            *lib.arrays(*(x[..., :32, :] for x in data)),
+            groups="tree",
+            num_groups=32,
+            exact="top",
+            num_exact=2,
+        ),
+        exactly(*(x[..., :32, :] for x in data)),
+        rtol=1e-10,
+    )
+
+
+@pytest.mark.parametrize("second_order", [False, True])
+def test_labels_and_windows_are_their_definition(lib, second_order):
+    data = inputs()
+    labels = np.random.default_rng(3).integers(0, 5, N)
+    window = 10
+    exact = np.arange(N)[:, None] // window == np.arange(N) // window
+    out = eva(
+        *lib.arrays(*data),
+        groups=given_labels(lib, labels),
+        num_groups=5,
+        window=window,
+        second_order=second_order,
+    )
+    expected = [by_pairs(*(x[i] for x in data), labels, exact, second_order) for i in range(LEAD[0])]
+    lib.close(out, np.stack(expected), rtol=1e-10)
+
+
+def test_segments_and_chosen_keys_are_their_definition(lib):
+    """One block of all queries chooses; of which keys, the definition tells."""
+    data = inputs(lead=())
+    labels = np.repeat(np.arange(6), N // 6)
+    out = lib.numpy(eva(*lib.arrays(*data), num_groups=6, exact="top", num_exact=0.25, num_blocks=1))
+    errors = {}
+    for first in range(N):
+        for second in range(first):
+            exact = np.isin(np.arange(N), [first, second])[None, :]
+            errors[first, second] = np.abs(by_pairs(*data, labels, exact) - out).max()
+    best, second, *_ = sorted(errors.values())
+    assert best < 1e-12
+    assert second > 1e-6
+
+
+def test_order_of_tokens_is_nothing_to_the_tree(lib):
+    """So few that all of them tell the directions."""
+    q, k, v = inputs(n=7, m=7, lead=())
+    options = {"groups": "tree", "num_groups": 2, "exact": "top", "num_exact": 0.5, "num_blocks": 2}
+    of_queries, of_keys = (np.random.default_rng(seed).permutation(7) for seed in (1, 2))
+    out = lib.numpy(eva(*lib.arrays(q, k, v), **options))
+    lib.close(eva(*lib.arrays(q[of_queries], k[of_keys], v[of_keys]), **options), out[of_queries], rtol=1e-9)
+
+
+@pytest.mark.parametrize("exact", ["top", ("window", "top")])
+def test_more_keys_are_better(lib, exact):
+    data = inputs(n=96, m=96)
+    data[0], data[1] = 2 * data[0], 2 * data[1]
+    expected = exactly(*data)
+    errors = [
+        np.linalg.norm(
+            lib.numpy(
+                eva(
+                    *lib.arrays(*data),
+                    groups="tree",
+                    exact=exact,
+                    num_groups=8,
+                    window=4,
+                    num_exact=num,
+                    num_blocks=24,
+                )
+            )
+            - expected
+        )
+        for num in (0.5, 1, 2, 4, 8)
+    ]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 1e-10 * errors[0]
+
+
+def test_tree_finds_clusters(lib):
+    """Keys in 4 tight clusters in any order: groups of them are all but exact, consecutive ones are not."""
+    rng = np.random.default_rng(5)
+    q, k, v = inputs(lead=())
+    cluster = rng.permutation(np.repeat(np.arange(4), N // 4))
+    k = 3 * rng.standard_normal((4, D))[cluster] + 1e-3 * k
+    errors = {
+        groups: np.linalg.norm(
+            lib.numpy(eva(*lib.arrays(q, k, v), groups=groups, num_groups=4, window=1, second_order=True))
+            - exactly(q, k, v)
+        )
+        for groups in ("tree", "segments")
+    }
+    assert errors["tree"] < 0.02 * errors["segments"]
+
+
+def test_a_group_never_weighs_more_than_its_keys(lib):
+    """The tangent of a convex function: of values one in a group and zero elsewhere, the average is below."""
+    q, k, _ = inputs(lead=())
+    k, window = 2 * k, N // 4
+    own = (np.arange(N) < window)[:, None] * np.ones((N, E))
+    # All others are exact: they are windows of their own, each a group of one key.
+    labels = given_labels(lib, np.maximum(np.arange(N) - window + 1, 0))
+    out = lib.numpy(eva(*lib.arrays(q, k, own), groups=labels, num_groups=N, window=1))[window:]
+    expected = exactly(q, k, own)[window:]
+    assert np.all(out < expected + 1e-12)
+    assert np.max(expected - out) > 0.01
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_numbers_of_queries_than_keys(lib, kind):
+    q, k, v = inputs(n=21, m=37)
+    options = options_of(lib, kind, m=37)
+    out = lib.numpy(eva(*lib.arrays(q, k, v), exact="top", num_exact=2, num_blocks=3, **options))
+    assert out.shape == (*LEAD, 21, E)
+    trivial = np.linalg.norm(np.broadcast_to(v.mean(axis=-2, keepdims=True), out.shape) - exactly(q, k, v))
+    assert np.linalg.norm(out - exactly(q, k, v)) < 0.8 * trivial
+
+
+def test_errors(lib):
+    q, k, v = lib.arrays(*inputs())
+    for name, value in {
+        "rng": 0,
+        "group_weight": "unit",
+        "disjoint": False,
+        "is_causal": True,
+        "landmarks": (q, k),
+    }.items():
+        with pytest.raises(ValueError, match=name):
+            eva(q, k, v, exact="top", **{name: value})
+    for options, kind, name in [
+        ({"groups": "trees"}, ValueError, "groups"),
+        ({"exact": "best"}, ValueError, "exact"),
+        ({"exact": "top", "num_exact": 0}, ValueError, "num_exact"),
+        ({"exact": "top", "num_exact": "8"}, TypeError, "num_exact"),
+        ({"exact": "top", "num_blocks": 0}, ValueError, "num_blocks"),
+        ({"groups": k}, TypeError, "groups"),
+        ({"groups": "tree", "group_size": 4}, ValueError, "group_size"),
+        ({"groups": "tree", "second_order": 1}, TypeError, "second_order"),
+        ({"groups": "tree", "num_groups": 0}, ValueError, "num_groups"),
+    ]:
+        with pytest.raises(kind, match=name):
+            eva(q, k, v, **options)
+    with pytest.raises(ValueError, match="groups"):
+        eva(q, k, v, groups=given_labels(lib, np.zeros(N - 1, dtype=np.int64)))
+    if lib.name in ("numpy", "torch"):
+        with pytest.raises(ValueError, match="groups"):
+            eva(q, k, v, groups=given_labels(lib, np.full(N, 7)), num_groups=7)
