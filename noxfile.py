@@ -327,6 +327,14 @@ def bench_causal(session: nox.Session) -> None:
         bench(session, "causal", library)
 
 
+@nox.session(name="bench-top")
+def bench_top(session: nox.Session) -> None:
+    """Measure EVA with chosen keys over exact attention, on NumPy, PyTorch and JAX."""
+    session.install(*PINNED, "-e", ".[cli]", "torch", "jax")
+    for library in ("numpy", "torch", "jax"):
+        bench(session, "top", library)
+
+
 @nox.session(name="bench-streaming")
 def bench_streaming(session: nox.Session) -> None:
     """Measure decoding a token at a time, up to the millionth, on NumPy, PyTorch and JAX."""

@@ -84,6 +84,18 @@ def measure_causal(name: str, *, quick: bool, output: Path | None) -> None:
     _finish(f"causal-{name}", "cpu", about, found, quick=quick, output=output)
 
 
+@app.command(name="top")
+@click.argument("name", metavar="LIBRARY", type=click.Choice(CPU_LIBRARIES))
+@_QUICK
+@_OUTPUT
+def measure_top(name: str, *, quick: bool, output: Path | None) -> None:
+    """Measure EVA with chosen keys over the library's exact attention, on the CPU."""
+    library = open_library(name)
+    about = machine.describe()
+    found = list(workloads.top(library, plan_for(name, quick=quick), _say))
+    _finish(f"top-{name}", "cpu", about, found, quick=quick, output=output)
+
+
 @app.command(name="streaming")
 @click.argument("libraries", nargs=-1, type=click.Choice(streaming.LIBRARIES))
 @_QUICK
@@ -107,7 +119,7 @@ def measure_fidelity(output: Path | None, *, model: bool) -> None:
     about = machine.describe()
     points = list(fronts.measure(with_model=model, say=_say))
     _console().print(fronts.table(points), "")
-    path = (output or rows.RESULTS) / "fidelity.json"
+    path = (output or rows.RESULTS / "fidelity") / "points.json"
     fronts.write(path, about, points)
     click.echo(f"wrote {path.name}: {len(points)} points")
     from .plots_fidelity import draw_fidelity

@@ -36,6 +36,13 @@ CAUSAL: tuple[tuple[str, str], ...] = (
     ("softmax_attention", ""),
 )
 
+# Keys that are chosen, over exact attention.
+TOP: tuple[tuple[str, str], ...] = (
+    ("eva", "groups=tree exact=top"),
+    ("eva", "groups=tree exact=top num_blocks=32"),
+    ("eva", "groups=tree exact=top num_exact=4 num_blocks=32"),
+)
+
 
 def case_of(library: Library, estimator: str, tokens: int, options: str = "", **more: Any) -> Case:
     """A case of a library, in the way in which it is called."""
@@ -151,6 +158,6 @@ class Workbench:
             options["rng"] = 0
         elif options.get("group_size"):
             options["rng"] = 0  # A draw for each group, and these are as many as the tokens allow.
-        elif case.estimator != "softmax_attention":
+        elif case.estimator != "softmax_attention" and "exact" not in options:
             options["noise"] = inputs.noise
         return lambda q, k, v: estimator(q, k, v, **options)

@@ -18,6 +18,8 @@ class Plan:
         Tokens at which the estimators are timed over the matrix products alone.
     causal : tuple of int
         Tokens at which causal attention is timed over the same that is not.
+    top : tuple of int
+        Tokens at which chosen keys are timed over exact attention.
     exact : tuple of int
         Tokens at which they are timed over the library's exact attention.
     exact_backward : tuple of int
@@ -52,6 +54,7 @@ class Plan:
     modes: tuple[str, ...] = ("eager",)
     products: tuple[int, ...] = (16384,)
     causal: tuple[int, ...] = (8192,)
+    top: tuple[int, ...] = (4096, 8192)
     exact: tuple[int, ...] = ()
     exact_backward: tuple[int, ...] = ()
     growth: tuple[int, ...] = (1024, 2048, 8192, 32768, 131072)
@@ -107,6 +110,7 @@ _ON_THE_GPU = {
 _QUICK = {
     "products": (256,),
     "causal": (256,),
+    "top": (256,),
     "growth": (128, 512),
     "growth_heads": 2,
     "growth_exact": 512,

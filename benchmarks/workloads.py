@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import randattn
 
 from . import by_hand
-from .estimators import CAUSAL, LINEAR, Workbench, case_of, keywords
+from .estimators import CAUSAL, LINEAR, TOP, Workbench, case_of, keywords
 from .harness import race
 from .memory import memory_row
 from .rows import BY_HAND, PRODUCTS, QUARTER, ROOT, Case, Row, time_row
@@ -83,6 +83,17 @@ def causal(library: Library, plan: Plan, say: Say) -> Iterator[Row]:
         medians = _race(library, plan, [case for pair in pairs for case in pair])
         for case, plain in pairs:
             yield time_row("causal", case, medians[case], "not causal", medians[plain])
+
+
+def top(library: Library, plan: Plan, say: Say) -> Iterator[Row]:
+    """Time of EVA with chosen keys, over the library's own exact attention."""
+    for tokens in plan.top:
+        say(f"{tokens} tokens over {library.exact_name}, chosen keys")
+        baseline = _baseline(library, plan, library.exact_name, tokens, features=None)
+        cases = [replace(baseline, estimator=name, options=options) for name, options in TOP]
+        medians = _race(library, plan, [baseline, *cases])
+        for case in cases:
+            yield time_row("top", case, medians[case], library.exact_name, medians[baseline])
 
 
 def over_exact(library: Library, plan: Plan, tokens: int, passes: str, say: Say) -> Iterator[Row]:

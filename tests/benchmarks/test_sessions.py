@@ -13,7 +13,7 @@ from click.testing import CliRunner
 import randattn
 from benchmarks import by_hand, machine, memory, rows
 from benchmarks.app import app
-from benchmarks.estimators import LINEAR, Workbench, case_of, keywords
+from benchmarks.estimators import LINEAR, TOP, Workbench, case_of, keywords
 from benchmarks.libraries import open_library
 from benchmarks.plan import plan_for
 from benchmarks.rows import PRODUCTS
@@ -113,6 +113,14 @@ def test_lengths_have_their_quarter(name, on_gpu, quick):
     """Growth is over a quarter of the tokens: of all plans' lengths at least one has it."""
     lengths = plan_for(name, on_gpu=on_gpu, quick=quick).growth
     assert any(4 * n in lengths for n in lengths)
+
+
+def test_chosen_keys_are_over_exact_attention(tmp_path):
+    command = ["top", "numpy", "--quick", "--output", str(tmp_path)]
+    assert CliRunner().invoke(app, command, catch_exceptions=False).exit_code == 0
+    found = rows.read(tmp_path / "top-numpy-cpu.json")
+    assert [row.case.options for row in found] == [options for _, options in TOP]
+    assert all(row.baseline == "softmax_attention" and row.ratio > 0 for row in found)
 
 
 def test_causal_rows_are_over_the_same_that_is_not(tmp_path):
