@@ -46,7 +46,7 @@ KINDS = {
 
 
 def given_labels(lib, labels):
-    return lib.xp.asarray(labels, device=None if lib.name == "dask" else lib.device)
+    return lib.xp.asarray(labels) if lib.name == "dask" else lib.xp.asarray(labels, device=lib.device)
 
 
 def options_of(lib, kind, lead=LEAD, m=N):
