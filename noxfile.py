@@ -29,7 +29,7 @@ REQUIRE_GPU = "RANDATTN_REQUIRE_GPU"
 
 # What each library's suite runs on, on the CPU.
 LIBRARIES = {
-    "numpy": (),
+    "numpy": ("scipy",),
     "torch": ("torch",),
     "jax": ("jax",),
     "strict": ("array-api-strict",),

@@ -6,10 +6,11 @@ draws on every library; a library's own generator draws on its own device.
 
 from __future__ import annotations
 
+import math
 import numbers
 import operator
 import sys
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import array_api_compat as compat
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     Array = Any
     Namespace = Any
-    Kind = Literal["normal", "orthogonal", "uniform"]
+    Kind = Literal["iid", "orthogonal", "simplex", "antithetic", "qmc", "uniform"]
 
 _EXPECTED = (
     "expected an int seed, or a generator of the arrays' own library (numpy.random.Generator, "
@@ -36,14 +37,14 @@ def normal_draws(
     rng: Any,
     noise: Array | None,
     axes: str,
-    orthogonal: bool = False,
+    kind: str = "iid",
     lead: tuple[int, ...] = (),
 ) -> Array | None:
     """Standard normal draws (..., *shape), named `axes`, from `rng`, or the caller's own; None with neither.
 
     Drawn for every leading axis of the result, also where further arrays bring them (`lead`): no two
-    heads or sequences share a draw. With `orthogonal`, the rows of each D x D block are orthogonal,
-    each still standard normal.
+    heads or sequences share a draw. Of other kinds than "iid" each row is standard normal too, but rows
+    depend on each other (`_arranged`).
     """
     if noise is not None:
         if rng is not None:
@@ -51,7 +52,7 @@ def normal_draws(
         return _given("noise", noise, x, shape, axes)
     if rng is None:
         return None
-    return _drawn(rng, x, "orthogonal" if orthogonal else "normal", (*broadcast_shapes(x.lead, lead), *shape))
+    return _drawn(rng, x, cast("Kind", kind), (*broadcast_shapes(x.lead, lead), *shape))
 
 
 def uniform_draws(
@@ -92,17 +93,19 @@ def _drawn(rng: Any, x: Inputs, kind: Kind, shape: tuple[int, ...]) -> Array:
             raise ValueError(f"rng: expected a seed of at least 0, got {rng}")
         host = _philox(operator.index(rng), kind, plain(shape))
         return xp.asarray(host, dtype=x.q.dtype, device=x.device)
+    needed = _needed(kind, shape)
+    if kind == "qmc" and (compat.is_torch_namespace(xp) or compat.is_jax_namespace(xp)):
+        raise TypeError(f"rng: draws='qmc' expects an int seed, got {type(rng).__name__}")
     if compat.is_torch_namespace(xp):
-        draws = _torch(rng, x, kind, shape)
+        draws = _torch(rng, x, kind, needed)
     elif compat.is_jax_namespace(xp):
-        draws = _jax(rng, x, kind, shape)
-    elif compat.is_cupy_namespace(xp):
-        draws = _numpy_like(rng, sys.modules["cupy"], kind, shape)
+        draws = _jax(rng, x, kind, needed)
+    elif compat.is_cupy_namespace(xp) and kind != "qmc":
+        draws = _numpy_like(rng, sys.modules["cupy"], kind, needed)
     else:
         # The libraries that live on the host and have no draws of their own: strict, Dask.
         return xp.asarray(_host(rng, kind, shape), dtype=x.q.dtype, device=x.device)
-    draws = xp.astype(draws, x.q.dtype, copy=False)
-    return _orthogonal(xp, draws) if kind == "orthogonal" else draws
+    return _arranged(xp, xp.astype(draws, x.q.dtype, copy=False), kind, shape)
 
 
 @static
@@ -117,8 +120,51 @@ def _philox(seed: int, kind: Kind, shape: tuple[int, ...]) -> Any:
 def _host(rng: Any, kind: Kind, shape: tuple[int, ...]) -> Any:
     import numpy as np
 
-    draws = _numpy_like(rng, np, kind, shape)
-    return _orthogonal(np, draws) if kind == "orthogonal" else draws
+    if kind == "qmc":
+        return _sobol(rng, shape)
+    return _arranged(np, _numpy_like(rng, np, kind, _needed(kind, shape)), kind, shape)
+
+
+def _sobol(rng: Any, shape: tuple[int, ...]) -> Any:
+    """Scrambled Sobol points at the normal quantiles, each head's scrambled anew."""
+    import numpy as np
+
+    try:
+        from scipy.special import ndtri
+        from scipy.stats.qmc import Sobol
+    except ImportError as error:
+        raise ImportError("draws='qmc' needs SciPy: pip install randattn[qmc]") from error
+    if not isinstance(rng, np.random.Generator):
+        raise _wrong(rng)
+    *lead, count, features = shape
+    heads = math.prod(lead)
+    points = [Sobol(features, rng=rng).random_base2((count - 1).bit_length()) for _ in range(heads)]
+    # A point may lie at zero itself.
+    inside = 0.5 + (1 - 1e-10) * (np.stack(points)[:, :count] - 0.5)
+    return ndtri(inside).reshape(shape)
+
+
+def _needed(kind: Kind, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The independent draws that an arrangement of so many is made of."""
+    *lead, count, features = shape
+    if kind == "antithetic":
+        return (*lead, -(-count // 2), features)
+    if kind == "simplex":
+        return (*lead, -(-count // features) * features, features)
+    return shape
+
+
+def _arranged(xp: Namespace, draws: Array, kind: Kind, shape: tuple[int, ...]) -> Array:
+    """Rows that depend on each other, each still standard normal.
+
+    "antithetic": each with its negative. "orthogonal": those of each D x D block are. "simplex": those of
+    each block point to the corners of a regular simplex, as far apart as they can (arXiv 2301.13856).
+    """
+    if kind == "antithetic":
+        return xp.concat([draws, -draws], axis=-2)[..., : shape[-2], :]
+    if kind in ("orthogonal", "simplex"):
+        return _orthogonal(xp, draws, simplex=kind == "simplex")[..., : shape[-2], :]
+    return draws
 
 
 def _numpy_like(rng: Any, library: Any, kind: Kind, shape: tuple[int, ...]) -> Any:
@@ -149,7 +195,7 @@ def _jax(rng: Any, x: Inputs, kind: Kind, shape: tuple[int, ...]) -> Array:
     return jax.random.normal(normal, shape, dtype=x.q.dtype)
 
 
-def _orthogonal(xp: Namespace, draws: Array) -> Array:
+def _orthogonal(xp: Namespace, draws: Array, *, simplex: bool = False) -> Array:
     """Turn the rows of each D x D block orthogonal and keep their lengths.
 
     Gram-Schmidt sees a row's direction alone, of which its length is independent: each row stays
@@ -164,7 +210,10 @@ def _orthogonal(xp: Namespace, draws: Array) -> Array:
         # QR leaves the signs open; those of Gram-Schmidt make the basis uniform.
         signs = xp.where(diagonal < 0, -xp.ones_like(diagonal), xp.ones_like(diagonal))
         lengths = xp.linalg.vector_norm(block, axis=-1)
-        blocks.append(xp.matrix_transpose(basis) * (signs * lengths)[..., None])
+        rows = xp.matrix_transpose(basis) * signs[..., None]
+        if simplex and features > 1:
+            rows = (rows - xp.mean(rows, axis=-2, keepdims=True)) * (features / (features - 1)) ** 0.5
+        blocks.append(rows * lengths[..., None])
     return xp.concat(blocks, axis=-2) if len(blocks) > 1 else blocks[0]
 
 

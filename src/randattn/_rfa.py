@@ -6,6 +6,7 @@ Causal, a block of tokens at a time: f(W) and log Z(W) of the keys before it are
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ._attend import Average, Keys, finite, nonzero, past
@@ -17,6 +18,7 @@ from ._inputs import (
     check_flags,
     check_option,
     dot,
+    hide,
     namespace,
     placement,
     prepare,
@@ -26,6 +28,8 @@ from ._inputs import (
 from ._states import match_state
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ._causal import Block
     from ._inputs import Inputs
 
@@ -65,6 +69,7 @@ def rfa(
     num_samples: int | None = None,
     features: str = "positive",
     draws: str = "iid",
+    precondition: bool = False,
     rng: Any = None,
     noise: Array | None = None,
     scale: float | None = None,
@@ -85,12 +90,18 @@ def rfa(
         Values.
     num_samples : int, optional
         Frequencies S, by default 64, or as many as `noise` has.
-    features : {"positive", "trigonometric"}, default "positive"
-        "positive": ``exp(w.x - |x|^2/2)`` (FAVOR+), an average of the values. "trigonometric":
-        cosines and sines, whose signs can take the estimate out of the range of the values, to
-        which it is cut.
-    draws : {"iid", "orthogonal"}, default "iid"
-        "orthogonal": the frequencies of each D are orthogonal, each still standard normal.
+    features : {"positive", "optimal", "trigonometric"}, default "positive"
+        "positive": ``exp(w.x - |x|^2/2)`` (FAVOR+), an average of the values. "optimal": the same with
+        frequencies from ``N(0, s I)``, weighed to the same kernel, with the s of least variance for the
+        mean of ``|q + k|^2`` (FAVOR++). "trigonometric": cosines and sines, whose signs can take the
+        estimate out of the range of the values, to which it is cut.
+    draws : {"iid", "orthogonal", "simplex", "antithetic", "qmc"}, default "iid"
+        How frequencies depend on each other, each still standard normal: not; orthogonal in each D of
+        them; to the corners of a simplex; each with its negative; scrambled Sobol points (an int seed
+        or NumPy's generator; needs SciPy).
+    precondition : bool, default False
+        Scale each feature of the queries by what the keys' is divided by, so that their squares are as
+        large (SADERF's diagonal form): the products stay, their estimates' variance is less.
     rng : int, numpy.random.Generator, torch.Generator, cupy.random.Generator or JAX key, optional
         Where the draws come from. One int gives the same draws on every library. One of `rng` and
         `noise` is needed.
@@ -124,7 +135,8 @@ def rfa(
         Shapes, devices, counts or options that do not fit; both or neither of `rng` and `noise`;
         ``is_causal=True`` with N != M.
     NotImplementedError
-        ``is_causal=True`` with trigonometric features.
+        ``is_causal=True`` with other features than positive ones, or with `precondition`: what they take
+        from the data is of all tokens.
 
     See Also
     --------
@@ -150,6 +162,9 @@ def rfa(
        ICML 2022, arXiv 2204.04667.
     .. [2] K. Choromanski et al., "Rethinking Attention with Performers", arXiv 2009.14794: the
        positive features, orthogonal draws.
+    .. [4] V. Likhosherstov et al., "Chefs' Random Tables", arXiv 2205.15317: the optimal positive
+       features. "FAVOR#", arXiv 2302.00787: the scaling of features. I. Reid et al., "Simplex Random
+       Features", arXiv 2301.13856.
     .. [3] H. Peng et al., "Random Feature Attention", arXiv 2103.02143: the trigonometric features.
 
     Examples
@@ -161,28 +176,36 @@ def rfa(
     >>> bool(np.max(np.abs(estimate - softmax_attention(q, k, v))) < 0.2)
     True
     """
-    check_option("features", features, ("positive", "trigonometric"))
-    check_option("draws", draws, ("iid", "orthogonal"))
-    check_flags(return_state=return_state)
+    check_option("features", features, ("positive", "optimal", "trigonometric"))
+    check_option("draws", draws, ("iid", "orthogonal", "simplex", "antithetic", "qmc"))
+    check_flags(return_state=return_state, precondition=precondition)
     x = prepare(q, k, v, scale=scale, key_mask=key_mask, enable_gqa=enable_gqa, also=[(noise, 2)])
     check_causal(x, is_causal)
     if return_state and not is_causal:
         raise ValueError("return_state: expected is_causal=True with it")
-    if is_causal and features != "positive":
-        raise NotImplementedError("is_causal: features='trigonometric' have no causal form, 'positive' have")
+    if is_causal and (features != "positive" or precondition):
+        raise NotImplementedError(
+            "is_causal: only features='positive' without precondition have a causal form"
+        )
     count = resolve_count("num_samples", num_samples, 64, noise=(noise, -2))
-    w = normal_draws(
-        x, (count, x.q.shape[-1]), rng=rng, noise=noise, axes="S, D", orthogonal=draws == "orthogonal"
-    )
+    w = normal_draws(x, (count, x.q.shape[-1]), rng=rng, noise=noise, axes="S, D", kind=draws)
     if w is None:
         raise no_draws("rfa")
+    if precondition:
+        x = _preconditioned(x)
     if features == "trigonometric":
         return x.finish(_trigonometric(x, w))
     if is_causal:
         state, out = _causal(x, w, nothing(x, w), x.root)
         scale = x.xp.asarray(x.scale, dtype=x.q.dtype, device=x.device)
         return (x.finish(out), _given_back(x, w, state, scale)) if return_state else x.finish(out)
+    if features == "optimal":
+        spread = _optimal_spread(x)
+        w = w * x.xp.sqrt(spread)
+        log_weight = (1 / spread - 1)[..., 0] / 2 * dot(w, w)
     f, log_z = attend(w, Keys(x.k, x.v, x.key_bias, x.scale), scale=x.root)
+    if features == "optimal":
+        log_z = log_z + log_weight
     out, _ = attend(x.q, Keys(w, f, log_z), scale=x.root)
     return x.finish(out)
 
@@ -304,6 +327,39 @@ def _of_first(log_xi: Array, before: Average) -> Array:
     found = xp.sum(xp.where(is_real & (order == number), log_xi, 0.0), axis=-1)
     first = log_xi[..., 0]
     return xp.where((first == -math.inf) & (before.log_norm == -math.inf), found, first)
+
+
+def _means(x: Inputs, of: Callable[[Array], Array]) -> tuple[Array, Array]:
+    """Of a function of the queries and of the keys that are there: (..., 1, X) each."""
+    xp, masks = x.xp, (x.key_mask if x.q.shape[-2] == x.k.shape[-2] else None, x.key_mask)
+
+    def mean(y: Array, mask: Array | None) -> Array:
+        if mask is None:
+            return xp.mean(of(y), axis=-2, keepdims=True)
+        count = xp.sum(xp.astype(mask, y.dtype), axis=-1)[..., None, None]
+        return xp.sum(of(hide(y, mask)), axis=-2, keepdims=True) / nonzero(count)
+
+    return mean(x.q, masks[0]), mean(x.k, masks[1])
+
+
+def _preconditioned(x: Inputs) -> Inputs:
+    """Queries times, keys over ``(mean k^2 / mean q^2)^(1/4)``, feature by feature."""
+    xp, (of_q, of_k) = x.xp, _means(x, lambda y: y * y)
+    factor = xp.where((of_q > 0) & (of_k > 0), xp.where(of_q > 0, of_k, 1.0) / nonzero(of_q), 1.0) ** 0.25
+    return replace(x, q=x.q * factor, k=x.k / nonzero(factor))
+
+
+def _optimal_spread(x: Inputs) -> Array:
+    """The variance s (..., 1, 1) of the proposal with the least second moment at the mean of ``|q + k|^2``.
+
+    At z = q + k it is ``s^d (2s - 1)^(-d/2) exp(2s |z|^2 / (2s - 1))``, least where
+    ``2d s^2 - (3d + 2|z|^2) s + d = 0``.
+    """
+    xp, d = x.xp, x.q.shape[-1]
+    (mean_q, mean_k), squares = _means(x, lambda y: y), _means(x, lambda y: dot(y, y)[..., None])
+    square = x.scale * (sum(squares) + 2 * dot(mean_q, mean_k)[..., None])
+    half = 3 * d + 2 * square
+    return (half + xp.sqrt(half * half - 8 * d * d)) / (4 * d)
 
 
 def _trigonometric(x: Inputs, w: Array) -> Array:

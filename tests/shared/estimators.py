@@ -11,6 +11,7 @@ ESTIMATORS = {
     "rfa positive": partial(rfa, num_samples=8, rng=0),
     "rfa trigonometric": partial(rfa, num_samples=8, features="trigonometric", rng=0),
     "rfa orthogonal": partial(rfa, num_samples=8, draws="orthogonal", rng=0),
+    "rfa optimal": partial(rfa, num_samples=8, features="optimal", precondition=True, draws="simplex", rng=0),
     "ra": partial(ra, num_samples=2, rng=0),
     "lara optimal": partial(lara, num_landmarks=5, rng=0),
     "lara landmarks": partial(lara, num_landmarks=5, normalize="landmarks", antithetic=True, rng=0),

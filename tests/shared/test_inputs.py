@@ -206,7 +206,7 @@ def test_a_grid_wants_as_many_queries_as_keys(lib):
 
 
 OPTIONS = [
-    (rfa, "features", "fourier", "'positive', 'trigonometric'"),
+    (rfa, "features", "fourier", "'positive', 'optimal', 'trigonometric'"),
     (rfa, "draws", "sobol", "'iid', 'orthogonal'"),
     (lara, "weighting", "best", "'optimal', 'balance', 'biased'"),
     (lara, "normalize", "keys", "'queries', 'landmarks'"),
