@@ -118,7 +118,7 @@ MUTANTS = [
     Mutant("orthogonal rows of one length", "_draws.py", "rows * lengths[..., None]", "rows"),
     Mutant("signs of QR left open", "_draws.py", "signs = xp.where(diagonal < 0, -xp", "signs = xp.where(diagonal < 0, xp"),
     Mutant("uniforms from the normal draws' stream", "_draws.py", 'bits.jumped() if kind == "uniform" else bits', "bits"),
-    Mutant("all heads share their draws", "_draws.py", '"normal", (*broadcast_shapes(x.lead, lead), *shape))', '"normal", shape)'),
+    Mutant("all heads share their draws", "_draws.py", 'cast("Kind", kind), (*broadcast_shapes(x.lead, lead), *shape))', 'cast("Kind", kind), shape)'),
 ]  # fmt: skip
 
 
