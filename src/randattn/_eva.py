@@ -176,6 +176,11 @@ def eva(
 
     Where a window cuts a group, the part outside the window is a group of its own for its queries.
 
+    With other groups, chosen keys or `second_order`, a group's control variate is the tangent to the
+    logarithm of its keys' weight at the mean query, and draws, landmarks, unit weights and causal calls
+    are errors; groups and keys are chosen without gradients. Errors on trained models' inputs, and the
+    mathematics: docs/accurate.md.
+
     References
     ----------
     .. [1] L. Zheng, J. Yuan, C. Wang, L. Kong, "Efficient Attention via Control Variates", ICLR 2023,
