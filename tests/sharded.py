@@ -44,6 +44,7 @@ OTHERS = {
     "eva long": ("eva", {"num_groups": 20, "window": 100}),
     "softmax": ("softmax_attention", {}),
     "eva causal": ("eva", {"window": WINDOW, "is_causal": True}),
+    "eva top": ("eva", {"groups": "tree", "num_groups": 8, "exact": "top", "num_exact": 1}),
 }
 WITH_GRADIENTS = ("rfa", "lara optimal", "eva across")
 EXPLICIT = ("rfa", "lara antithetic", "eva across")
@@ -77,7 +78,7 @@ def main() -> None:
 
     def row(name: str, n: int, kind: AxisType, *, gradient: bool = False) -> dict[str, object]:
         estimator, options = (CASES | OTHERS)[name]
-        options = {**options, **({} if name == "softmax" else {"rng": 0})}
+        options = {**options, **({} if name in ("softmax", "eva top") else {"rng": 0})}
         if "grid" in options:
             options["grid"] = (n // 16, 16)
         if "key_mask" in options:

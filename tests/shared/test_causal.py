@@ -478,5 +478,5 @@ def test_calls_without_a_meaning(lib):
         lara(q, k, v, rng=0, window=4)
     with pytest.raises(ValueError, match=r"is_causal: expected as many keys as queries \(14\), got 5"):
         lara(q, k[..., :5, :], v[..., :5, :], rng=0, is_causal=True)
-    with pytest.raises(NotImplementedError, match="is_causal: features='trigonometric'"):
+    with pytest.raises(NotImplementedError, match="is_causal: only features='positive'"):
         rfa(q, k, v, rng=0, features="trigonometric", is_causal=True)

@@ -100,7 +100,7 @@ def test_orthogonal_frequencies(lib, native):
     q = lib.asarray(np.zeros((400, 3, 5)))
     x = prepare(q, q, q, scale=None, key_mask=None, enable_gqa=False)
     rng = lib.generator(0) if native else 0
-    w = lib.numpy(normal_draws(x, (12, 5), rng=rng, noise=None, axes="S, D", orthogonal=True))
+    w = lib.numpy(normal_draws(x, (12, 5), rng=rng, noise=None, axes="S, D", kind="orthogonal"))
     assert w.shape == (400, 12, 5)
     for block in (w[:, :5], w[:, 5:10], w[:, 10:]):
         gram = block @ block.swapaxes(-1, -2)
