@@ -105,7 +105,9 @@ def _rfa(n: int, m: int, d: int, e: int, options: Any) -> float:
     s = options["num_samples"] or 64
     if options["features"] == "trigonometric":
         return s * (n + m) * (d + 2 * e) + 2 * s * n + m * d
-    return s * (n + m) * (d + e) + m * d
+    # The optimal features' mean |q + k|^2, and their weights.
+    more = (n + m + s + 1) * d if options["features"] == "optimal" else 0
+    return s * (n + m) * (d + e) + m * d + more
 
 
 def _ra(n: int, m: int, d: int, e: int, options: Any) -> float:

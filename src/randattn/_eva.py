@@ -206,7 +206,8 @@ def eva(
     tokens = check_grid(grid, x.q.shape[-2], x.k.shape[-2])
     check_causal(x, is_causal)
     exactly = check_exact(exact)
-    if not isinstance(groups, str) or groups != "segments" or "top" in exactly or second_order:
+    by_segments = isinstance(groups, str) and groups == "segments"
+    if not by_segments or "top" in exactly or second_order:
         published = {
             "rng": rng is not None,
             "noise": noise is not None,
@@ -217,7 +218,6 @@ def eva(
             "max_tokens": max_tokens is not None,
         }
         check_unused(published)
-        by_segments = isinstance(groups, str) and groups == "segments"
         if group_size is not None and not by_segments:
             raise ValueError("group_size: expected num_groups with groups other than 'segments'")
         at, count = groups, num_groups

@@ -47,7 +47,7 @@ class Choice(NamedTuple):
 
 def check_exact(exact: Any) -> tuple[str, ...]:
     """What is exact, in a tuple."""
-    names = (exact,) if isinstance(exact, str) else tuple(exact)
+    names = tuple(exact) if isinstance(exact, tuple | list) and exact else (exact,)
     for name in names:
         check_option("exact", name, ("window", "top"))
     return names

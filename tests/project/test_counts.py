@@ -10,6 +10,7 @@ N = 128
 CALLS = {
     "softmax": (softmax_attention, {}),
     "rfa": (rfa, {"num_samples": 48}),
+    "rfa optimal": (rfa, {"features": "optimal"}),
     "rfa trigonometric": (rfa, {"features": "trigonometric"}),
     "ra": (ra, {"num_samples": 2}),
     "lara": (lara, {"num_landmarks": 32}),

@@ -210,6 +210,8 @@ def test_errors(lib):
     for options, kind, name in [
         ({"groups": "trees"}, ValueError, "groups"),
         ({"exact": "best"}, ValueError, "exact"),
+        ({"exact": ()}, ValueError, "exact"),
+        ({"exact": 1}, ValueError, "exact"),
         ({"exact": "top", "num_exact": 0}, ValueError, "num_exact"),
         ({"exact": "top", "num_exact": "8"}, TypeError, "num_exact"),
         ({"exact": "top", "num_blocks": 0}, ValueError, "num_blocks"),
