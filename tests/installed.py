@@ -46,10 +46,12 @@ calls = {
     "rfa_step": lambda: streamed(randattn.rfa, randattn.rfa_step),
     "eva_step": lambda: streamed(randattn.eva, randattn.eva_step),
 }
-# A number, not attention.
+# Of attention, not attention.
+assert randattn.diagnose(randattn.rfa, q, k, v, rng=0).relative_standard_error > 0
 assert randattn.multiply_adds(randattn.rfa, 100, 100, 8, 8, num_samples=4) == 4 * 200 * 16 + 800
 public = {name for name in randattn.__all__ if inspect.isfunction(getattr(randattn, name))} - {
-    "multiply_adds"
+    "diagnose",
+    "multiply_adds",
 }
 assert public == set(calls), f"not called: {public - set(calls)}; not public: {set(calls) - public}"
 for name, function in calls.items():

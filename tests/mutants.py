@@ -119,6 +119,12 @@ MUTANTS = [
     Mutant("signs of QR left open", "_draws.py", "signs = xp.where(diagonal < 0, -xp", "signs = xp.where(diagonal < 0, xp"),
     Mutant("uniforms from the normal draws' stream", "_draws.py", 'bits.jumped() if kind == "uniform" else bits', "bits"),
     Mutant("all heads share their draws", "_draws.py", 'cast("Kind", kind), (*broadcast_shapes(x.lead, lead), *shape))', 'cast("Kind", kind), shape)'),
+    Mutant("effective samples without the square", "_conclude.py", "(x / total[..., None]) ** 2", "(x / total[..., None])"),
+    Mutant("a pair's weight is not looked at", "_conclude.py", "x * xp.matrix_transpose(weight.of(q))", "x"),
+    Mutant("replicates share their draws", "_diagnose.py", 'for source in spawned(options["rng"], num_replicates, x)', 'for source in spawned(options["rng"], 1, x) * num_replicates'),
+    Mutant("entropy without the scale", "_diagnose.py", "log_norm - x.scale * dot(q, mean_key)", "log_norm - dot(q, mean_key)"),
+    Mutant("padded queries are summed", "_diagnose.py", "squares = xp.where(with_rank(self._mask, squares.ndim), squares, 0.0)", "pass"),
+    Mutant("rows that are none", "_diagnose.py", "<= 1e-3 * largest", "<= math.inf"),
 ]  # fmt: skip
 
 

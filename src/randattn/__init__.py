@@ -2,6 +2,7 @@
 
 from ._attend import Average
 from ._counts import multiply_adds
+from ._diagnose import Diagnosis, diagnose
 from ._eva import eva
 from ._eva_step import EVAState, eva_step
 from ._lara import lara
@@ -12,9 +13,11 @@ from ._softmax import softmax_attention
 
 __all__ = [
     "Average",
+    "Diagnosis",
     "EVAState",
     "RFAState",
     "attend",
+    "diagnose",
     "eva",
     "eva_step",
     "lara",

@@ -64,6 +64,26 @@ def uniform_draws(
     return _drawn(rng, x, "uniform", (*x.lead, *shape))
 
 
+def spawned(rng: Any, count: int, x: Inputs) -> list[Any]:
+    """So many sources of draws of their own: seeds, or JAX keys."""
+    if _is_seed(rng):
+        import numpy as np
+
+        return [int(seed) for seed in np.random.SeedSequence(rng).generate_state(count)]
+    if compat.is_jax_namespace(x.xp):
+        return list(sys.modules["jax"].random.split(_checked_key(rng), count))
+    if compat.is_torch_namespace(x.xp):
+        torch = sys.modules["torch"]
+        if not isinstance(rng, torch.Generator):
+            raise _wrong(rng)
+        seeds = torch.randint(2**31, (count,), generator=rng, device=rng.device)
+    elif hasattr(rng, "integers"):
+        seeds = rng.integers(2**31, size=count)
+    else:
+        raise _wrong(rng)
+    return cast("list[Any]", seeds.tolist())
+
+
 def no_draws(estimator: str) -> ValueError:
     """The error for an estimator that cannot do without."""
     return ValueError(f"rng: {estimator} needs draws: expected rng or noise, got neither")
@@ -88,9 +108,7 @@ def _given(name: str, draws: Array, x: Inputs, shape: tuple[int, ...], axes: str
 
 def _drawn(rng: Any, x: Inputs, kind: Kind, shape: tuple[int, ...]) -> Array:
     xp = x.xp
-    if isinstance(rng, numbers.Integral) and not isinstance(rng, bool):
-        if rng < 0:
-            raise ValueError(f"rng: expected a seed of at least 0, got {rng}")
+    if _is_seed(rng):
         host = _philox(operator.index(rng), kind, plain(shape))
         return xp.asarray(host, dtype=x.q.dtype, device=x.device)
     needed = _needed(kind, shape)
@@ -106,6 +124,14 @@ def _drawn(rng: Any, x: Inputs, kind: Kind, shape: tuple[int, ...]) -> Array:
         # The libraries that live on the host and have no draws of their own: strict, Dask.
         return xp.asarray(_host(rng, kind, shape), dtype=x.q.dtype, device=x.device)
     return _arranged(xp, xp.astype(draws, x.q.dtype, copy=False), kind, shape)
+
+
+def _is_seed(rng: Any) -> bool:
+    if not isinstance(rng, numbers.Integral) or isinstance(rng, bool):
+        return False
+    if rng < 0:
+        raise ValueError(f"rng: expected a seed of at least 0, got {rng}")
+    return True
 
 
 @static
@@ -183,13 +209,18 @@ def _torch(rng: Any, x: Inputs, kind: Kind, shape: tuple[int, ...]) -> Array:
     return draw(shape, generator=rng, dtype=x.q.dtype, device=x.device)
 
 
-def _jax(rng: Any, x: Inputs, kind: Kind, shape: tuple[int, ...]) -> Array:
+def _checked_key(rng: Any) -> Array:
     jax = sys.modules["jax"]
     typed = isinstance(rng, jax.Array) and jax.dtypes.issubdtype(rng.dtype, jax.dtypes.prng_key)
     legacy = isinstance(rng, jax.Array) and rng.dtype == jax.numpy.uint32 and rng.shape == (2,)
     if not (typed and rng.shape == ()) and not legacy:
         raise _wrong(rng)
-    normal, uniform = jax.random.split(rng)
+    return rng
+
+
+def _jax(rng: Any, x: Inputs, kind: Kind, shape: tuple[int, ...]) -> Array:
+    jax = sys.modules["jax"]
+    normal, uniform = jax.random.split(_checked_key(rng))
     if kind == "uniform":
         return jax.random.uniform(uniform, shape, dtype=x.q.dtype)
     return jax.random.normal(normal, shape, dtype=x.q.dtype)

@@ -10,6 +10,7 @@ import numbers
 from typing import TYPE_CHECKING, Any
 
 from ._attend import Average, Keys
+from ._conclude import conclude
 from ._draws import normal_draws
 from ._eva_choice import check_exact, check_unused, choose
 from ._eva_exact import corrected
@@ -269,7 +270,7 @@ def eva(
     values = _control_variates(x, centre, atoms)
     (beta, _), of_values = union(values, parts)
     if tile is None:
-        return x.finish(attend(x.q, Keys(kt, beta, log_weight), scale=x.scale).out)
+        return x.finish(conclude(x.q, Keys(kt, beta, log_weight), scale=x.scale))
 
     at = windows(tokens, tile, lanes)
     near = Keys(gather(x.k, at), gather(x.v, at), gather_bias(x.k, x.key_mask, at))
@@ -285,7 +286,7 @@ def eva(
         given = kt if landmarks is not None else None
         rests = [_rests(of_values, of_keys, rest, given, group_weight)]
     far = Keys(kt[..., None, :, :], beta[..., None, :, :], log_weight)
-    out, _ = attend(gather(x.q, at), near, far, *rests, scale=x.scale, is_causal=is_causal)
+    out = conclude(gather(x.q, at), near, far, *rests, scale=x.scale, is_causal=is_causal)
     out = x.finish(scatter(out, at, x.q))
     if not return_state:
         return out

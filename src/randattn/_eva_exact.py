@@ -15,9 +15,10 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ._attend import Keys, average, average_of_all, finite, merge
+from ._attend import Keys, average, average_of_all, finite
+from ._conclude import conclude
 from ._eva_choice import depth_of, rank_of
-from ._fused import attend, by_rows, chunked, constant, largest
+from ._fused import by_rows, chunked, constant, largest
 from ._inputs import hide, is_array, log_mask, namespace, placement
 from ._plans import Blocks
 from ._tree import covariance, entries, halves, rows, sketch, stride_of
@@ -133,8 +134,9 @@ def _corrected(x: Inputs, choice: Choice, query_mask: Array | None) -> Array:
         (slots, -2),
     )
     place = xp.argsort(xp.reshape(index, (index.shape[0], count * size)), axis=-1)[:, :n]
-    out = rows(xp.reshape(out, (lanes, count * size, values)), place)
-    return xp.reshape(out, (*lead, n, values))
+    columns = out.shape[-1] // size
+    out = rows(xp.reshape(out, (lanes, count * size, columns)), place)
+    return xp.reshape(out, (*lead, n, columns))
 
 
 def _group(
@@ -270,13 +272,13 @@ def _attended(
     share = xp.where(is_exact, entries(grouped.share, slots), 0.0)
     far = _rest(grouped, mu, slots, share[..., None] * tokens[..., d:])
     if not second_order:
-        out, _ = attend(q, near, far)
+        out = conclude(q, near, far)
     else:
         curved = xp.matmul(
             (q - mu[:, None, None, :]) ** 2, xp.matrix_transpose(grouped.variance)[:, None, ...] / 2
         )
-        out, _ = merge(attend(q, near), attend(q, far, pair_bias=curved))
-    return xp.reshape(out, (lanes, count, size * grouped.beta.shape[-1]))
+        out = conclude(q, near, far, pair_bias=curved)
+    return xp.reshape(out, (lanes, count, size * out.shape[-1]))
 
 
 def _rest(grouped: _Grouped, mu: Array, slots: Array, taken: Array) -> Keys:

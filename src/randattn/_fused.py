@@ -95,7 +95,7 @@ def attend(
         return _attend.attend(
             q, *sets, scale=scale, pair_bias=pair_bias, pair_weight=pair_weight, is_causal=is_causal
         )
-    if compat.is_torch_array(q) and not sys.modules["torch"].compiler.is_compiling():
+    if compat.is_torch_array(q) and not compiling(q):
         from . import _fused_torch
 
         if _fused_torch.is_plain(q, sets, pair_weight):
@@ -111,6 +111,11 @@ def attend(
             return _attend.attend_whole(q, sets, scale, None, pair_weight, first)
         return _inplace.attend(q, sets, steps, scale, pair_weight, is_causal, block)
     return _attend.attend(q, *sets, scale=scale, pair_weight=pair_weight, is_causal=is_causal)
+
+
+def compiling(x: Array) -> bool:
+    """Whether PyTorch makes a program of this call."""
+    return compat.is_torch_array(x) and bool(sys.modules["torch"].compiler.is_compiling())
 
 
 def chunked(x: Array) -> Any:
@@ -251,7 +256,7 @@ def known(x: Array) -> bool:
 
 def _known(condition: Array) -> bool:
     """Whether PyTorch has the value at hand: it waits for no device, and traces and transforms nothing."""
-    if not compat.is_torch_array(condition) or sys.modules["torch"].compiler.is_compiling():
+    if not compat.is_torch_array(condition) or compiling(condition):
         return False
     from . import _fused_torch
 

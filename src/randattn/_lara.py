@@ -9,6 +9,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from ._attend import Keys, finite
+from ._conclude import conclude
 from ._draws import normal_draws
 from ._fused import attend, undisturbed
 from ._inputs import (
@@ -222,11 +223,12 @@ def lara(
             over_queries=over_queries,
             copies=len(draws),
         )
-        out, _ = attend(x.q, Keys(w, f, only(present, log_z - log_r)), scale=x.root, pair_weight=alpha_nc)
+        log_weight = only(present, log_z - log_r)
+        out = conclude(x.q, Keys(w, f, log_weight), scale=x.root, pair_weight=alpha_nc)
     else:
         # The balance heuristic over r_c: the proposal's own density cancels.
         towards = w + mu if weighting == "biased" else w
-        out, _ = attend(x.q, Keys(towards, f, only(present, log_z - log_mixture)), scale=x.root)
+        out = conclude(x.q, Keys(towards, f, only(present, log_z - log_mixture)), scale=x.root)
     return x.finish(out)
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ._attend import Average, Keys, finite, nonzero, past
 from ._causal import nothing, scan
+from ._conclude import conclude
 from ._draws import no_draws, normal_draws
 from ._fused import attend, undisturbed
 from ._inputs import (
@@ -206,8 +207,7 @@ def rfa(
     f, log_z = attend(w, Keys(x.k, x.v, x.key_bias, x.scale), scale=x.root)
     if features == "optimal":
         log_z = log_z + log_weight
-    out, _ = attend(x.q, Keys(w, f, log_z), scale=x.root)
-    return x.finish(out)
+    return x.finish(conclude(x.q, Keys(w, f, log_z), scale=x.root))
 
 
 @undisturbed

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ._attend import Keys
-from ._fused import attend, undisturbed
+from ._conclude import conclude
+from ._fused import undisturbed
 from ._inputs import check_causal, prepare
 
 if TYPE_CHECKING:
@@ -72,5 +73,4 @@ def softmax_attention(
     """
     x = prepare(q, k, v, scale=scale, key_mask=key_mask, enable_gqa=enable_gqa)
     check_causal(x, is_causal)
-    out, _ = attend(x.q, Keys(x.k, x.v, x.key_bias), scale=x.scale, is_causal=is_causal)
-    return x.finish(out)
+    return x.finish(conclude(x.q, Keys(x.k, x.v, x.key_bias), scale=x.scale, is_causal=is_causal))
