@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -48,12 +49,11 @@ Command = "Callable[..., Result]"
 
 
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """`command("--json", "--input", path)` runs ``randattn compare`` with a small plan."""
-    monkeypatch.setattr(_app, "FULL", SMALL)
+def called(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """`called("compare", "--json")` runs ``randattn compare --json``."""
 
     def run(*arguments: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["randattn", "compare", *map(str, arguments)])
+        monkeypatch.setattr(sys, "argv", ["randattn", *map(str, arguments)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as stopped:
             main()
@@ -61,6 +61,13 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         return Result(int(stopped.value.code or 0), captured.out, captured.err)
 
     return run
+
+
+@pytest.fixture
+def command(called: Command, monkeypatch: pytest.MonkeyPatch) -> Command:
+    """`command("--json", "--input", path)` runs ``randattn compare`` with a small plan."""
+    monkeypatch.setattr(_app, "FULL", SMALL)
+    return partial(called, "compare")
 
 
 @pytest.fixture

@@ -16,6 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ._backends import CHECKS, NAMES, Unusable, installed, open_backend
 from ._errors import Refused
 from ._files import check_output, read_inputs, read_sample, write_report
+from ._look import CASES, look
+from ._look_table import print_looks
 from ._measure import measure
 from ._plan import ESTIMATORS, FULL, QUICK
 from ._table import print_tables
@@ -129,6 +131,89 @@ def compare(
         click.echo(text, nl=False)
     else:
         print_tables(report)
+
+
+@app.command()
+@click.option(
+    "--input",
+    "path",
+    type=Path,
+    metavar="FILE",
+    help="A .npz or .safetensors file with q (..., N, D), k (..., M, D), v (..., M, E) and optionally scale. "
+    "Default: the embedded sample, what a small language model passes to its attention.",
+)
+@click.option(
+    "--estimator",
+    "estimators",
+    multiple=True,
+    type=click.Choice(list(CASES)),
+    metavar="NAME",
+    help=f"An estimator to diagnose: {', '.join(CASES)}. The last is eva with groups='tree', exact='top'. "
+    "Repeatable. Default: all.",
+)
+@click.option(
+    "--samples",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Draws, landmarks or groups. Default: "
+    + ", ".join(f"{case.samples} for {name}" for name, case in CASES.items())
+    + ".",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, metavar="N", help="Of the draws. Default: 0.")
+@click.option(
+    "--replicates",
+    type=click.IntRange(min=2),
+    default=8,
+    metavar="N",
+    help="Calls with draws of their own, for the standard error. Default: 8.",
+)
+@click.option(
+    "--output",
+    type=Path,
+    metavar="DIR",
+    help="Write diagnosis.png and diagnosis.json there, in place of those that are there: both or neither.",
+)
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print what diagnosis.json holds, alone, on standard output."
+)
+def diagnose(
+    *,
+    path: Path | None,
+    estimators: tuple[str, ...],
+    samples: int | None,
+    seed: int,
+    replicates: int,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """Say when to trust an estimator on these inputs, and what to use instead.
+
+    Beside the error of each estimator and of the trivial answer, mean(V), stand what tells without exact
+    attention: the standard error over replicates, the effective sample size of a query's self-normalized
+    weights, and the largest weight. Everything printed was computed on these inputs; it is
+    randattn.diagnose, in float32 and on NumPy.
+    """
+    inputs = read_sample() if path is None else read_inputs(path)
+    if output is not None:
+        check_output(output)
+    with _progress() as advance:
+        found = look(
+            inputs,
+            [name for name in CASES if name in estimators or not estimators],
+            samples=samples,
+            seed=seed,
+            replicates=replicates,
+            advance=advance,
+        )
+    text = json.dumps(found.to_json(), indent=2, allow_nan=False) + "\n"
+    if output is not None:
+        from ._look_plot import plot_looks
+
+        write_report(output, {"diagnosis.png": plot_looks(found), "diagnosis.json": text.encode()})
+    if as_json:
+        click.echo(text, nl=False)
+    else:
+        print_looks(found)
 
 
 def run() -> int:

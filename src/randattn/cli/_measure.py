@@ -115,7 +115,7 @@ def measure(
     Report
     """
     load = os.getloadavg()[0] / (os.cpu_count() or 1) if hasattr(os, "getloadavg") else None
-    exact, mean_v_error = _truth(inputs)
+    exact, mean_v_error = truth(inputs)
     configs = plan.configs(estimators, inputs.k.shape[-2])
     numbers = {config: range(1 if config == EXACT else seeds) for config in configs}
     runs = sum(map(len, numbers.values()))
@@ -159,7 +159,7 @@ def measure(
     )
 
 
-def _truth(inputs: Inputs) -> tuple[np.ndarray, float]:
+def truth(inputs: Inputs) -> tuple[np.ndarray, float]:
     """Exact attention in float64, and the error of the trivial answer mean(V)."""
     arrays = (inputs.q, inputs.k, inputs.v)
     if not np.isfinite(softmax_attention(*arrays, scale=inputs.scale)).all():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import matplotlib as mpl
@@ -11,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogFormatter, NullLocator
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from matplotlib.axes import Axes
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 _COLOURS = {"softmax": "#000000", "rfa": "#E69F00", "ra": "#CC79A7", "lara": "#0072B2", "eva": "#009E73"}
 _LABELS = {"softmax": "softmax (exact)"}
 _REFERENCE = "#6E6E6E"
-_LONGEST_NAME = 40
+LONGEST_NAME = 40
 
 
 class _Style(NamedTuple):
@@ -64,17 +65,28 @@ def plot(report: Report) -> bytes:
     bytes
         A PNG file.
     """
-    # Whatever the user's own settings are.
-    with mpl.rc_context():
-        mpl.rcdefaults()
-        mpl.rcParams.update(_RC)
+    with settings():
         figure = Figure(figsize=(12, 5.8), layout="constrained")
         left, right = figure.subplots(1, 2)
         _errors(left, report)
         _times(right, report)
         _legends(figure, report)
-        picture = io.BytesIO()
-        figure.savefig(picture, format="png", dpi=150)
+        return as_png(figure)
+
+
+@contextmanager
+def settings() -> Iterator[None]:
+    """The look of all pictures, whatever the user's own settings are."""
+    with mpl.rc_context():
+        mpl.rcdefaults()
+        mpl.rcParams.update(_RC)
+        yield
+
+
+def as_png(figure: Figure, dpi: int = 150) -> bytes:
+    """The bytes of a PNG file."""
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=dpi)
     return picture.getvalue()
 
 
@@ -93,7 +105,7 @@ def _errors(axes: Axes, report: Report) -> None:
     samples = sorted(counts)
 
     seeds = "1 seed" if report.seeds == 1 else f"mean of {report.seeds} seeds"
-    axes.set_title(f"Error: {report.input[-_LONGEST_NAME:]}, {seeds}")
+    axes.set_title(f"Error: {report.input[-LONGEST_NAME:]}, {seeds}")
     axes.set_xlabel("samples, landmarks or groups")
     axes.set_ylabel("relative error")
     axes.set_xscale("log", base=2)

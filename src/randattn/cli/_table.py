@@ -23,11 +23,8 @@ _BUSY = 0.75
 
 def print_tables(report: Report) -> None:
     """Print errors, times and agreement, then time against length, each with what its words mean."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        # A file or a pipe has no width; Rich would take 80 columns.
-        console = Console(highlight=False, width=100)
-    console.print(_rows(report))
+    out = console()
+    out.print(_rows(report))
     estimators = {row.estimator for row in report.rows}
     notes = [
         f"mean(V), the same for all queries, errs by {_error(report.mean_v_error)}; what errs more is worse.",
@@ -41,25 +38,32 @@ def print_tables(report: Report) -> None:
         notes.append(
             f"The machine was busy before (load {report.load_per_core:.1f} per core): times may mislead."
         )
-    console.print("\n" + "\n".join(notes), markup=False)
+    out.print("\n" + "\n".join(notes), markup=False)
     if report.lengths:
-        console.print()
-        console.print(_lengths(report))
-        console.print("\nIn brackets the speedup over softmax. -: not measured, too slow or no time left.")
+        out.print()
+        out.print(_lengths(report))
+        out.print("\nIn brackets the speedup over softmax. -: not measured, too slow or no time left.")
+
+
+def console() -> Console:
+    """Standard output."""
+    out = Console(highlight=False)
+    # A file or a pipe has no width; Rich would take 80 columns.
+    return out if out.is_terminal else Console(highlight=False, width=100)
 
 
 def _rows(report: Report) -> Table:
     q, k = report.shapes["q"], report.shapes["k"]
     size = " x ".join(map(str, q)) + ("" if q[-2] == k[-2] else f", {k[-2]} keys")
     seeds = "1 seed" if report.seeds == 1 else f"mean of {report.seeds} seeds"
-    table = _table(f"{report.input}, {size}, {seeds}")
+    rows = table(f"{report.input}, {size}, {seeds}", "library", "estimator")
     for header in ("samples", "error", "mean(V)"):
-        table.add_column(header, justify="right")
-    table.add_column("")
+        rows.add_column(header, justify="right")
+    rows.add_column("")
     for header in ("time", "speedup", "vs numpy"):
-        table.add_column(header, justify="right")
+        rows.add_column(header, justify="right")
     for row in report.rows:
-        table.add_row(
+        rows.add_row(
             row.backend,
             row.estimator,
             "-" if row.samples is None else str(row.samples),
@@ -70,8 +74,8 @@ def _rows(report: Report) -> Table:
             f"{row.speedup:.2f}x",
             _error(row.max_abs_diff),
         )
-        table.rows[-1].end_section = _is_last(row, report.rows)
-    return table
+        rows.rows[-1].end_section = _is_last(row, report.rows)
+    return rows
 
 
 def _lengths(report: Report) -> Table:
@@ -80,9 +84,9 @@ def _lengths(report: Report) -> Table:
     times = {
         (each.backend, each.estimator, each.samples, each.length): each.seconds for each in report.lengths
     }
-    table = _table("Time for one head, by tokens")
+    rows = table("Time for one head, by tokens", "library", "estimator")
     for length in shown:
-        table.add_column(str(length), justify="right")
+        rows.add_column(str(length), justify="right")
     lines = list(dict.fromkeys((each.backend, each.estimator, each.samples) for each in report.lengths))
     for line in sorted(lines, key=lambda line: list(report.libraries).index(line[0])):
         cells = []
@@ -91,12 +95,13 @@ def _lengths(report: Report) -> Table:
             speedup = "" if seconds is None or exact is None else f" ({exact / seconds:.1f}x)"
             cells.append("-" if seconds is None else _time(seconds) + speedup)
         backend, estimator, samples = line
-        table.add_row(backend, f"{estimator} {samples or ''}", *cells)
-    return table
+        rows.add_row(backend, f"{estimator} {samples or ''}", *cells)
+    return rows
 
 
-def _table(title: str) -> Table:
-    table = Table(
+def table(title: str, *names: str) -> Table:
+    """A table that begins with columns of names."""
+    made = Table(
         title=Text(title, style="bold"),
         title_justify="left",
         box=box.SIMPLE_HEAD,
@@ -104,9 +109,9 @@ def _table(title: str) -> Table:
         pad_edge=False,
         show_edge=False,
     )
-    table.add_column("library", no_wrap=True)
-    table.add_column("estimator", no_wrap=True)
-    return table
+    for name in names:
+        made.add_column(name, no_wrap=True)
+    return made
 
 
 def _is_last(row: Row, rows: Iterable[Row]) -> bool:
