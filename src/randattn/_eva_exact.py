@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ._attend import Keys, average, average_of_all, finite, merge
-from ._eva_choice import depth_of, rank_of
+from ._eva_choice import FAMILY, depth_of, list_of, rank_of
 from ._fused import attend, by_rows, chunked, constant, largest
 from ._inputs import hide, is_array, log_mask, namespace, placement
 from ._plans import Blocks
@@ -42,8 +42,10 @@ class _Grouped(NamedTuple):
     stop : array of int, shape (L, C)
         The place after a group's last.
     is_key : array of bool, shape (L, S)
-    tokens : array, shape (L, S, D + E + 1)
-        Keys, values and ones.
+    tokens : array, shape (L, S, D + E)
+        Keys and values.
+    weighed : array, shape (L, S, E + 1)
+        Values and ones times their shares.
     sketch : array, shape (L, S, r)
     along_mu, share : arrays, shape (L, S)
         ``mu.k_m`` and ``p_m``.
@@ -60,6 +62,7 @@ class _Grouped(NamedTuple):
     stop: Array
     is_key: Array
     tokens: Array
+    weighed: Array
     sketch: Array
     along_mu: Array
     share: Array
@@ -187,16 +190,18 @@ def _group(
             xp.reshape(along_mu, shape), xp.reshape(averaged, (*shape, averaged.shape[-1]))
         )
     kt, beta = means[..., :d], means[..., d : d + e]
+    share = xp.exp(along_mu - entries(finite(log_z), group))
     v = tokens[..., None, :, d : d + e]
     return _Grouped(
         key=key,
         group=group,
         stop=stop,
         is_key=is_key,
-        tokens=tokens[..., : d + e + 1],
+        tokens=tokens[..., : d + e],
+        weighed=share[..., None] * tokens[..., d : d + e + 1],
         sketch=tokens[..., d + e + 1 :],
         along_mu=along_mu,
-        share=xp.exp(along_mu - entries(finite(log_z), group)),
+        share=share,
         log_z=log_z,
         lowest=constant(xp.min(v, axis=-2, keepdims=True)),
         highest=constant(xp.max(v, axis=-2, keepdims=True)),
@@ -209,14 +214,68 @@ def _group(
 
 def _chosen(choice: Choice, grouped: _Grouped, index: Array, of_q: Array, is_query: Array | None) -> Array:
     """Places (L, B, T) of the keys that each block's queries weigh most otherwise than their groups do."""
-    xp, (lanes, n, _), values = namespace(of_q), of_q.shape, grouped.beta.shape[-1]
-    blocks, run = index.shape[1], 1
+    xp, lanes, blocks, run = namespace(of_q), of_q.shape[0], index.shape[1], 1
     if choice.windows is not None:
         # Windows that follow each other choose together.
         run = -(-blocks // choice.num_blocks)
-        fill = xp.full((1, -blocks % run, index.shape[2]), n, dtype=index.dtype, device=placement(index))
-        index = xp.concat([index, fill], axis=1)
-        index = xp.reshape(index, (1, index.shape[1] // run, run * index.shape[2]))
+        index = _joined(index, run, of_q.shape[1])
+    keys, group, of_group = _compared(grouped), grouped.group, constant(grouped.kt_sketch)
+
+    def of_blocks(index: Array) -> tuple[Array, ...]:
+        centre, spread = _centres(index, of_q, is_query)
+        return centre, spread, xp.matmul(centre, xp.matrix_transpose(of_group))
+
+    def among_all(index: Array, count: int) -> Array:
+        size = max(1, _AT_HAND // (lanes * keys.shape[1]))
+        return by_rows(
+            lambda *of_blocks: _most_missed(*of_blocks, keys, group, count),
+            size,
+            *((x, -2) for x in of_blocks(index)),
+        )
+
+    listed = list_of(choice.num_keys, keys.shape[1], index.shape[1])
+    if listed == keys.shape[1]:
+        found = among_all(index, choice.num_keys)
+    else:
+        # Blocks that are next to each other choose from one list.
+        families = _joined(index, FAMILY, of_q.shape[1])
+        count = families.shape[1]
+        lists = among_all(families, listed)
+
+        def among_listed(*of_families: Array) -> Array:
+            *blocks, lists = of_families
+            nodes = lanes * lists.shape[1]
+            listed = xp.reshape(rows(keys, lists), (nodes, lists.shape[2], keys.shape[2]))
+            blocks = (xp.reshape(x, (nodes, FAMILY, x.shape[2] // FAMILY)) for x in blocks)
+            of_list = xp.reshape(entries(group, lists), listed.shape[:2])
+            found = _most_missed(*blocks, listed, of_list, choice.num_keys)
+            found = entries(xp.reshape(lists, listed.shape[:2]), found)
+            return xp.reshape(found, (lanes, lists.shape[1], FAMILY * choice.num_keys))
+
+        index = xp.reshape(families, (families.shape[0], count * FAMILY, families.shape[2] // FAMILY))
+        found = by_rows(
+            among_listed,
+            max(1, _AT_HAND // (lanes * lists.shape[2] * (keys.shape[2] + FAMILY))),
+            *((xp.reshape(x, (lanes, count, FAMILY * x.shape[2])), -2) for x in of_blocks(index)),
+            (lists, -2),
+        )
+        found = xp.reshape(found, (lanes, count * FAMILY, choice.num_keys))
+    if run > 1:
+        found = xp.broadcast_to(found[:, :, None, :], (lanes, found.shape[1], run, found.shape[2]))
+        found = xp.reshape(found, (lanes, found.shape[1] * run, found.shape[3]))
+    return found[:, :blocks, :]
+
+
+def _joined(index: Array, run: int, n: int) -> Array:
+    """So many blocks of queries (L or 1, B, s) that follow each other in one: (L or 1, B / run, run s)."""
+    xp, (lanes, blocks, size) = namespace(index), index.shape
+    fill = xp.full((lanes, -blocks % run, size), n, dtype=index.dtype, device=placement(index))
+    return xp.reshape(xp.concat([index, fill], axis=1), (lanes, -(-blocks // run), run * size))
+
+
+def _centres(index: Array, of_q: Array, is_query: Array | None) -> tuple[Array, Array]:
+    """Means (L, B, r) of blocks of queries, and how far from them these are (L, B, 1) in any direction."""
+    xp, (lanes, n, _) = namespace(of_q), of_q.shape
     real = xp.where(index < n, index, 0)
     is_there = xp.broadcast_to(index < n, (lanes, *index.shape[1:]))
     if is_query is not None:
@@ -224,35 +283,38 @@ def _chosen(choice: Choice, grouped: _Grouped, index: Array, of_q: Array, is_que
     tokens = rows(of_q, real)
     log_there = log_mask(is_there, tokens)
     centre = average_of_all(log_there, tokens).out
-    spread = average_of_all(log_there, (tokens - centre[..., None, :]) ** 2).out
+    square = average_of_all(log_there, (tokens - centre[..., None, :]) ** 2).out
     # Of a block of padding alone, any query's.
     is_empty = ~xp.any(is_there, axis=-1, keepdims=True)
-    spread = xp.where(is_empty, xp.mean(of_q * of_q, axis=1, keepdims=True), spread)
-    spread = xp.mean(spread, axis=-1, keepdims=True) / 2
+    square = xp.where(is_empty, xp.mean(of_q * of_q, axis=1, keepdims=True), square)
+    return centre, xp.sqrt(xp.mean(square, axis=-1, keepdims=True))
 
-    along_mu, v, of_k, of_group = (
-        constant(y)
-        for y in (grouped.along_mu, grouped.tokens[..., -values - 1 : -1], grouped.sketch, grouped.kt_sketch)
+
+def _compared(grouped: _Grouped) -> Array:
+    """What keys are chosen by (L, S, r + 3): coordinates, ``mu.k``, length, and the value's length."""
+    xp, values = namespace(grouped.sketch), grouped.beta.shape[-1]
+    of_k, along_mu, v = (
+        constant(y) for y in (grouped.sketch, grouped.along_mu, grouped.tokens[..., -values:])
     )
-    weight = average_of_all(log_mask(grouped.is_key, v), v).out[:, None, :]
-    weight = xp.sqrt(xp.sum((v - weight) ** 2, axis=-1))[:, None, :]
-    square = xp.sum(of_k * of_k, axis=-1)[:, None, :]
+    v = v - average_of_all(log_mask(grouped.is_key, v), v).out[:, None, :]
+    lengths = (xp.sqrt(xp.sum(x * x, axis=-1, keepdims=True)) for x in (of_k, v))
+    return xp.concat([of_k, along_mu[..., None], *lengths], axis=-1)
 
-    def choose(centre: Array, spread: Array) -> Array:
-        # q.k less what all keys have; the mean of exp over a block's queries, were they Gaussian.
-        exact = xp.matmul(centre, xp.matrix_transpose(of_k)) + spread * square + along_mu[:, None, :]
-        by_group = xp.matrix_transpose(xp.matmul(centre, xp.matrix_transpose(of_group)))
-        by_group = xp.matrix_transpose(rows(by_group, grouped.group)) + along_mu[:, None, :]
-        top = finite(xp.max(exact, axis=-1, keepdims=True))
-        missed = xp.abs(xp.exp(exact - top) - xp.exp(by_group - top)) * weight
-        return largest(xp.where(grouped.is_key[:, None, :], missed, -1.0), choice.num_keys)
 
-    size = max(1, _AT_HAND // (lanes * of_k.shape[1]))
-    found = by_rows(choose, size, (centre, -2), (spread, -2))
-    if run > 1:
-        found = xp.broadcast_to(found[:, :, None, :], (lanes, found.shape[1], run, found.shape[2]))
-        found = xp.reshape(found, (lanes, found.shape[1] * run, found.shape[3]))[:, :blocks, :]
-    return found
+def _most_missed(
+    centre: Array, spread: Array, to_groups: Array, keys: Array, group: Array, count: int
+) -> Array:
+    """So many of the keys (L, K, r + 3), for blocks of queries (L, B, r)."""
+    xp, of_k = namespace(keys), keys[..., :-3]
+    along_mu, length, weight = (keys[..., None, :, column] for column in (-3, -2, -1))
+    # q.k less what all keys have; half of a block's queries on this side of its mean, half on the other.
+    exact = xp.matmul(centre, xp.matrix_transpose(of_k)) + along_mu
+    aside = spread * length
+    by_group = xp.matrix_transpose(rows(xp.matrix_transpose(to_groups), group)) + along_mu
+    top = finite(xp.max(exact + aside, axis=-1, keepdims=True))
+    exactly = (xp.exp(exact + aside - top) + xp.exp(exact - aside - top)) / 2
+    missed = xp.abs(exactly - xp.exp(by_group - top)) * weight
+    return largest(xp.where(along_mu == -math.inf, -1.0, missed), count)
 
 
 def _attended(
@@ -266,9 +328,9 @@ def _attended(
     is_exact = xp.concat([first, slots[..., 1:] != slots[..., :-1]], axis=-1) & entries(grouped.is_key, slots)
     d = mu.shape[-1]
     tokens = rows(grouped.tokens, slots)
-    near = Keys(tokens[..., :d], tokens[..., d:-1], log_mask(is_exact, tokens))
-    share = xp.where(is_exact, entries(grouped.share, slots), 0.0)
-    far = _rest(grouped, mu, slots, share[..., None] * tokens[..., d:])
+    near = Keys(tokens[..., :d], tokens[..., d:], log_mask(is_exact, tokens))
+    taken = xp.where(is_exact[..., None], rows(grouped.weighed, slots), 0.0)
+    far = _rest(grouped, mu, slots, taken)
     if not second_order:
         out, _ = attend(q, near, far)
     else:
