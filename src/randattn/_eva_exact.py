@@ -23,6 +23,8 @@ from ._plans import Blocks
 from ._tree import covariance, entries, halves, rows, sketch, stride_of
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ._eva_choice import Choice
     from ._inputs import Inputs
 
@@ -228,7 +230,7 @@ def _chosen(choice: Choice, grouped: _Grouped, index: Array, of_q: Array, is_que
     def among_all(index: Array, count: int) -> Array:
         size = max(1, _AT_HAND // (lanes * keys.shape[1]))
         return by_rows(
-            lambda *of_blocks: _most_missed(*of_blocks, keys, group, count),
+            lambda *blocks: _most_missed(blocks, keys, group, count),
             size,
             *((x, -2) for x in of_blocks(index)),
         )
@@ -246,9 +248,9 @@ def _chosen(choice: Choice, grouped: _Grouped, index: Array, of_q: Array, is_que
             *blocks, lists = of_families
             nodes = lanes * lists.shape[1]
             listed = xp.reshape(rows(keys, lists), (nodes, lists.shape[2], keys.shape[2]))
-            blocks = (xp.reshape(x, (nodes, FAMILY, x.shape[2] // FAMILY)) for x in blocks)
+            blocks = [xp.reshape(x, (nodes, FAMILY, x.shape[2] // FAMILY)) for x in blocks]
             of_list = xp.reshape(entries(group, lists), listed.shape[:2])
-            found = _most_missed(*blocks, listed, of_list, choice.num_keys)
+            found = _most_missed(blocks, listed, of_list, choice.num_keys)
             found = entries(xp.reshape(lists, listed.shape[:2]), found)
             return xp.reshape(found, (lanes, lists.shape[1], FAMILY * choice.num_keys))
 
@@ -301,11 +303,12 @@ def _compared(grouped: _Grouped) -> Array:
     return xp.concat([of_k, along_mu[..., None], *lengths], axis=-1)
 
 
-def _most_missed(
-    centre: Array, spread: Array, to_groups: Array, keys: Array, group: Array, count: int
-) -> Array:
-    """So many of the keys (L, K, r + 3), for blocks of queries (L, B, r)."""
-    xp, of_k = namespace(keys), keys[..., :-3]
+def _most_missed(of_blocks: Sequence[Array], keys: Array, group: Array, count: int) -> Array:
+    """So many of the keys (L, K, r + 3) and their groups, for each block of queries (L, B, T).
+
+    Of blocks: their mean (L, B, r), how far they are from it (L, B, 1), the mean along groups (L, B, C).
+    """
+    (centre, spread, to_groups), xp, of_k = of_blocks, namespace(keys), keys[..., :-3]
     along_mu, length, weight = (keys[..., None, :, column] for column in (-3, -2, -1))
     # q.k less what all keys have; half of a block's queries on this side of its mean, half on the other.
     exact = xp.matmul(centre, xp.matrix_transpose(of_k)) + along_mu

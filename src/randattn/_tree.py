@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 # Of a large set every so many tokens tell its directions.
 STRIDE = 4
 ROUNDS = 2
-# So much of the covariance of so few tokens is taken to be the same in all directions.
-_SHRINKAGE = 0.1
 
 
 def rows(x: Array, index: Array) -> Array:
@@ -43,7 +41,7 @@ def sketch(q: Array, k: Array, rank: int) -> tuple[Array, Array]:
     if q.shape[-1] <= rank:
         return q, k
     matmul = namespace(q).matmul
-    of_q, of_k = (_shrunk(covariance(x[:, :: stride_of(x.shape[1]), :])) for x in (q, k))
+    of_q, of_k = (covariance(x[:, :: stride_of(x.shape[1]), :]) for x in (q, k))
     basis = _orthonormal(of_k[..., :rank], of_q)
     for _ in range(ROUNDS):
         basis = _orthonormal(matmul(of_k, matmul(of_q, basis)), of_q)
@@ -53,14 +51,6 @@ def sketch(q: Array, k: Array, rank: int) -> tuple[Array, Array]:
 def stride_of(tokens: int) -> int:
     """Every so many of them tell a set's covariance."""
     return max(1, min(2 * STRIDE, tokens // 128))
-
-
-def _shrunk(x: Array) -> Array:
-    """A covariance (L, D, D) with some of its mean variance instead of its own."""
-    xp, size = namespace(x), x.shape[-1]
-    one = xp.eye(size, dtype=x.dtype, device=placement(x))
-    variance = xp.sum(one * x, axis=(-2, -1), keepdims=True) / size
-    return (1 - _SHRINKAGE) * x + _SHRINKAGE * variance * one
 
 
 def _orthonormal(x: Array, metric: Array) -> Array:
