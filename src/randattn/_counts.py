@@ -167,12 +167,13 @@ def _eva(n: int, m: int, d: int, e: int, options: Any) -> float:
         count += _halves(n, depth_of(blocks, n), r) + -(-m // stride_of(m)) * r * r
     if t:
         count += places * (e + r)
+        count += 2 * filled * (r + 1)
         listed = list_of(t, places, choosing)
         if listed < places:
             families = -(-choosing // FAMILY)
-            count += families * FAMILY * (listed + c) * r + 2 * filled * r
+            count += families * FAMILY * ((listed + c) * r + 2 * (r + 1))
             choosing = families
-        count += choosing * (places + c) * r + 2 * filled * r
+        count += choosing * (places + c) * r
     return count + filled * (t + w + c) * (d + e) + places * (e + 1) + c * d
 
 

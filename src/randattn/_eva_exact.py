@@ -16,22 +16,18 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ._attend import Keys, average, average_of_all, finite, merge
-from ._eva_choice import FAMILY, depth_of, list_of, rank_of
-from ._fused import attend, by_rows, chunked, constant, largest
+from ._eva_choice import depth_of, rank_of
+from ._eva_keys import AT_HAND, Compared, chosen
+from ._fused import attend, by_rows, chunked, constant
 from ._inputs import hide, is_array, log_mask, namespace, placement
 from ._plans import Blocks
 from ._tree import covariance, entries, halves, rows, sketch, stride_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from ._eva_choice import Choice
     from ._inputs import Inputs
 
     Array = Any
-
-# Numbers that are at hand at a time: of scores, of gathered keys and values.
-_AT_HAND = 1 << 22
 
 
 class _Grouped(NamedTuple):
@@ -124,7 +120,7 @@ def _corrected(x: Inputs, choice: Choice, query_mask: Array | None) -> Array:
     count, size = index.shape[1:]
     exact = []
     if choice.num_keys:
-        exact.append(_chosen(choice, grouped, index, of_q, is_query))
+        exact.append(chosen(choice, _compared(grouped), index, of_q, is_query))
     if choice.windows is not None:
         place = xp.argsort(grouped.key, axis=-1)[:, :n]
         exact.append(entries(place, xp.where(index < n, index, index[..., :1])))
@@ -133,7 +129,7 @@ def _corrected(x: Inputs, choice: Choice, query_mask: Array | None) -> Array:
     of_blocks = xp.reshape(rows(q, xp.where(index < n, index, 0)), (lanes, count, size * features))
     out = by_rows(
         lambda q, slots: _attended(q, slots, grouped, mu, size, second_order=choice.second_order),
-        max(1, _AT_HAND // (lanes * slots.shape[-1] * (features + values))),
+        max(1, AT_HAND // (lanes * slots.shape[-1] * (features + values))),
         (of_blocks, -2),
         (slots, -2),
     )
@@ -214,110 +210,16 @@ def _group(
     )
 
 
-def _chosen(choice: Choice, grouped: _Grouped, index: Array, of_q: Array, is_query: Array | None) -> Array:
-    """Places (L, B, T) of the keys that each block's queries weigh most otherwise than their groups do."""
-    xp, lanes, blocks, run = namespace(of_q), of_q.shape[0], index.shape[1], 1
-    if choice.windows is not None:
-        # Windows that follow each other choose together.
-        run = -(-blocks // choice.num_blocks)
-        index = _joined(index, run, of_q.shape[1])
-    keys, group, of_group = _compared(grouped), grouped.group, constant(grouped.kt_sketch)
-
-    def of_blocks(index: Array) -> tuple[Array, ...]:
-        centre, spread = _centres(index, of_q, is_query)
-        return centre, spread, xp.matmul(centre, xp.matrix_transpose(of_group))
-
-    def among_all(index: Array, count: int) -> Array:
-        size = max(1, _AT_HAND // (lanes * keys.shape[1]))
-        return by_rows(
-            lambda *blocks: _most_missed(blocks, keys, group, count),
-            size,
-            *((x, -2) for x in of_blocks(index)),
-        )
-
-    listed = list_of(choice.num_keys, keys.shape[1], index.shape[1])
-    if listed == keys.shape[1]:
-        found = among_all(index, choice.num_keys)
-    else:
-        # Blocks that are next to each other choose from one list.
-        families = _joined(index, FAMILY, of_q.shape[1])
-        count = families.shape[1]
-        lists = among_all(families, listed)
-
-        def among_listed(*of_families: Array) -> Array:
-            *blocks, lists = of_families
-            nodes = lanes * lists.shape[1]
-            listed = xp.reshape(rows(keys, lists), (nodes, lists.shape[2], keys.shape[2]))
-            blocks = [xp.reshape(x, (nodes, FAMILY, x.shape[2] // FAMILY)) for x in blocks]
-            of_list = xp.reshape(entries(group, lists), listed.shape[:2])
-            found = _most_missed(blocks, listed, of_list, choice.num_keys)
-            found = entries(xp.reshape(lists, listed.shape[:2]), found)
-            return xp.reshape(found, (lanes, lists.shape[1], FAMILY * choice.num_keys))
-
-        index = xp.reshape(families, (families.shape[0], count * FAMILY, families.shape[2] // FAMILY))
-        found = by_rows(
-            among_listed,
-            max(1, _AT_HAND // (lanes * lists.shape[2] * (keys.shape[2] + FAMILY))),
-            *((xp.reshape(x, (lanes, count, FAMILY * x.shape[2])), -2) for x in of_blocks(index)),
-            (lists, -2),
-        )
-        found = xp.reshape(found, (lanes, count * FAMILY, choice.num_keys))
-    if run > 1:
-        found = xp.broadcast_to(found[:, :, None, :], (lanes, found.shape[1], run, found.shape[2]))
-        found = xp.reshape(found, (lanes, found.shape[1] * run, found.shape[3]))
-    return found[:, :blocks, :]
-
-
-def _joined(index: Array, run: int, n: int) -> Array:
-    """So many blocks of queries (L or 1, B, s) that follow each other in one: (L or 1, B / run, run s)."""
-    xp, (lanes, blocks, size) = namespace(index), index.shape
-    fill = xp.full((lanes, -blocks % run, size), n, dtype=index.dtype, device=placement(index))
-    return xp.reshape(xp.concat([index, fill], axis=1), (lanes, -(-blocks // run), run * size))
-
-
-def _centres(index: Array, of_q: Array, is_query: Array | None) -> tuple[Array, Array]:
-    """Means (L, B, r) of blocks of queries, and how far from them these are (L, B, 1) in any direction."""
-    xp, (lanes, n, _) = namespace(of_q), of_q.shape
-    real = xp.where(index < n, index, 0)
-    is_there = xp.broadcast_to(index < n, (lanes, *index.shape[1:]))
-    if is_query is not None:
-        is_there = is_there & entries(is_query, real)
-    tokens = rows(of_q, real)
-    log_there = log_mask(is_there, tokens)
-    centre = average_of_all(log_there, tokens).out
-    square = average_of_all(log_there, (tokens - centre[..., None, :]) ** 2).out
-    # Of a block of padding alone, any query's.
-    is_empty = ~xp.any(is_there, axis=-1, keepdims=True)
-    square = xp.where(is_empty, xp.mean(of_q * of_q, axis=1, keepdims=True), square)
-    return centre, xp.sqrt(xp.mean(square, axis=-1, keepdims=True))
-
-
-def _compared(grouped: _Grouped) -> Array:
-    """What keys are chosen by (L, S, r + 3): coordinates, ``mu.k``, length, and the value's length."""
+def _compared(grouped: _Grouped) -> Compared:
+    """What keys are chosen by, without gradients."""
     xp, values = namespace(grouped.sketch), grouped.beta.shape[-1]
-    of_k, along_mu, v = (
-        constant(y) for y in (grouped.sketch, grouped.along_mu, grouped.tokens[..., -values:])
+    of_k, along_mu, v, of_groups = (
+        constant(y)
+        for y in (grouped.sketch, grouped.along_mu, grouped.tokens[..., -values:], grouped.kt_sketch)
     )
     v = v - average_of_all(log_mask(grouped.is_key, v), v).out[:, None, :]
     lengths = (xp.sqrt(xp.sum(x * x, axis=-1, keepdims=True)) for x in (of_k, v))
-    return xp.concat([of_k, along_mu[..., None], *lengths], axis=-1)
-
-
-def _most_missed(of_blocks: Sequence[Array], keys: Array, group: Array, count: int) -> Array:
-    """So many of the keys (L, K, r + 3) and their groups, for each block of queries (L, B, T).
-
-    Of blocks: their mean (L, B, r), how far they are from it (L, B, 1), the mean along groups (L, B, C).
-    """
-    (centre, spread, to_groups), xp, of_k = of_blocks, namespace(keys), keys[..., :-3]
-    along_mu, length, weight = (keys[..., None, :, column] for column in (-3, -2, -1))
-    # q.k less what all keys have; half of a block's queries on this side of its mean, half on the other.
-    exact = xp.matmul(centre, xp.matrix_transpose(of_k)) + along_mu
-    aside = spread * length
-    by_group = xp.matrix_transpose(rows(xp.matrix_transpose(to_groups), group)) + along_mu
-    top = finite(xp.max(exact + aside, axis=-1, keepdims=True))
-    exactly = (xp.exp(exact + aside - top) + xp.exp(exact - aside - top)) / 2
-    missed = xp.abs(exactly - xp.exp(by_group - top)) * weight
-    return largest(xp.where(along_mu == -math.inf, -1.0, missed), count)
+    return Compared(xp.concat([of_k, along_mu[..., None], *lengths], axis=-1), grouped.group, of_groups)
 
 
 def _attended(
