@@ -128,8 +128,8 @@ def test_lists_for_queries_all_alike(lib, exact):
     q, k, v = inputs(lead=())
     q = np.repeat(3 * q[:2], N // 2, axis=0)
     options = {"groups": "tree", "num_groups": 4, "exact": exact, "num_exact": 0.25, "window": 3}
-    outs = [lib.numpy(eva(*lib.arrays(q, k, v), **options, num_blocks=number)) for number in (2, 8)]
-    lib.close(outs[0], outs[1], rtol=1e-9)
+    each_of_all, listed = (eva(*lib.arrays(q, k, v), **options, num_blocks=number) for number in (2, 8))
+    lib.close(listed, lib.numpy(each_of_all), rtol=1e-9)
 
 
 def test_keys_missed_most_on_either_side_of_the_middle(lib):
