@@ -109,7 +109,7 @@ MUTANTS = [
     Mutant("groups keep what is exact", "_eva_exact.py", "left = 1 - taken[..., -1:]", "left = 1 - 0 * taken[..., -1:]"),
     Mutant("a group's values with those of the next", "_eva_exact.py", "is_below = (more <= size) & (entries(x, xp.where(more <= size, more, size) - 1) < bounds)", "is_below = (more <= size) & (entries(x, xp.where(more <= size, more, size) - 1) <= bounds)"),
     Mutant("keys counted twice in a window", "_eva_exact.py", "slots[..., 1:] != slots[..., :-1]", "slots[..., 1:] >= slots[..., :-1]"),
-    Mutant("the keys that are missed least", "_eva_keys.py", "missed = xp.abs(exactly - xp.exp(by_group - top)) * weight", "missed = -xp.abs(exactly - xp.exp(by_group - top)) * weight"),
+    Mutant("the keys that are missed least", "_eva_keys.py", "missed = xp.abs(exactly - by_group) * weight", "missed = -xp.abs(exactly - by_group) * weight"),
     Mutant("places of a list for places of all", "_eva_keys.py", "            found = entries(xp.reshape(lists, (nodes, listed)), found)\n", ""),
     Mutant("groups of all for those of a list", "_eva_keys.py", "xp.reshape(entries(group, lists), (nodes, listed))", "xp.reshape(entries(group, 0 * lists), (nodes, listed))"),
     Mutant("queries in the middle of their block", "_eva_keys.py", "aside = spread * length", "aside = 0 * spread * length"),

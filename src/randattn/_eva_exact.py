@@ -213,13 +213,21 @@ def _group(
 def _compared(grouped: _Grouped) -> Compared:
     """What keys are chosen by, without gradients."""
     xp, values = namespace(grouped.sketch), grouped.beta.shape[-1]
-    of_k, along_mu, v, of_groups = (
+    of_k, of_groups, along_mu, share, log_z, v = (
         constant(y)
-        for y in (grouped.sketch, grouped.along_mu, grouped.tokens[..., -values:], grouped.kt_sketch)
+        for y in (
+            grouped.sketch,
+            grouped.kt_sketch,
+            grouped.along_mu,
+            grouped.share,
+            grouped.log_z,
+            grouped.tokens[..., -values:],
+        )
     )
     v = v - average_of_all(log_mask(grouped.is_key, v), v).out[:, None, :]
     lengths = (xp.sqrt(xp.sum(x * x, axis=-1, keepdims=True)) for x in (of_k, v))
-    return Compared(xp.concat([of_k, along_mu[..., None], *lengths], axis=-1), grouped.group, of_groups)
+    keys = xp.concat([of_k, along_mu[..., None], share[..., None], *lengths], axis=-1)
+    return Compared(keys, grouped.group, of_groups, log_z)
 
 
 def _attended(

@@ -36,16 +36,19 @@ class Compared(NamedTuple):
 
     Attributes
     ----------
-    keys : array, shape (L, S, r + 3)
-        Coordinates, ``mu.k``, and two lengths: of the coordinates, and of the value about their mean.
+    keys : array, shape (L, S, r + 4)
+        Coordinates, ``mu.k_m``, ``p_m``, and two lengths: of the coordinates, of the value about their mean.
     group : array of int, shape (L, S)
     of_groups : array, shape (L, C, r)
         Coordinates of ``kt``.
+    log_z : array, shape (L, C)
+        ``log Z_c(mu)``.
     """
 
     keys: Array
     group: Array
     of_groups: Array
+    log_z: Array
 
 
 class _Moments(NamedTuple):
@@ -70,7 +73,7 @@ def chosen(choice: Choice, compared: Compared, index: Array, of_q: Array, is_que
         # Windows that follow each other choose together.
         run = -(-blocks // choice.num_blocks)
         index = _joined(index, run, of_q.shape[1])
-    keys, group, of_groups = compared
+    keys, group, of_groups, log_z = compared
     listed = list_of(choice.num_keys, keys.shape[1], index.shape[1])
     has_lists = listed < keys.shape[1]
     if has_lists:
@@ -84,7 +87,8 @@ def chosen(choice: Choice, compared: Compared, index: Array, of_q: Array, is_que
         spread = xp.sqrt(
             xp.where(is_empty, xp.mean(of_q * of_q, axis=(1, 2))[:, None, None], moments.variance)
         )
-        return moments.centre, spread, xp.matmul(moments.centre, xp.matrix_transpose(of_groups))
+        to_groups = xp.matmul(moments.centre, xp.matrix_transpose(of_groups)) + log_z[:, None, :]
+        return moments.centre, spread, to_groups
 
     def among_all(moments: _Moments, count: int) -> Array:
         return by_rows(
@@ -142,17 +146,18 @@ def _of_blocks(index: Array, of_q: Array, is_query: Array | None) -> _Moments:
 
 
 def _most_missed(of_blocks: Sequence[Array], keys: Array, group: Array, count: int) -> Array:
-    """So many of the keys (L, K, r + 3) and their groups, for each block of queries (L, B, T).
+    """So many of the keys (L, K, r + 4) and their groups, for each block of queries (L, B, T).
 
-    Of blocks: their mean (L, B, r), how far they are from it (L, B, 1), the mean along groups (L, B, C).
+    Of blocks: their mean (L, B, r), how far they are from it (L, B, 1), what groups weigh there (L, B, C).
     """
-    (centre, spread, to_groups), xp, of_k = of_blocks, namespace(keys), keys[..., :-3]
-    along_mu, length, weight = (keys[..., None, :, column] for column in (-3, -2, -1))
+    (centre, spread, to_groups), xp, of_k = of_blocks, namespace(keys), keys[..., :-4]
+    along_mu, share, length, weight = (keys[..., None, :, column] for column in (-4, -3, -2, -1))
     # q.k less what all keys have; half of a block's queries on this side of its mean, half on the other.
     exact = xp.matmul(centre, xp.matrix_transpose(of_k)) + along_mu
     aside = spread * length
-    by_group = xp.matrix_transpose(rows(xp.matrix_transpose(to_groups), group)) + along_mu
     top = finite(xp.max(exact + aside, axis=-1, keepdims=True))
     exactly = (xp.exp(exact + aside - top) + xp.exp(exact - aside - top)) / 2
-    missed = xp.abs(exactly - xp.exp(by_group - top)) * weight
+    # No more than its keys, so that this is finite.
+    by_group = xp.matrix_transpose(rows(xp.matrix_transpose(xp.exp(to_groups - top)), group)) * share
+    missed = xp.abs(exactly - by_group) * weight
     return largest(xp.where(along_mu == -math.inf, -1.0, missed), count)
