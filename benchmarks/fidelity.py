@@ -77,10 +77,11 @@ def entries() -> Iterator[Entry]:
         yield Entry("eva, tree", eva, {"groups": "tree", "num_groups": count, "window": 32}, is_random=False)
     for groups, exact, blocks in (
         (4, 0.125, 32),
-        (8, 0.375, 64),
+        (4, 0.125, 128),
+        (8, 0.25, 128),
         (8, 0.75, 64),
-        (16, 2, 64),
         (16, 2, 128),
+        (16, 1.625, 256),
         (16, 3, 128),
         (32, 6, 256),
         (32, 10, 256),

@@ -7,7 +7,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from ._eva import eva
-from ._eva_choice import default_blocks, depth_of, keys_of, rank_of
+from ._eva_choice import FAMILY, default_blocks, depth_of, keys_of, list_of, rank_of
 from ._inputs import check_count
 from ._lara import lara
 from ._ra import ra
@@ -166,9 +166,15 @@ def _eva(n: int, m: int, d: int, e: int, options: Any) -> float:
         filled = -(-n // of_blocks) * of_blocks
         count += _halves(n, depth_of(blocks, n), r) + -(-m // stride_of(m)) * r * r
     if t:
-        count += choosing * (places + c) * r + 2 * filled * r + m * (e + r)
-    exactly = t + w
-    return count + filled * (exactly + c) * (d + e) + of_blocks * exactly * (e + 1) + c * d
+        count += places * (e + r)
+        count += 2 * filled * (r + 1)
+        listed = list_of(t, places, choosing)
+        if listed < places:
+            families = -(-choosing // FAMILY)
+            count += families * FAMILY * ((listed + c) * r + 2 * (r + 1))
+            choosing = families
+        count += choosing * (places + c) * r
+    return count + filled * (t + w + c) * (d + e) + places * (e + 1) + c * d
 
 
 def _halves(n: int, depth: int, r: int) -> float:

@@ -14,8 +14,10 @@ if TYPE_CHECKING:
 
     Array = Any
 
-# Coordinates that keys are chosen by: a quarter of the features, and not fewer than these.
+# Coordinates that keys are chosen by: a third of the features, and not fewer than these.
 _LEAST_RANK = 8
+# So many blocks of queries choose from one list.
+FAMILY = 4
 
 
 class Choice(NamedTuple):
@@ -105,12 +107,18 @@ def depth_of(count: int, tokens: int) -> int:
 
 def rank_of(features: int) -> int:
     """The coordinates that keys are chosen by."""
-    return min(features, max(_LEAST_RANK, features // 4))
+    return min(features, max(_LEAST_RANK, features // 3))
 
 
 def keys_of(num_exact: float, keys: int, groups: int) -> int:
     """So many groups' worth of keys."""
     return min(keys, math.ceil(num_exact * -(-keys // groups)))
+
+
+def list_of(num_keys: int, keys: int, blocks: int) -> int:
+    """The keys on a list, or all where lists would not make choosing cheaper."""
+    listed = max(3 * num_keys, -(-keys // 4))
+    return listed if blocks >= FAMILY and FAMILY * listed + keys < FAMILY * keys else keys
 
 
 def default_blocks(tokens: int) -> int:

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ._attend import Keys, average, average_of_all, finite
 from ._conclude import conclude
 from ._eva_choice import depth_of, rank_of
-from ._fused import by_rows, chunked, constant, largest
+from ._eva_keys import AT_HAND, Compared, chosen
+from ._fused import by_rows, chunked, constant
 from ._inputs import hide, is_array, log_mask, namespace, placement
 from ._plans import Blocks
 from ._tree import covariance, entries, halves, rows, sketch, stride_of
@@ -28,9 +29,6 @@ if TYPE_CHECKING:
     from ._inputs import Inputs
 
     Array = Any
-
-# Numbers that are at hand at a time: of scores, of gathered keys and values.
-_AT_HAND = 1 << 22
 
 
 class _Grouped(NamedTuple):
@@ -43,8 +41,10 @@ class _Grouped(NamedTuple):
     stop : array of int, shape (L, C)
         The place after a group's last.
     is_key : array of bool, shape (L, S)
-    tokens : array, shape (L, S, D + E + 1)
-        Keys, values and ones.
+    tokens : array, shape (L, S, D + E)
+        Keys and values.
+    weighed : array, shape (L, S, E + 1)
+        Values and ones times their shares.
     sketch : array, shape (L, S, r)
     along_mu, share : arrays, shape (L, S)
         ``mu.k_m`` and ``p_m``.
@@ -61,6 +61,7 @@ class _Grouped(NamedTuple):
     stop: Array
     is_key: Array
     tokens: Array
+    weighed: Array
     sketch: Array
     along_mu: Array
     share: Array
@@ -120,7 +121,7 @@ def _corrected(x: Inputs, choice: Choice, query_mask: Array | None) -> Array:
     count, size = index.shape[1:]
     exact = []
     if choice.num_keys:
-        exact.append(_chosen(choice, grouped, index, of_q, is_query))
+        exact.append(chosen(choice, _compared(grouped), index, of_q, is_query))
     if choice.windows is not None:
         place = xp.argsort(grouped.key, axis=-1)[:, :n]
         exact.append(entries(place, xp.where(index < n, index, index[..., :1])))
@@ -129,7 +130,7 @@ def _corrected(x: Inputs, choice: Choice, query_mask: Array | None) -> Array:
     of_blocks = xp.reshape(rows(q, xp.where(index < n, index, 0)), (lanes, count, size * features))
     out = by_rows(
         lambda q, slots: _attended(q, slots, grouped, mu, size, second_order=choice.second_order),
-        max(1, _AT_HAND // (lanes * slots.shape[-1] * (features + values))),
+        max(1, AT_HAND // (lanes * slots.shape[-1] * (features + values))),
         (of_blocks, -2),
         (slots, -2),
     )
@@ -189,16 +190,18 @@ def _group(
             xp.reshape(along_mu, shape), xp.reshape(averaged, (*shape, averaged.shape[-1]))
         )
     kt, beta = means[..., :d], means[..., d : d + e]
+    share = xp.exp(along_mu - entries(finite(log_z), group))
     v = tokens[..., None, :, d : d + e]
     return _Grouped(
         key=key,
         group=group,
         stop=stop,
         is_key=is_key,
-        tokens=tokens[..., : d + e + 1],
+        tokens=tokens[..., : d + e],
+        weighed=share[..., None] * tokens[..., d : d + e + 1],
         sketch=tokens[..., d + e + 1 :],
         along_mu=along_mu,
-        share=xp.exp(along_mu - entries(finite(log_z), group)),
+        share=share,
         log_z=log_z,
         lowest=constant(xp.min(v, axis=-2, keepdims=True)),
         highest=constant(xp.max(v, axis=-2, keepdims=True)),
@@ -209,52 +212,24 @@ def _group(
     )
 
 
-def _chosen(choice: Choice, grouped: _Grouped, index: Array, of_q: Array, is_query: Array | None) -> Array:
-    """Places (L, B, T) of the keys that each block's queries weigh most otherwise than their groups do."""
-    xp, (lanes, n, _), values = namespace(of_q), of_q.shape, grouped.beta.shape[-1]
-    blocks, run = index.shape[1], 1
-    if choice.windows is not None:
-        # Windows that follow each other choose together.
-        run = -(-blocks // choice.num_blocks)
-        fill = xp.full((1, -blocks % run, index.shape[2]), n, dtype=index.dtype, device=placement(index))
-        index = xp.concat([index, fill], axis=1)
-        index = xp.reshape(index, (1, index.shape[1] // run, run * index.shape[2]))
-    real = xp.where(index < n, index, 0)
-    is_there = xp.broadcast_to(index < n, (lanes, *index.shape[1:]))
-    if is_query is not None:
-        is_there = is_there & entries(is_query, real)
-    tokens = rows(of_q, real)
-    log_there = log_mask(is_there, tokens)
-    centre = average_of_all(log_there, tokens).out
-    spread = average_of_all(log_there, (tokens - centre[..., None, :]) ** 2).out
-    # Of a block of padding alone, any query's.
-    is_empty = ~xp.any(is_there, axis=-1, keepdims=True)
-    spread = xp.where(is_empty, xp.mean(of_q * of_q, axis=1, keepdims=True), spread)
-    spread = xp.mean(spread, axis=-1, keepdims=True) / 2
-
-    along_mu, v, of_k, of_group = (
+def _compared(grouped: _Grouped) -> Compared:
+    """What keys are chosen by, without gradients."""
+    xp, values = namespace(grouped.sketch), grouped.beta.shape[-1]
+    of_k, of_groups, along_mu, share, log_z, v = (
         constant(y)
-        for y in (grouped.along_mu, grouped.tokens[..., -values - 1 : -1], grouped.sketch, grouped.kt_sketch)
+        for y in (
+            grouped.sketch,
+            grouped.kt_sketch,
+            grouped.along_mu,
+            grouped.share,
+            grouped.log_z,
+            grouped.tokens[..., -values:],
+        )
     )
-    weight = average_of_all(log_mask(grouped.is_key, v), v).out[:, None, :]
-    weight = xp.sqrt(xp.sum((v - weight) ** 2, axis=-1))[:, None, :]
-    square = xp.sum(of_k * of_k, axis=-1)[:, None, :]
-
-    def choose(centre: Array, spread: Array) -> Array:
-        # q.k less what all keys have; the mean of exp over a block's queries, were they Gaussian.
-        exact = xp.matmul(centre, xp.matrix_transpose(of_k)) + spread * square + along_mu[:, None, :]
-        by_group = xp.matrix_transpose(xp.matmul(centre, xp.matrix_transpose(of_group)))
-        by_group = xp.matrix_transpose(rows(by_group, grouped.group)) + along_mu[:, None, :]
-        top = finite(xp.max(exact, axis=-1, keepdims=True))
-        missed = xp.abs(xp.exp(exact - top) - xp.exp(by_group - top)) * weight
-        return largest(xp.where(grouped.is_key[:, None, :], missed, -1.0), choice.num_keys)
-
-    size = max(1, _AT_HAND // (lanes * of_k.shape[1]))
-    found = by_rows(choose, size, (centre, -2), (spread, -2))
-    if run > 1:
-        found = xp.broadcast_to(found[:, :, None, :], (lanes, found.shape[1], run, found.shape[2]))
-        found = xp.reshape(found, (lanes, found.shape[1] * run, found.shape[3]))[:, :blocks, :]
-    return found
+    v = v - average_of_all(log_mask(grouped.is_key, v), v).out[:, None, :]
+    lengths = (xp.sqrt(xp.sum(x * x, axis=-1, keepdims=True)) for x in (of_k, v))
+    keys = xp.concat([of_k, along_mu[..., None], share[..., None], *lengths], axis=-1)
+    return Compared(keys, grouped.group, of_groups, log_z)
 
 
 def _attended(
@@ -268,9 +243,9 @@ def _attended(
     is_exact = xp.concat([first, slots[..., 1:] != slots[..., :-1]], axis=-1) & entries(grouped.is_key, slots)
     d = mu.shape[-1]
     tokens = rows(grouped.tokens, slots)
-    near = Keys(tokens[..., :d], tokens[..., d:-1], log_mask(is_exact, tokens))
-    share = xp.where(is_exact, entries(grouped.share, slots), 0.0)
-    far = _rest(grouped, mu, slots, share[..., None] * tokens[..., d:])
+    near = Keys(tokens[..., :d], tokens[..., d:], log_mask(is_exact, tokens))
+    taken = xp.where(is_exact[..., None], rows(grouped.weighed, slots), 0.0)
+    far = _rest(grouped, mu, slots, taken)
     if not second_order:
         out = conclude(q, near, far)
     else:

@@ -50,7 +50,7 @@ def sketch(q: Array, k: Array, rank: int) -> tuple[Array, Array]:
 
 def stride_of(tokens: int) -> int:
     """Every so many of them tell a set's covariance."""
-    return max(1, min(2 * STRIDE, tokens // 64))
+    return max(1, min(2 * STRIDE, tokens // 128))
 
 
 def _orthonormal(x: Array, metric: Array) -> Array:

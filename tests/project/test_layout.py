@@ -66,6 +66,7 @@ def test_the_hot_loop_stands_once():
         "_ra.py",
         "_lara_weights.py",
         "_eva_step.py",
+        "_eva_keys.py",
         "_eva_exact.py",
         "_conclude.py",
     }

@@ -122,6 +122,31 @@ def test_segments_and_chosen_keys_are_their_definition(lib):
     assert second > 1e-6
 
 
+@pytest.mark.parametrize("exact", ["top", ("window", "top")])
+def test_lists_for_queries_all_alike(lib, exact):
+    """Where blocks about each other are one, what they choose from their list is what each has of all keys."""
+    q, k, v = inputs(lead=())
+    q = np.repeat(3 * q[:2], N // 2, axis=0)
+    options = {"groups": "tree", "num_groups": 4, "exact": exact, "num_exact": 0.25, "window": 3}
+    each_of_all, listed = (eva(*lib.arrays(q, k, v), **options, num_blocks=number) for number in (2, 8))
+    lib.close(listed, lib.numpy(each_of_all), rtol=1e-9)
+
+
+def test_keys_missed_most_on_either_side_of_the_middle(lib):
+    """Of keys that the mean query weighs the same, the one that its queries differ about most."""
+    q = np.zeros((2, D))
+    q[:, 0] = [4, -4]
+    k = np.zeros((4, D))
+    k[0, 0], k[1, 1], k[2, 0] = 5, 5, -4.9
+    v = np.eye(4)
+    expected = exactly(q, k, v)
+    for shift in range(4):
+        data = q, *(np.roll(x, shift, axis=0) for x in (k, v))
+        out = lib.numpy(eva(*lib.arrays(*data), num_groups=1, exact="top", num_exact=0.25, num_blocks=1))
+        lost = np.abs(out - expected).max(axis=-1)
+        assert lost[0] < lost[1]
+
+
 def test_order_of_tokens_is_nothing_to_the_tree(lib):
     """So few that all of them tell the directions."""
     q, k, v = inputs(n=7, m=7, lead=())
