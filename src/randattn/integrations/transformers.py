@@ -15,6 +15,8 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 
 from randattn import eva, lara, ra, rfa, softmax_attention
 
+from ._layout import estimate
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 
 # What models pass that changes attention, and none of our functions takes.
 _CHANGES = ("sliding_window", "softcap", "position_bias", "s_aux", "cache", "head_mask")
-NAMES = {
+NAMES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "randattn_softmax": (softmax_attention, {}),
     "randattn_rfa": (rfa, {"rng": 0}),
     "randattn_ra": (ra, {"rng": 0}),
@@ -134,19 +136,19 @@ def _attention(
         raise NotImplementedError(f"attention_mask: expected (batch, keys), True = attend, got {shape}")
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True) and getattr(module.config, "is_causal", True)
-    n, m = query.shape[-2], key.shape[-2]
-    own = {
-        "scale": scaling,
-        "key_mask": None if attention_mask is None else attention_mask[:, None, :].bool(),
-        "enable_gqa": query.shape[-3] != key.shape[-3],
-    }
-    if n == 1:
-        return softmax_attention(query, key, value, **own).transpose(1, 2), None
+    # In a step with a cache the new token is the last one: it sees all keys.
+    is_causal = bool(is_causal) and query.shape[-2] > 1
     if isinstance(options.get("rng"), numbers.Integral):
-        own["rng"] = int(options["rng"]) + (getattr(module, "layer_idx", None) or 0)
-    if estimator is eva and n != m and options.get("exact", "window") == "window":
-        # No window belongs to the query of another sequence.
-        own["window"] = 0
-    if is_causal:
-        own["is_causal"] = True
-    return estimator(query, key, value, **{**options, **own}).transpose(1, 2), None
+        options = {**options, "rng": int(options["rng"]) + (getattr(module, "layer_idx", None) or 0)}
+    out = estimate(
+        estimator,
+        options,
+        query,
+        key,
+        value,
+        is_causal=is_causal,
+        scale=scaling,
+        key_mask=None if attention_mask is None else attention_mask[:, None, :].bool(),
+        enable_gqa=query.shape[-3] != key.shape[-3],
+    )
+    return out.transpose(1, 2), None

@@ -1,0 +1,50 @@
+"""What frameworks pass, as the estimators take it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from randattn import eva, softmax_attention
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Array = Any
+
+
+def key_mask_of(mask: Array | None, keys: int, name: str = "mask") -> Array | None:
+    """The key mask (..., H, M) of a mask (..., H, N, M) that is the same for all queries."""
+    if mask is None:
+        return None
+    shape = tuple(mask.shape)
+    if len(shape) < 2 or shape[-2] != 1 or shape[-1] != keys:
+        raise NotImplementedError(
+            f"{name}: expected one that is the same for all queries, shape (..., 1, {keys}), got {shape}; "
+            "for a causal one pass is_causal=True"
+        )
+    if "bool" not in str(mask.dtype):
+        raise NotImplementedError(f"{name}: expected booleans, True = attend, got {mask.dtype}")
+    return mask[..., 0, :]
+
+
+def estimate(
+    estimator: Callable[..., Array],
+    options: dict[str, Any],
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    is_causal: bool,
+    **ours: Any,
+) -> Array:
+    """The estimator on heads-first arrays, with the caller's options and `ours`."""
+    n, m = q.shape[-2], k.shape[-2]
+    if n == 1 and not is_causal:
+        # Exactly, which costs no more than an estimate: a step with a cache, a query that pools.
+        return softmax_attention(q, k, v, **ours)
+    if is_causal:
+        ours["is_causal"] = True
+    if estimator is eva and n != m and options.get("exact", "window") == "window":
+        # No window belongs to the query of another sequence.
+        ours["window"] = 0
+    return estimator(q, k, v, **{**options, **ours})
