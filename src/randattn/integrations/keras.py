@@ -1,0 +1,144 @@
+"""Keras 3: its attention layers with estimators inside, on the back ends numpy, torch and jax."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import keras
+
+from randattn import eva, lara, ra, rfa, softmax_attention
+
+from ._layout import estimate
+
+Array = Any
+ESTIMATORS = {function.__name__: function for function in (softmax_attention, rfa, ra, lara, eva)}
+_MODULE = "randattn"
+
+
+class _Masks(NamedTuple):
+    """In the place of a mask of pairs."""
+
+    keys: Array | None
+    queries: Array | None
+    is_causal: bool
+
+
+class _Estimated:
+    """What the two layers have beyond Keras's: an estimator where the weights would be."""
+
+    def __init__(self, *args: Any, estimator: str = "eva", options: dict[str, Any] | None = None, **own: Any):
+        super().__init__(*args, **own)
+        if estimator not in ESTIMATORS:
+            raise ValueError(f"estimator: expected one of {', '.join(ESTIMATORS)}, got {estimator!r}")
+        for name in ("dropout", "sliding_window"):
+            if own.get(name):
+                raise NotImplementedError(
+                    f"{name}: expected none, got {own[name]}: estimators have no such thing"
+                )
+        self.estimator, self.options = estimator, dict(options or {})
+
+    def get_config(self) -> dict[str, Any]:
+        config = {"estimator": self.estimator, "options": self.options}
+        return {**super().get_config(), **config}  # type: ignore[misc]
+
+    def _compute_attention_mask(
+        self,
+        query: Array,  # noqa: ARG002
+        value: Array,
+        query_mask: Array | None = None,
+        value_mask: Array | None = None,
+        key_mask: Array | None = None,
+        attention_mask: Array | None = None,
+        use_causal_mask: bool = False,
+    ) -> _Masks:
+        masks = [keras.ops.cast(mask, "bool") for mask in (value_mask, key_mask) if mask is not None]
+        if attention_mask is not None:
+            if tuple(attention_mask.shape[-2:]) != (1, value.shape[1]):
+                raise NotImplementedError(
+                    f"attention_mask: expected (batch, 1, {value.shape[1]}), the same for all queries, "
+                    f"got {tuple(attention_mask.shape)}; for a causal one pass use_causal_mask"
+                )
+            masks.append(keras.ops.cast(attention_mask[..., 0, :], "bool"))
+        keys = None
+        for mask in masks:
+            keys = mask if keys is None else keras.ops.logical_and(keys, mask)
+        queries = None if query_mask is None else keras.ops.cast(query_mask, "bool")
+        return _Masks(keys, queries, use_causal_mask)
+
+    def _compute_attention(
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        attention_mask: _Masks,
+        training: bool | None = None,  # noqa: ARG002
+        return_attention_scores: bool = False,
+    ) -> tuple[Array, None]:
+        if return_attention_scores or getattr(self, "_return_attention_scores", False):
+            raise NotImplementedError(
+                "return_attention_scores: expected False: there are no weights to return"
+            )
+        q, k, v = (keras.ops.swapaxes(x, 1, 2) for x in (query, key, value))
+        options = dict(self.options)
+        if attention_mask.queries is not None and self.estimator in ("lara", "eva"):
+            options["query_mask"] = attention_mask.queries[:, None, :]
+        keys = attention_mask.keys
+        out = estimate(
+            ESTIMATORS[self.estimator],
+            options,
+            q,
+            k,
+            v,
+            is_causal=attention_mask.is_causal,
+            key_mask=None if keys is None else keys[:, None, :],
+        )
+        return keras.ops.swapaxes(out, 1, 2), None
+
+
+@keras.saving.register_keras_serializable(_MODULE)
+class MultiHeadAttention(_Estimated, keras.layers.MultiHeadAttention):  # type: ignore[misc]
+    """`keras.layers.MultiHeadAttention` with an estimator inside.
+
+    Parameters
+    ----------
+    *args
+        As for Keras's own layer, whose weights it has.
+    estimator : {"eva", "lara", "rfa", "ra", "softmax_attention"}, default "eva"
+        The estimator.
+    options : dict, optional
+        As for the estimator.
+    **own
+        As for Keras's own layer.
+
+    Raises
+    ------
+    ValueError
+        Another name of an estimator.
+    NotImplementedError
+        Dropout of weights, a sliding window; when called, masks that are not the same for all queries, and
+        weights to be returned. Never ignored.
+
+    Notes
+    -----
+    Keras masks, `use_causal_mask`, and an `attention_mask` (batch, 1, keys) are honoured. On the TensorFlow
+    back end the call raises TypeError: its tensors are not of the array API.
+
+    Examples
+    --------
+    >>> import os
+    >>> _ = os.environ.setdefault("KERAS_BACKEND", "jax")
+    >>> import numpy as np
+    >>> from randattn.integrations.keras import MultiHeadAttention
+    >>> layer = MultiHeadAttention(num_heads=2, key_dim=4, estimator="eva", options={"window": 16})
+    >>> x = np.ones((1, 50, 8), dtype="float32")
+    >>> layer(x, x).shape == (1, 50, 8)
+    True
+    """
+
+
+@keras.saving.register_keras_serializable(_MODULE)
+class GroupQueryAttention(_Estimated, keras.layers.GroupQueryAttention):  # type: ignore[misc]
+    """`keras.layers.GroupQueryAttention` with an estimator inside.
+
+    See `MultiHeadAttention`, whose further parameters it has.
+    """
