@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ._attend import Keys, average, average_of_all, finite, merge
 from ._eva_choice import depth_of, rank_of
-from ._fused import attend, by_rows, chunked, constant, largest
+from ._fused import attend, by_rows, chunked, constant, largest, sums_by_group
 from ._inputs import hide, is_array, log_mask, namespace, placement
 from ._plans import Blocks
 from ._tree import covariance, entries, halves, rows, sketch, stride_of
@@ -39,11 +39,11 @@ class _Grouped(NamedTuple):
     ----------
     key, group : arrays of int, shape (L, S)
         Which key stands there, in which group; of an empty place M and more.
-    stop : array of int, shape (L, C)
-        The place after a group's last.
     is_key : array of bool, shape (L, S)
-    tokens : array, shape (L, S, D + E + 1)
-        Keys, values and ones.
+    tokens : array, shape (L, S, D + E)
+        Keys and values.
+    weighed : array, shape (L, S + 1, E + 1)
+        Values and ones times their shares, and zeros.
     sketch : array, shape (L, S, r)
     along_mu, share : arrays, shape (L, S)
         ``mu.k_m`` and ``p_m``.
@@ -57,9 +57,9 @@ class _Grouped(NamedTuple):
 
     key: Array
     group: Array
-    stop: Array
     is_key: Array
     tokens: Array
+    weighed: Array
     sketch: Array
     along_mu: Array
     share: Array
@@ -176,27 +176,25 @@ def _group(
     if by_label:
         number = xp.arange(count, dtype=group.dtype, device=device)[None, :, None]
         group_of = group[:, None, :]
-        stop = xp.sum(xp.astype(group_of <= number, key.dtype), axis=-1)
         means, log_z = average(xp.where(group_of == number, along_mu[:, None, :], -math.inf), averaged)
     else:
-        stop = xp.broadcast_to(
-            xp.arange(size, (count + 1) * size, size, device=device)[None, :], (lanes, count)
-        )
         shape = (lanes, count, size)
         means, log_z = average_of_all(
             xp.reshape(along_mu, shape), xp.reshape(averaged, (*shape, averaged.shape[-1]))
         )
     kt, beta = means[..., :d], means[..., d : d + e]
     v = tokens[..., None, :, d : d + e]
+    share = xp.exp(along_mu - entries(finite(log_z), group))
+    none = xp.zeros((lanes, 1, e + 1), dtype=k.dtype, device=device)
     return _Grouped(
         key=key,
         group=group,
-        stop=stop,
         is_key=is_key,
-        tokens=tokens[..., : d + e + 1],
+        tokens=tokens[..., : d + e],
+        weighed=xp.concat([share[..., None] * tokens[..., d : d + e + 1], none], axis=1),
         sketch=tokens[..., d + e + 1 :],
         along_mu=along_mu,
-        share=xp.exp(along_mu - entries(finite(log_z), group)),
+        share=share,
         log_z=log_z,
         lowest=constant(xp.min(v, axis=-2, keepdims=True)),
         highest=constant(xp.max(v, axis=-2, keepdims=True)),
@@ -232,7 +230,7 @@ def _chosen(choice: Choice, grouped: _Grouped, index: Array, of_q: Array, is_que
 
     along_mu, v, of_k, of_group = (
         constant(y)
-        for y in (grouped.along_mu, grouped.tokens[..., -values - 1 : -1], grouped.sketch, grouped.kt_sketch)
+        for y in (grouped.along_mu, grouped.tokens[..., -values:], grouped.sketch, grouped.kt_sketch)
     )
     weight = average_of_all(log_mask(grouped.is_key, v), v).out[:, None, :]
     weight = xp.sqrt(xp.sum((v - weight) ** 2, axis=-1))[:, None, :]
@@ -266,9 +264,8 @@ def _attended(
     is_exact = xp.concat([first, slots[..., 1:] != slots[..., :-1]], axis=-1) & entries(grouped.is_key, slots)
     d = mu.shape[-1]
     tokens = rows(grouped.tokens, slots)
-    near = Keys(tokens[..., :d], tokens[..., d:-1], log_mask(is_exact, tokens))
-    share = xp.where(is_exact, entries(grouped.share, slots), 0.0)
-    far = _rest(grouped, mu, slots, share[..., None] * tokens[..., d:])
+    near = Keys(tokens[..., :d], tokens[..., d:], log_mask(is_exact, tokens))
+    far = _rest(grouped, mu, slots, is_exact)
     if not second_order:
         out, _ = attend(q, near, far)
     else:
@@ -279,20 +276,11 @@ def _attended(
     return xp.reshape(out, (lanes, count, size * grouped.beta.shape[-1]))
 
 
-def _rest(grouped: _Grouped, mu: Array, slots: Array, taken: Array) -> Keys:
-    """What exact keys (L, B, T), in their order, leave of the groups: (L, B, C).
-
-    `taken` (L, B, T, E + 1) are their values and ones times their shares.
-    """
-    xp, (lanes, count, num_keys), groups = namespace(taken), slots.shape, grouped.log_z.shape[-1]
-    # Places are in order, so that those of a group lie between two sums of all up to them.
-    slots = xp.reshape(slots, (lanes * count, num_keys))
-    stops = xp.broadcast_to(xp.astype(grouped.stop, slots.dtype)[:, None, :], (lanes, count, groups))
-    ends = _how_many_below(slots, xp.reshape(stops, (lanes * count, groups)))
-    sums = xp.cumulative_sum(taken, axis=-2, include_initial=True)
-    sums = rows(xp.reshape(sums, (lanes * count, num_keys + 1, sums.shape[-1])), ends)
-    sums = xp.reshape(sums, (lanes, count, groups, sums.shape[-1]))
-    taken = xp.concat([sums[..., :1, :], sums[..., 1:, :] - sums[..., :-1, :]], axis=-2)
+def _rest(grouped: _Grouped, mu: Array, slots: Array, is_exact: Array) -> Keys:
+    """What exact keys (L, B, T), in their order, leave of the groups: (L, B, C)."""
+    xp = namespace(slots)
+    index = xp.where(is_exact, slots, grouped.weighed.shape[1] - 1)
+    taken = sums_by_group(grouped.weighed, index, entries(grouped.group, slots), grouped.log_z.shape[-1])
     left = 1 - taken[..., -1:]
     # As much as sums of shares are rounded by is nothing.
     is_left = left > 64 * xp.finfo(taken.dtype).eps
@@ -302,17 +290,6 @@ def _rest(grouped: _Grouped, mu: Array, slots: Array, taken: Array) -> Keys:
     beta = beta + constant(xp.minimum(xp.maximum(beta, grouped.lowest), grouped.highest) - beta)
     bias = (grouped.log_z - xp.matmul(grouped.kt, mu[..., None])[..., 0])[:, None, :] + xp.log(left[..., 0])
     return Keys(grouped.kt[:, None, ...], beta, xp.where(is_left[..., 0], bias, -math.inf))
-
-
-def _how_many_below(x: Array, bounds: Array) -> Array:
-    """Of each `x` (R, T), in order, how many are below its bounds (R, C): by bisection."""
-    xp, size = namespace(x), x.shape[-1]
-    found = xp.zeros_like(bounds)
-    for power in reversed(range(size.bit_length())):
-        more = found + 2**power
-        is_below = (more <= size) & (entries(x, xp.where(more <= size, more, size) - 1) < bounds)
-        found = xp.where(is_below, more, found)
-    return found
 
 
 def _one_lead(x: Array, lead: tuple[int, ...]) -> Array:

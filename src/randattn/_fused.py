@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import array_api_compat as compat
 
-from . import _attend, _inplace
+from . import _attend, _inplace, _tree
 from ._inputs import namespace, placement
 from ._writing import Writing
 
@@ -227,6 +227,22 @@ def largest(x: Array, count: int) -> Array:
     if count < size and (compat.is_numpy_array(x) or compat.is_cupy_array(x)):
         return xp.argpartition(x, size - count, axis=-1)[..., size - count :]
     return xp.argsort(x, axis=-1)[..., size - count :]
+
+
+def sums_by_group(x: Array, index: Array, group: Array, count: int) -> Array:
+    """`_tree.sums_by_group`: sums of rows `index` (L, B, T) of `x` (L, S, X), by group: (L, B, C, X)."""
+    if compat.is_jax_array(x):
+        from . import _fused_jax
+
+        return _fused_jax.sums_by_group(x, index, group, count)
+    if compat.is_numpy_array(x):
+        return _inplace.sums_by_group(x, index, group, count)
+    if compat.is_torch_array(x) and not sys.modules["torch"].compiler.is_compiling():
+        from . import _fused_torch
+
+        if _fused_torch.is_plain(x, (), None):
+            return _fused_torch.sums_by_group(x, index, group, count)
+    return _tree.sums_by_group(x, index, group, count)
 
 
 def when(condition: Array, function: Callable[[S], S], state: S) -> S:

@@ -271,6 +271,19 @@ def _flash(q: Array, keys: Keys, scale: float, is_causal: bool) -> Average | Non
     return Average(out.reshape(*lead, n, e), log_norm.reshape(*lead, n))
 
 
+def sums_by_group(x: Array, index: Array, group: Array, count: int) -> Array:
+    """`_tree.sums_by_group`, without the rows that are summed in memory."""
+    (lanes, size, width), blocks = x.shape, index.shape[1]
+    number = torch.arange(lanes * blocks, device=x.device).reshape(lanes, blocks, 1)
+    index = index + size * (number // blocks)
+    counts = torch.bincount((group + count * number).reshape(-1), minlength=lanes * blocks * count)
+    ends = torch.cat([torch.zeros_like(counts[:1]), counts.cumsum(0)])
+    sums = torch.nn.functional.embedding_bag(
+        index.reshape(-1), x.reshape(-1, width), ends, mode="sum", include_last_offset=True
+    )
+    return sums.reshape(lanes, blocks, count, width)
+
+
 @functools.cache
 def flash_works() -> bool:
     """Whether PyTorch still has this kernel, and it gives what it gave."""

@@ -241,6 +241,24 @@ def gradients(
     )
 
 
+def sums_by_group(x: Array, index: Array, group: Array, count: int) -> Array:
+    """`_tree.sums_by_group`: sums of all blocks at a time, one row more of each."""
+    xp, (lanes, blocks, size) = namespace(x), index.shape
+    shape, block = (size, lanes * blocks, x.shape[-1]), xp.arange(lanes * blocks)
+    first = xp.arange(0, lanes * x.shape[1], x.shape[1])[:, None, None]
+    index = xp.reshape(xp.moveaxis(index + first, -1, 0), (-1,))
+    sums = xp.reshape(xp.take(xp.reshape(x, (-1, shape[-1])), index, axis=0), shape)
+    for before, here in itertools.pairwise(sums):
+        xp.add(before, here, out=here)
+    group = group + xp.reshape(count * block, (lanes, blocks, 1))
+    counts = xp.bincount(xp.reshape(group, (-1,)), minlength=lanes * blocks * count)
+    ends = xp.cumulative_sum(xp.reshape(counts, (-1, count)), axis=-1)
+    found = sums[xp.maximum(ends - 1, 0), block[:, None]]
+    found[ends == 0] = 0
+    found[:, 1:] -= found[:, :-1].copy()
+    return xp.reshape(found, (lanes, blocks, count, shape[-1]))
+
+
 class _Sum:
     """A gradient that blocks add their shares to, summed over what the array is broadcast along."""
 

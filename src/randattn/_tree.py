@@ -32,6 +32,18 @@ def entries(x: Array, index: Array) -> Array:
     return rows(x[..., None], index)[..., 0]
 
 
+def sums_by_group(x: Array, index: Array, group: Array, count: int) -> Array:
+    """Sums of rows `index` (L, B, T) of `x` (L, S, X), by their groups (L, B, T), in order: (L, B, C, X)."""
+    xp, (lanes, blocks, size) = namespace(x), index.shape
+    number = xp.arange(count, dtype=group.dtype, device=placement(x))
+    ends = xp.sum(xp.astype(group[..., None, :] <= number[:, None], index.dtype), axis=-1)
+    sums = xp.cumulative_sum(rows(x, index), axis=-2, include_initial=True)
+    sums = xp.reshape(sums, (lanes * blocks, size + 1, x.shape[-1]))
+    sums = rows(sums, xp.reshape(ends, (lanes * blocks, count)))
+    sums = xp.concat([sums[:, :1, :], sums[:, 1:, :] - sums[:, :-1, :]], axis=1)
+    return xp.reshape(sums, (lanes, blocks, count, x.shape[-1]))
+
+
 def sketch(q: Array, k: Array, rank: int) -> tuple[Array, Array]:
     """Coordinates (L, N, r), (L, M, r) whose products approximate ``q . k``, of tokens about their means.
 
@@ -103,7 +115,7 @@ def halves(x: Array, metric: Array, keep: Array | None, depth: int) -> Array:
         )
         direction = _direction(x[:, ::every, :], weight[:, ::every, :], steps)
         along = xp.where(is_token, xp.matmul(x, direction)[..., 0], math.inf)
-        order = xp.argsort(along, axis=-1)
+        order = xp.argsort(along, axis=-1, stable=False)
         x, is_token, index = rows(x, order), entries(is_token, order), entries(index, order)
     return xp.reshape(index, (lanes, 2**depth, size))
 
