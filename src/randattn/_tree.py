@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from ._fused import order_of
 from ._inputs import namespace, placement
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def halves(x: Array, metric: Array, keep: Array | None, depth: int) -> Array:
         )
         direction = _direction(x[:, ::every, :], weight[:, ::every, :], steps)
         along = xp.where(is_token, xp.matmul(x, direction)[..., 0], math.inf)
-        order = xp.argsort(along, axis=-1, stable=False)
+        order = order_of(along)
         x, is_token, index = rows(x, order), entries(is_token, order), entries(index, order)
     return xp.reshape(index, (lanes, 2**depth, size))
 
