@@ -109,7 +109,7 @@ MUTANTS = [
     Mutant("groups keep what is exact", "_eva_exact.py", "left = 1 - taken[..., -1:]", "left = 1 - 0 * taken[..., -1:]"),
     Mutant("a group's values with those of the next", "_inplace.py", "sums[xp.maximum(ends - 1, 0)", "sums[xp.maximum(ends - 2, 0)"),
     Mutant("keys counted twice in a window", "_eva_exact.py", "slots[..., 1:] != slots[..., :-1]", "slots[..., 1:] >= slots[..., :-1]"),
-    Mutant("keys chosen by their weight alone", "_eva_exact.py", "missed = xp.abs(xp.exp(exact - top) - xp.exp(by_group - top)) * weight", "missed = -xp.abs(xp.exp(exact - top) - xp.exp(by_group - top)) * weight"),
+    Mutant("keys chosen by their weight alone", "_eva_exact.py", "missed = xp.abs(xp.exp(exact) - xp.matrix_transpose(by_group) * share) * weight", "missed = -xp.abs(xp.exp(exact) - xp.matrix_transpose(by_group) * share) * weight"),
     Mutant("a padded key chosen", "_eva_exact.py", "is_key = is_key & entries(mask, real)", "is_key = is_key & (entries(mask, real) | True)"),
     Mutant("optimal features without their weights", "_rfa.py", "log_z = log_z + log_weight", "log_z = log_z + 0 * log_weight"),
     Mutant("a spread without what queries and keys share", "_rfa.py", "+ 2 * dot(mean_q, mean_k)[..., None])", "+ 0 * dot(mean_q, mean_k)[..., None])"),

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ._attend import Keys, average, average_of_all, finite, merge
 from ._eva_choice import depth_of, rank_of
-from ._fused import attend, by_rows, chunked, constant, largest, sums_by_group
+from ._fused import attend, by_rows, chunked, constant, largest, order_of, sums_by_group, with_last
 from ._inputs import hide, is_array, log_mask, namespace, placement
 from ._plans import Blocks
 from ._tree import covariance, entries, halves, rows, sketch, stride_of
@@ -40,8 +40,8 @@ class _Grouped(NamedTuple):
     key, group : arrays of int, shape (L, S)
         Which key stands there, in which group; of an empty place M and more.
     is_key : array of bool, shape (L, S)
-    tokens : array, shape (L, S, D + E)
-        Keys and values.
+    tokens : array, shape (L, S + C, D + E)
+        Keys and values, and the groups'.
     weighed : array, shape (L, S + 1, E + 1)
         Values and ones times their shares, and zeros.
     sketch : array, shape (L, S, r)
@@ -121,7 +121,7 @@ def _corrected(x: Inputs, choice: Choice, query_mask: Array | None) -> Array:
     if choice.num_keys:
         exact.append(_chosen(choice, grouped, index, of_q, is_query))
     if choice.windows is not None:
-        place = xp.argsort(grouped.key, axis=-1)[:, :n]
+        place = order_of(grouped.key)[:, :n]
         exact.append(entries(place, xp.where(index < n, index, index[..., :1])))
     slots = xp.sort(exact[0] if len(exact) == 1 else xp.concat(exact, axis=-1), axis=-1)
 
@@ -132,7 +132,7 @@ def _corrected(x: Inputs, choice: Choice, query_mask: Array | None) -> Array:
         (of_blocks, -2),
         (slots, -2),
     )
-    place = xp.argsort(xp.reshape(index, (index.shape[0], count * size)), axis=-1)[:, :n]
+    place = order_of(xp.reshape(index, (index.shape[0], count * size)))[:, :n]
     out = rows(xp.reshape(out, (lanes, count * size, values)), place)
     return xp.reshape(out, (*lead, n, values))
 
@@ -190,7 +190,7 @@ def _group(
         key=key,
         group=group,
         is_key=is_key,
-        tokens=tokens[..., : d + e],
+        tokens=xp.concat([tokens[..., : d + e], means[..., : d + e]], axis=1),
         weighed=xp.concat([share[..., None] * tokens[..., d : d + e + 1], none], axis=1),
         sketch=tokens[..., d + e + 1 :],
         along_mu=along_mu,
@@ -228,9 +228,12 @@ def _chosen(choice: Choice, grouped: _Grouped, index: Array, of_q: Array, is_que
     spread = xp.where(is_empty, xp.mean(of_q * of_q, axis=1, keepdims=True), spread)
     spread = xp.mean(spread, axis=-1, keepdims=True) / 2
 
-    along_mu, v, of_k, of_group = (
+    along_mu, share, log_z = (
+        constant(y[:, None, :]) for y in (grouped.along_mu, grouped.share, grouped.log_z)
+    )
+    v, of_k, of_group = (
         constant(y)
-        for y in (grouped.along_mu, grouped.tokens[..., -values:], grouped.sketch, grouped.kt_sketch)
+        for y in (grouped.tokens[:, : grouped.is_key.shape[1], -values:], grouped.sketch, grouped.kt_sketch)
     )
     weight = average_of_all(log_mask(grouped.is_key, v), v).out[:, None, :]
     weight = xp.sqrt(xp.sum((v - weight) ** 2, axis=-1))[:, None, :]
@@ -238,11 +241,15 @@ def _chosen(choice: Choice, grouped: _Grouped, index: Array, of_q: Array, is_que
 
     def choose(centre: Array, spread: Array) -> Array:
         # q.k less what all keys have; the mean of exp over a block's queries, were they Gaussian.
-        exact = xp.matmul(centre, xp.matrix_transpose(of_k)) + spread * square + along_mu[:, None, :]
-        by_group = xp.matrix_transpose(xp.matmul(centre, xp.matrix_transpose(of_group)))
-        by_group = xp.matrix_transpose(rows(by_group, grouped.group)) + along_mu[:, None, :]
+        exact = xp.matmul(centre, xp.matrix_transpose(of_k))
+        exact += spread * square
+        exact += along_mu
         top = finite(xp.max(exact, axis=-1, keepdims=True))
-        missed = xp.abs(xp.exp(exact - top) - xp.exp(by_group - top)) * weight
+        exact -= top
+        # No more than there are keys.
+        by_group = xp.exp(xp.matmul(centre, xp.matrix_transpose(of_group)) + log_z - top)
+        by_group = rows(xp.matrix_transpose(by_group), grouped.group)
+        missed = xp.abs(xp.exp(exact) - xp.matrix_transpose(by_group) * share) * weight
         return largest(xp.where(grouped.is_key[:, None, :], missed, -1.0), choice.num_keys)
 
     size = max(1, _AT_HAND // (lanes * of_k.shape[1]))
@@ -262,13 +269,17 @@ def _attended(
     # A place that stands there twice is there once.
     first = xp.ones_like(slots[..., :1], dtype=xp.bool)
     is_exact = xp.concat([first, slots[..., 1:] != slots[..., :-1]], axis=-1) & entries(grouped.is_key, slots)
-    d = mu.shape[-1]
-    tokens = rows(grouped.tokens, slots)
-    near = Keys(tokens[..., :d], tokens[..., d:], log_mask(is_exact, tokens))
-    far = _rest(grouped, mu, slots, is_exact)
+    d, groups = mu.shape[-1], grouped.tokens.shape[1] - grouped.is_key.shape[1]
+    of_groups = xp.arange(groups, dtype=slots.dtype, device=placement(q)) + grouped.is_key.shape[1]
+    of_groups = xp.broadcast_to(of_groups, (lanes, count, groups))
+    tokens = rows(grouped.tokens, xp.concat([slots, of_groups], axis=-1))
+    beta, bias = _rest(grouped, mu, slots, is_exact)
+    tokens = with_last(tokens, beta)
+    keys = Keys(tokens[..., :d], tokens[..., d:], xp.concat([log_mask(is_exact, tokens), bias], axis=-1))
     if not second_order:
-        out, _ = attend(q, near, far)
+        out, _ = attend(q, keys)
     else:
+        near, far = keys.of(slice(None, -groups)), keys.of(slice(-groups, None))
         curved = xp.matmul(
             (q - mu[:, None, None, :]) ** 2, xp.matrix_transpose(grouped.variance)[:, None, ...] / 2
         )
@@ -276,8 +287,8 @@ def _attended(
     return xp.reshape(out, (lanes, count, size * grouped.beta.shape[-1]))
 
 
-def _rest(grouped: _Grouped, mu: Array, slots: Array, is_exact: Array) -> Keys:
-    """What exact keys (L, B, T), in their order, leave of the groups: (L, B, C)."""
+def _rest(grouped: _Grouped, mu: Array, slots: Array, is_exact: Array) -> tuple[Array, Array]:
+    """What exact keys (L, B, T), in order, leave of the groups: values (L, B, C, E), biases (L, B, C)."""
     xp = namespace(slots)
     index = xp.where(is_exact, slots, grouped.weighed.shape[1] - 1)
     taken = sums_by_group(grouped.weighed, index, entries(grouped.group, slots), grouped.log_z.shape[-1])
@@ -285,11 +296,11 @@ def _rest(grouped: _Grouped, mu: Array, slots: Array, is_exact: Array) -> Keys:
     # As much as sums of shares are rounded by is nothing.
     is_left = left > 64 * xp.finfo(taken.dtype).eps
     left = xp.where(is_left, left, 1.0)
-    beta = xp.where(is_left, (grouped.beta[:, None, ...] - taken[..., :-1]) / left, 0.0)
+    beta = (grouped.beta[:, None, ...] - taken[..., :-1]) / left
     # Rounding must not take the average of what is left out of the values' range.
     beta = beta + constant(xp.minimum(xp.maximum(beta, grouped.lowest), grouped.highest) - beta)
     bias = (grouped.log_z - xp.matmul(grouped.kt, mu[..., None])[..., 0])[:, None, :] + xp.log(left[..., 0])
-    return Keys(grouped.kt[:, None, ...], beta, xp.where(is_left[..., 0], bias, -math.inf))
+    return beta, xp.where(is_left[..., 0], bias, -math.inf)
 
 
 def _one_lead(x: Array, lead: tuple[int, ...]) -> Array:

@@ -236,6 +236,16 @@ def order_of(x: Array) -> Array:
     return _by_numpy(order_of, x) if _known(x) else namespace(x).argsort(x, axis=-1, stable=False)
 
 
+def with_last(x: Array, part: Array) -> Array:
+    """`x` with `part` for its last rows' last entries: written over it where that can be."""
+    if compat.is_numpy_array(x) or compat.is_cupy_array(x) or compat.is_torch_array(x):
+        x[..., -part.shape[-2] :, -part.shape[-1] :] = part
+        return x
+    xp, rows, features = namespace(x), x.shape[-2] - part.shape[-2], x.shape[-1] - part.shape[-1]
+    last = xp.concat([x[..., rows:, :features], part], axis=-1)
+    return xp.concat([x[..., :rows, :], last], axis=-2)
+
+
 def _by_numpy(function: Callable[..., Any], x: Array) -> Array:
     """Of PyTorch's array on the host, as fast as NumPy sorts: a few times faster."""
     return sys.modules["torch"].from_numpy(function(x.detach().numpy()))

@@ -23,9 +23,6 @@ if TYPE_CHECKING:
 # Private, and without a public counterpart; where it is gone, tests/shared/test_fused.py fails.
 _transformed = torch._C._functorch.peek_interpreter_stack  # noqa: SLF001
 
-# Fewer queries take less time than copying their keys; and the numbers that may be copied at a time.
-_MIN_FLASH_QUERIES, _MOST_COPIED = 16, 1 << 23
-
 
 class Call(NamedTuple):
     """What `attend` is called with, without the arrays that gradients go to."""
@@ -86,11 +83,6 @@ def _forward(
     lead = math.prod(_attend.leading_axes(q, sets, None, pair_weight))
     if not is_causal and lead * q.shape[-2] * sum(keys.k.shape[-2] for keys in sets) <= SMALL:
         return _whole(q, sets, scale, pair_weight)
-    if q.device.type == "cpu" and len(sets) > 1 and pair_weight is None and not is_causal:
-        keys = _in_one(q, sets)
-        average = None if keys is None else _flash(q, keys, scale, is_causal)
-        if average is not None:
-            return average
     return _inplace.attend(q, sets, Writing(q), scale, pair_weight, is_causal, _block(q))
 
 
@@ -290,25 +282,6 @@ def sums_by_group(x: Array, index: Array, group: Array, count: int) -> Array:
         index.reshape(-1), x.reshape(-1, width), ends, mode="sum", include_last_offset=True
     )
     return sums.reshape(lanes, blocks, count, width)
-
-
-def _in_one(q: Array, sets: Sequence[Keys]) -> Keys | None:
-    """All sets as one, where copying them takes little of the time and of the memory."""
-    lead = tuple(q.shape[:-2])
-    sizes = [keys.k.shape[-2] for keys in sets]
-    numbers = math.prod(lead) * sum(sizes) * (q.shape[-1] + sets[0].v.shape[-1])
-    if q.shape[-2] < _MIN_FLASH_QUERIES or 2 * sizes[0] < sum(sizes) or numbers > _MOST_COPIED:
-        return None
-    biases = [torch.zeros_like(keys.k[..., 0]) if keys.bias is None else keys.bias for keys in sets]
-
-    def joined(arrays: Sequence[Array], trailing: int, axis: int) -> Array:
-        return torch.cat([x.expand(*lead, *x.shape[x.ndim - trailing :]) for x in arrays], dim=axis)
-
-    return Keys(
-        joined([keys.k for keys in sets], 2, -2),
-        joined([keys.v for keys in sets], 2, -2),
-        joined(biases, 1, -1),
-    )
 
 
 @functools.cache
