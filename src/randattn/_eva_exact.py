@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ._attend import Keys, average, average_of_all, finite, merge
 from ._eva_choice import depth_of, rank_of
-from ._fused import attend, by_rows, chunked, constant, largest, order_of, sums_by_group, with_last
+from ._fused import attend, by_rows, chunked, constant, in_order, largest, order_of, sums_by_group, with_last
 from ._inputs import hide, is_array, log_mask, namespace, placement
 from ._plans import Blocks
 from ._tree import covariance, entries, halves, rows, sketch, stride_of
@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 
     Array = Any
 
-# Numbers that are at hand at a time: of scores, of gathered keys and values.
+# Numbers that are at hand at a time: of gathered keys and values, of what keys are chosen by.
 _AT_HAND = 1 << 22
+_OF_CHOICE = 1 << 20
 
 
 class _Grouped(NamedTuple):
@@ -123,7 +124,7 @@ def _corrected(x: Inputs, choice: Choice, query_mask: Array | None) -> Array:
     if choice.windows is not None:
         place = order_of(grouped.key)[:, :n]
         exact.append(entries(place, xp.where(index < n, index, index[..., :1])))
-    slots = xp.sort(exact[0] if len(exact) == 1 else xp.concat(exact, axis=-1), axis=-1)
+    slots = in_order(exact[0] if len(exact) == 1 else xp.concat(exact, axis=-1))
 
     of_blocks = xp.reshape(rows(q, xp.where(index < n, index, 0)), (lanes, count, size * features))
     out = by_rows(
@@ -252,7 +253,7 @@ def _chosen(choice: Choice, grouped: _Grouped, index: Array, of_q: Array, is_que
         missed = xp.abs(xp.exp(exact) - xp.matrix_transpose(by_group) * share) * weight
         return largest(xp.where(grouped.is_key[:, None, :], missed, -1.0), choice.num_keys)
 
-    size = max(1, _AT_HAND // (lanes * of_k.shape[1]))
+    size = max(1, _OF_CHOICE // (lanes * of_k.shape[1]))
     found = by_rows(choose, size, (centre, -2), (spread, -2))
     if run > 1:
         found = xp.broadcast_to(found[:, :, None, :], (lanes, found.shape[1], run, found.shape[2]))

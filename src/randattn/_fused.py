@@ -236,6 +236,11 @@ def order_of(x: Array) -> Array:
     return _by_numpy(order_of, x) if _known(x) else namespace(x).argsort(x, axis=-1, stable=False)
 
 
+def in_order(x: Array) -> Array:
+    """The entries of the last axis from the smallest on."""
+    return _by_numpy(in_order, x) if _known(x) else namespace(x).sort(x, axis=-1, stable=False)
+
+
 def with_last(x: Array, part: Array) -> Array:
     """`x` with `part` for its last rows' last entries: written over it where that can be."""
     if compat.is_numpy_array(x) or compat.is_cupy_array(x) or compat.is_torch_array(x):

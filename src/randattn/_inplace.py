@@ -126,7 +126,12 @@ class _Piece(NamedTuple):
         """(..., M, n)."""
         x = steps.products(f"logits {self.number}", self.keys.k, q, scale)
         if biased and self.keys.bias is not None:
-            x = steps.add(x, self.keys.bias[..., None])
+            bias = self.keys.bias[..., None]
+            first = _first_other(bias) if steps.looks and bias.shape[:-2] == x.shape[:-2] else 0
+            if first:
+                steps.add(x[..., first:, :], bias[..., first:, :])
+            else:
+                x = steps.add(x, bias)
         return x if self.past is None else namespace(x).where(self.past, x, -math.inf)
 
 
@@ -346,6 +351,13 @@ def _cut(lead: tuple[int, ...], n: int, m: int, block: int) -> Iterator[At]:
         yield from (
             (part, *others) for others in (whole if inside <= block else _cut(tuple(rest), n, m, block))
         )
+
+
+def _first_other(bias: Array) -> int:
+    """How many keys (axis -2) come before the first one that has a bias anywhere."""
+    xp, keys = namespace(bias), bias.shape[-2]
+    has = xp.any(xp.reshape(xp.moveaxis(bias, -2, 0), (keys, -1)) != 0, axis=-1)
+    return int(xp.argmax(xp.astype(has, xp.int8))) if xp.any(has) else keys
 
 
 def _part(x: Array | None, at: At, trailing: int) -> Array | None:
