@@ -28,9 +28,8 @@ if TYPE_CHECKING:
 
     Array = Any
 
-# Numbers that are at hand at a time: of gathered keys and values, of what keys are chosen by.
-_AT_HAND = 1 << 22
-_OF_CHOICE = 1 << 20
+# Numbers that are at hand at a time: of scores, of gathered keys and values.
+_AT_HAND = 1 << 21
 
 
 class _Grouped(NamedTuple):
@@ -253,7 +252,7 @@ def _chosen(choice: Choice, grouped: _Grouped, index: Array, of_q: Array, is_que
         missed = xp.abs(xp.exp(exact) - xp.matrix_transpose(by_group) * share) * weight
         return largest(xp.where(grouped.is_key[:, None, :], missed, -1.0), choice.num_keys)
 
-    size = max(1, _OF_CHOICE // (lanes * of_k.shape[1]))
+    size = max(1, _AT_HAND // (lanes * of_k.shape[1]))
     found = by_rows(choose, size, (centre, -2), (spread, -2))
     if run > 1:
         found = xp.broadcast_to(found[:, :, None, :], (lanes, found.shape[1], run, found.shape[2]))

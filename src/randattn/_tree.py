@@ -21,16 +21,23 @@ ROUNDS = 2
 
 def rows(x: Array, index: Array) -> Array:
     """Row `index` (L or 1, ...) of each `x` (L, N, X): (L, ..., X)."""
-    xp, (lanes, n, features) = namespace(x), x.shape
-    first = xp.arange(0, lanes * n, n, dtype=index.dtype, device=placement(x))
-    index = index + xp.reshape(first, (lanes,) + (1,) * (index.ndim - 1))
-    found = xp.take(xp.reshape(x, (lanes * n, features)), xp.reshape(index, (-1,)), axis=0)
-    return xp.reshape(found, (*index.shape, features))
+    lanes, n, features = x.shape
+    found = _taken(namespace(x).reshape(x, (lanes * n, features)), index, lanes)
+    return namespace(x).reshape(found, (lanes, *index.shape[1:], features))
 
 
 def entries(x: Array, index: Array) -> Array:
     """Entry `index` (L or 1, ...) of each `x` (L, N): (L, ...)."""
-    return rows(x[..., None], index)[..., 0]
+    xp, lanes = namespace(x), x.shape[0]
+    return xp.reshape(_taken(xp.reshape(x, (-1,)), index, lanes), (lanes, *index.shape[1:]))
+
+
+def _taken(x: Array, index: Array, lanes: int) -> Array:
+    """Of `x` (L N, ...), what the index (L or 1, ...) says of each of L: (I, ...)."""
+    xp, n = namespace(x), x.shape[0] // lanes
+    first = xp.arange(0, lanes * n, n, dtype=index.dtype, device=placement(x))
+    index = index + xp.reshape(first, (lanes,) + (1,) * (index.ndim - 1))
+    return xp.take(x, xp.reshape(index, (-1,)), axis=0)
 
 
 def sums_by_group(x: Array, index: Array, group: Array, count: int) -> Array:
