@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 # Coordinates that keys are chosen by: a quarter of the features, and not fewer than these.
 _LEAST_RANK = 8
+# Tokens below which exact attention is the faster one, whatever the blocks.
+_SHORT = 2048
 
 
 class Choice(NamedTuple):
@@ -114,5 +116,6 @@ def keys_of(num_exact: float, keys: int, groups: int) -> int:
 
 
 def default_blocks(tokens: int) -> int:
-    """Blocks of 8 queries, and not more than make products of matrices worth their name."""
-    return min(64, -(-tokens // 8))
+    """At most 64: of 8 queries, or of 128 where the call is long enough for its time to matter."""
+    size = 8 if tokens <= _SHORT else 128
+    return min(64, -(-tokens // size))
