@@ -105,7 +105,7 @@ MUTANTS = [
     Mutant("a step's group a token early", "_eva_step.py", "place == window - 1", "place == window - 2"),
     Mutant("a window that is not emptied", "_eva_step.py", "slots < place, state.bias.ndim", "slots < window, state.bias.ndim"),
     Mutant("a rest that has the window's own keys", "_segments.py", "    parts = later(parts, 1)\n", ""),
-    Mutant("groups about no query", "_eva_exact.py", "share=xp.exp(along_mu -", "share=xp.exp(0 * along_mu -"),
+    Mutant("groups about no query", "_eva_exact.py", "share = xp.exp(along_mu -", "share = xp.exp(0 * along_mu -"),
     Mutant("groups keep what is exact", "_eva_exact.py", "left = 1 - taken[..., -1:]", "left = 1 - 0 * taken[..., -1:]"),
     Mutant("a group's values with those of the next", "_inplace.py", "sums[xp.maximum(ends - 1, 0)", "sums[xp.maximum(ends - 2, 0)"),
     Mutant("keys counted twice in a window", "_eva_exact.py", "slots[..., 1:] != slots[..., :-1]", "slots[..., 1:] >= slots[..., :-1]"),
