@@ -44,7 +44,7 @@ def sums_by_group(x: Array, index: Array, group: Array, count: int) -> Array:
     """Sums of rows `index` (L, B, T) of `x` (L, S, X), by their groups (L, B, T), in order: (L, B, C, X)."""
     xp, (lanes, blocks, size) = namespace(x), index.shape
     number = xp.arange(count, dtype=group.dtype, device=placement(x))
-    ends = xp.sum(xp.astype(group[..., None, :] <= number[:, None], index.dtype), axis=-1)
+    ends = xp.sum(xp.astype(group[..., None, :] <= number[None, None, :, None], index.dtype), axis=-1)
     sums = xp.cumulative_sum(rows(x, index), axis=-2, include_initial=True)
     sums = xp.reshape(sums, (lanes * blocks, size + 1, x.shape[-1]))
     sums = rows(sums, xp.reshape(ends, (lanes * blocks, count)))
