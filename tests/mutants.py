@@ -107,7 +107,7 @@ MUTANTS = [
     Mutant("a rest that has the window's own keys", "_segments.py", "    parts = later(parts, 1)\n", ""),
     Mutant("groups about no query", "_eva_exact.py", "share = xp.exp(along_mu -", "share = xp.exp(0 * along_mu -"),
     Mutant("groups keep what is exact", "_eva_exact.py", "left = 1 - taken[..., -1:]", "left = 1 - 0 * taken[..., -1:]"),
-    Mutant("a group's values with those of the next", "_eva_exact.py", "is_below = (more <= size) & (entries(x, xp.where(more <= size, more, size) - 1) < bounds)", "is_below = (more <= size) & (entries(x, xp.where(more <= size, more, size) - 1) <= bounds)"),
+    Mutant("a group's values with those of the next", "_inplace.py", "sums[xp.maximum(ends - 1, 0)", "sums[xp.maximum(ends - 2, 0)"),
     Mutant("keys counted twice in a window", "_eva_exact.py", "slots[..., 1:] != slots[..., :-1]", "slots[..., 1:] >= slots[..., :-1]"),
     Mutant("the keys that are missed least", "_eva_keys.py", "missed = xp.abs(exactly - by_group) * weight", "missed = -xp.abs(exactly - by_group) * weight"),
     Mutant("places of a list for places of all", "_eva_keys.py", "            found = entries(xp.reshape(lists, (nodes, listed)), found)\n", ""),

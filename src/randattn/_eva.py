@@ -114,8 +114,8 @@ def eva(
         With ``exact="top"``: how many groups' worth of keys, so many times ``M / num_groups``.
     num_blocks : int, optional
         With ``exact="top"``: in how many blocks of queries near each other, rounded down to a power of
-        two, or runs of windows, keys are chosen; by default N / 8, at most 64. More are more accurate
-        and slower.
+        two, or runs of windows, keys are chosen; by default N / 8, of more than 2,048 queries N / 128,
+        and at most 64. More are more accurate and slower.
     second_order : bool, default False
         Weigh a group by the variances of its keys too: right for Gaussian keys. Where there are exact
         keys it has made trained models' inputs worse more often than better.

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 _LEAST_RANK = 8
 # So many blocks of queries choose from one list.
 FAMILY = 4
+# Tokens below which exact attention is the faster one, whatever the blocks.
+_SHORT = 2048
 
 
 class Choice(NamedTuple):
@@ -122,5 +124,6 @@ def list_of(num_keys: int, keys: int, blocks: int) -> int:
 
 
 def default_blocks(tokens: int) -> int:
-    """Blocks of 8 queries, and not more than make products of matrices worth their name."""
-    return min(64, -(-tokens // 8))
+    """At most 64: of 8 queries, or of 128 where the call is long enough for its time to matter."""
+    size = 8 if tokens <= _SHORT else 128
+    return min(64, -(-tokens // size))

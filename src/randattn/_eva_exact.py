@@ -19,7 +19,7 @@ from ._attend import Keys, average, average_of_all, finite
 from ._conclude import conclude
 from ._eva_choice import depth_of, rank_of
 from ._eva_keys import AT_HAND, Compared, chosen
-from ._fused import by_rows, chunked, constant
+from ._fused import by_rows, chunked, constant, in_order, order_of, sums_by_group, with_last
 from ._inputs import hide, is_array, log_mask, namespace, placement
 from ._plans import Blocks
 from ._tree import covariance, entries, halves, rows, sketch, stride_of
@@ -38,13 +38,11 @@ class _Grouped(NamedTuple):
     ----------
     key, group : arrays of int, shape (L, S)
         Which key stands there, in which group; of an empty place M and more.
-    stop : array of int, shape (L, C)
-        The place after a group's last.
     is_key : array of bool, shape (L, S)
-    tokens : array, shape (L, S, D + E)
-        Keys and values.
-    weighed : array, shape (L, S, E + 1)
-        Values and ones times their shares.
+    tokens : array, shape (L, S + C, D + E)
+        Keys and values, and the groups'.
+    weighed : array, shape (L, S + 1, E + 1)
+        Values and ones times their shares, and zeros.
     sketch : array, shape (L, S, r)
     along_mu, share : arrays, shape (L, S)
         ``mu.k_m`` and ``p_m``.
@@ -58,7 +56,6 @@ class _Grouped(NamedTuple):
 
     key: Array
     group: Array
-    stop: Array
     is_key: Array
     tokens: Array
     weighed: Array
@@ -123,9 +120,9 @@ def _corrected(x: Inputs, choice: Choice, query_mask: Array | None) -> Array:
     if choice.num_keys:
         exact.append(chosen(choice, _compared(grouped), index, of_q, is_query))
     if choice.windows is not None:
-        place = xp.argsort(grouped.key, axis=-1)[:, :n]
+        place = order_of(grouped.key)[:, :n]
         exact.append(entries(place, xp.where(index < n, index, index[..., :1])))
-    slots = xp.sort(exact[0] if len(exact) == 1 else xp.concat(exact, axis=-1), axis=-1)
+    slots = in_order(exact[0] if len(exact) == 1 else xp.concat(exact, axis=-1))
 
     of_blocks = xp.reshape(rows(q, xp.where(index < n, index, 0)), (lanes, count, size * features))
     out = by_rows(
@@ -134,7 +131,7 @@ def _corrected(x: Inputs, choice: Choice, query_mask: Array | None) -> Array:
         (of_blocks, -2),
         (slots, -2),
     )
-    place = xp.argsort(xp.reshape(index, (index.shape[0], count * size)), axis=-1)[:, :n]
+    place = order_of(xp.reshape(index, (index.shape[0], count * size)))[:, :n]
     columns = out.shape[-1] // size
     out = rows(xp.reshape(out, (lanes, count * size, columns)), place)
     return xp.reshape(out, (*lead, n, columns))
@@ -179,26 +176,22 @@ def _group(
     if by_label:
         number = xp.arange(count, dtype=group.dtype, device=device)[None, :, None]
         group_of = group[:, None, :]
-        stop = xp.sum(xp.astype(group_of <= number, key.dtype), axis=-1)
         means, log_z = average(xp.where(group_of == number, along_mu[:, None, :], -math.inf), averaged)
     else:
-        stop = xp.broadcast_to(
-            xp.arange(size, (count + 1) * size, size, device=device)[None, :], (lanes, count)
-        )
         shape = (lanes, count, size)
         means, log_z = average_of_all(
             xp.reshape(along_mu, shape), xp.reshape(averaged, (*shape, averaged.shape[-1]))
         )
     kt, beta = means[..., :d], means[..., d : d + e]
-    share = xp.exp(along_mu - entries(finite(log_z), group))
     v = tokens[..., None, :, d : d + e]
+    share = xp.exp(along_mu - entries(finite(log_z), group))
+    none = xp.zeros((lanes, 1, e + 1), dtype=k.dtype, device=device)
     return _Grouped(
         key=key,
         group=group,
-        stop=stop,
         is_key=is_key,
-        tokens=tokens[..., : d + e],
-        weighed=share[..., None] * tokens[..., d : d + e + 1],
+        tokens=xp.concat([tokens[..., : d + e], means[..., : d + e]], axis=1),
+        weighed=xp.concat([share[..., None] * tokens[..., d : d + e + 1], none], axis=1),
         sketch=tokens[..., d + e + 1 :],
         along_mu=along_mu,
         share=share,
@@ -223,7 +216,7 @@ def _compared(grouped: _Grouped) -> Compared:
             grouped.along_mu,
             grouped.share,
             grouped.log_z,
-            grouped.tokens[..., -values:],
+            grouped.tokens[:, : grouped.is_key.shape[1], -values:],
         )
     )
     v = v - average_of_all(log_mask(grouped.is_key, v), v).out[:, None, :]
@@ -241,14 +234,17 @@ def _attended(
     # A place that stands there twice is there once.
     first = xp.ones_like(slots[..., :1], dtype=xp.bool)
     is_exact = xp.concat([first, slots[..., 1:] != slots[..., :-1]], axis=-1) & entries(grouped.is_key, slots)
-    d = mu.shape[-1]
-    tokens = rows(grouped.tokens, slots)
-    near = Keys(tokens[..., :d], tokens[..., d:], log_mask(is_exact, tokens))
-    taken = xp.where(is_exact[..., None], rows(grouped.weighed, slots), 0.0)
-    far = _rest(grouped, mu, slots, taken)
+    d, groups = mu.shape[-1], grouped.tokens.shape[1] - grouped.is_key.shape[1]
+    of_groups = xp.arange(groups, dtype=slots.dtype, device=placement(q)) + grouped.is_key.shape[1]
+    of_groups = xp.broadcast_to(of_groups, (lanes, count, groups))
+    tokens = rows(grouped.tokens, xp.concat([slots, of_groups], axis=-1))
+    beta, bias = _rest(grouped, mu, slots, is_exact)
+    tokens = with_last(tokens, beta)
+    keys = Keys(tokens[..., :d], tokens[..., d:], xp.concat([log_mask(is_exact, tokens), bias], axis=-1))
     if not second_order:
-        out = conclude(q, near, far)
+        out = conclude(q, keys)
     else:
+        near, far = keys.of(slice(None, -groups)), keys.of(slice(-groups, None))
         curved = xp.matmul(
             (q - mu[:, None, None, :]) ** 2, xp.matrix_transpose(grouped.variance)[:, None, ...] / 2
         )
@@ -256,40 +252,20 @@ def _attended(
     return xp.reshape(out, (lanes, count, size * out.shape[-1]))
 
 
-def _rest(grouped: _Grouped, mu: Array, slots: Array, taken: Array) -> Keys:
-    """What exact keys (L, B, T), in their order, leave of the groups: (L, B, C).
-
-    `taken` (L, B, T, E + 1) are their values and ones times their shares.
-    """
-    xp, (lanes, count, num_keys), groups = namespace(taken), slots.shape, grouped.log_z.shape[-1]
-    # Places are in order, so that those of a group lie between two sums of all up to them.
-    slots = xp.reshape(slots, (lanes * count, num_keys))
-    stops = xp.broadcast_to(xp.astype(grouped.stop, slots.dtype)[:, None, :], (lanes, count, groups))
-    ends = _how_many_below(slots, xp.reshape(stops, (lanes * count, groups)))
-    sums = xp.cumulative_sum(taken, axis=-2, include_initial=True)
-    sums = rows(xp.reshape(sums, (lanes * count, num_keys + 1, sums.shape[-1])), ends)
-    sums = xp.reshape(sums, (lanes, count, groups, sums.shape[-1]))
-    taken = xp.concat([sums[..., :1, :], sums[..., 1:, :] - sums[..., :-1, :]], axis=-2)
+def _rest(grouped: _Grouped, mu: Array, slots: Array, is_exact: Array) -> tuple[Array, Array]:
+    """What exact keys (L, B, T), in order, leave of the groups: values (L, B, C, E), biases (L, B, C)."""
+    xp = namespace(slots)
+    index = xp.where(is_exact, slots, grouped.weighed.shape[1] - 1)
+    taken = sums_by_group(grouped.weighed, index, entries(grouped.group, slots), grouped.log_z.shape[-1])
     left = 1 - taken[..., -1:]
     # As much as sums of shares are rounded by is nothing.
     is_left = left > 64 * xp.finfo(taken.dtype).eps
     left = xp.where(is_left, left, 1.0)
-    beta = xp.where(is_left, (grouped.beta[:, None, ...] - taken[..., :-1]) / left, 0.0)
+    beta = (grouped.beta[:, None, ...] - taken[..., :-1]) / left
     # Rounding must not take the average of what is left out of the values' range.
     beta = beta + constant(xp.minimum(xp.maximum(beta, grouped.lowest), grouped.highest) - beta)
     bias = (grouped.log_z - xp.matmul(grouped.kt, mu[..., None])[..., 0])[:, None, :] + xp.log(left[..., 0])
-    return Keys(grouped.kt[:, None, ...], beta, xp.where(is_left[..., 0], bias, -math.inf))
-
-
-def _how_many_below(x: Array, bounds: Array) -> Array:
-    """Of each `x` (R, T), in order, how many are below its bounds (R, C): by bisection."""
-    xp, size = namespace(x), x.shape[-1]
-    found = xp.zeros_like(bounds)
-    for power in reversed(range(size.bit_length())):
-        more = found + 2**power
-        is_below = (more <= size) & (entries(x, xp.where(more <= size, more, size) - 1) < bounds)
-        found = xp.where(is_below, more, found)
-    return found
+    return beta, xp.where(is_left[..., 0], bias, -math.inf)
 
 
 def _one_lead(x: Array, lead: tuple[int, ...]) -> Array:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     Array = Any
 
 # Numbers that are at hand at a time: of scores, of gathered keys and values.
-AT_HAND = 1 << 22
+AT_HAND = 1 << 21
 
 
 class Compared(NamedTuple):

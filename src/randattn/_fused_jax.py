@@ -13,6 +13,7 @@ from . import _attend
 from ._attend import Average, Keys, PairWeight
 from ._fused import GPU_BLOCK_LOGITS
 from ._fused_jax_mesh import attend_on_mesh, mesh_size
+from ._tree import rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -263,6 +264,15 @@ def carry(
         return state, out
     state, tail = function(state, *tails)
     return state, jnp.concat([out, tail], axis=-2)
+
+
+def sums_by_group(x: Array, index: Array, group: Array, count: int) -> Array:
+    """`_tree.sums_by_group`."""
+    lanes, blocks, _ = index.shape
+    group = group + count * jnp.arange(lanes * blocks).reshape(lanes, blocks, 1)
+    taken = rows(x, index).reshape(-1, x.shape[-1])
+    total = jax.ops.segment_sum(taken, group.reshape(-1), lanes * blocks * count, indices_are_sorted=True)
+    return total.reshape(lanes, blocks, count, x.shape[-1])
 
 
 def when(condition: Array, function: Callable[[Any], Any], state: Any) -> Any:

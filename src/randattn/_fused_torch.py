@@ -271,6 +271,33 @@ def _flash(q: Array, keys: Keys, scale: float, is_causal: bool) -> Average | Non
     return Average(out.reshape(*lead, n, e), log_norm.reshape(*lead, n))
 
 
+def sums_by_group(x: Array, index: Array, group: Array, count: int) -> Array:
+    """`_tree.sums_by_group`, without the rows that are summed in memory."""
+    (lanes, size, width), blocks = x.shape, index.shape[1]
+    number = torch.arange(lanes * blocks, device=x.device).reshape(lanes, blocks, 1)
+    index, group = (index + size * (number // blocks)).reshape(-1), (group + count * number).reshape(-1)
+    sums = _Sums.apply(x.reshape(-1, width), index, group, lanes * blocks * count)
+    return sums.reshape(lanes, blocks, count, width)
+
+
+class _Sums(torch.autograd.Function):
+    """Sums of rows `index` (T,) of `x`, by their groups (T,), in order; with gradients of gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Array, index: Array, group: Array, count: int) -> Array:
+        ctx.size = x.shape[0]
+        ctx.save_for_backward(index, group)
+        ends = torch.bincount(group, minlength=count).cumsum(0)
+        ends = torch.cat([torch.zeros_like(ends[:1]), ends])
+        return torch.nn.functional.embedding_bag(index, x, ends, mode="sum", include_last_offset=True)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Array) -> tuple[Any, ...]:
+        index, group = ctx.saved_tensors
+        zeros = cotangent.new_zeros(ctx.size, cotangent.shape[-1])
+        return zeros.index_add(0, index, cotangent[group]), None, None, None
+
+
 @functools.cache
 def flash_works() -> bool:
     """Whether PyTorch still has this kernel, and it gives what it gave."""

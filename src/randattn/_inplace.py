@@ -126,7 +126,12 @@ class _Piece(NamedTuple):
         """(..., M, n)."""
         x = steps.products(f"logits {self.number}", self.keys.k, q, scale)
         if biased and self.keys.bias is not None:
-            x = steps.add(x, self.keys.bias[..., None])
+            bias = self.keys.bias[..., None]
+            first = _first_other(bias) if steps.looks and bias.shape[:-2] == x.shape[:-2] else 0
+            if first:
+                steps.add(x[..., first:, :], bias[..., first:, :])
+            else:
+                x = steps.add(x, bias)
         return x if self.past is None else namespace(x).where(self.past, x, -math.inf)
 
 
@@ -241,6 +246,24 @@ def gradients(
     )
 
 
+def sums_by_group(x: Array, index: Array, group: Array, count: int) -> Array:
+    """`_tree.sums_by_group`: sums of all blocks at a time, one row more of each."""
+    xp, (lanes, blocks, size) = namespace(x), index.shape
+    shape, block = (size, lanes * blocks, x.shape[-1]), xp.arange(lanes * blocks)
+    first = xp.arange(0, lanes * x.shape[1], x.shape[1])[:, None, None]
+    index = xp.reshape(xp.moveaxis(index + first, -1, 0), (-1,))
+    sums = xp.reshape(xp.take(xp.reshape(x, (-1, shape[-1])), index, axis=0), shape)
+    for before, here in itertools.pairwise(sums):
+        xp.add(before, here, out=here)
+    group = group + xp.reshape(count * block, (lanes, blocks, 1))
+    counts = xp.bincount(xp.reshape(group, (-1,)), minlength=lanes * blocks * count)
+    ends = xp.cumulative_sum(xp.reshape(counts, (-1, count)), axis=-1)
+    found = sums[xp.maximum(ends - 1, 0), block[:, None]]
+    found[ends == 0] = 0
+    found[:, 1:] -= found[:, :-1].copy()
+    return xp.reshape(found, (lanes, blocks, count, shape[-1]))
+
+
 class _Sum:
     """A gradient that blocks add their shares to, summed over what the array is broadcast along."""
 
@@ -328,6 +351,13 @@ def _cut(lead: tuple[int, ...], n: int, m: int, block: int) -> Iterator[At]:
         yield from (
             (part, *others) for others in (whole if inside <= block else _cut(tuple(rest), n, m, block))
         )
+
+
+def _first_other(bias: Array) -> int:
+    """How many keys (axis -2) come before the first one that has a bias anywhere."""
+    xp, keys = namespace(bias), bias.shape[-2]
+    has = xp.any(xp.reshape(xp.moveaxis(bias, -2, 0), (keys, -1)) != 0, axis=-1)
+    return int(xp.argmax(xp.astype(has, xp.int8))) if xp.any(has) else keys
 
 
 def _part(x: Array | None, at: At, trailing: int) -> Array | None:

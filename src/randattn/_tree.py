@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from ._fused import order_of
 from ._inputs import namespace, placement
 
 if TYPE_CHECKING:
@@ -20,16 +21,35 @@ ROUNDS = 2
 
 def rows(x: Array, index: Array) -> Array:
     """Row `index` (L or 1, ...) of each `x` (L, N, X): (L, ..., X)."""
-    xp, (lanes, n, features) = namespace(x), x.shape
-    first = xp.arange(0, lanes * n, n, dtype=index.dtype, device=placement(x))
-    index = index + xp.reshape(first, (lanes,) + (1,) * (index.ndim - 1))
-    found = xp.take(xp.reshape(x, (lanes * n, features)), xp.reshape(index, (-1,)), axis=0)
-    return xp.reshape(found, (*index.shape, features))
+    lanes, n, features = x.shape
+    found = _taken(namespace(x).reshape(x, (lanes * n, features)), index, lanes)
+    return namespace(x).reshape(found, (lanes, *index.shape[1:], features))
 
 
 def entries(x: Array, index: Array) -> Array:
     """Entry `index` (L or 1, ...) of each `x` (L, N): (L, ...)."""
-    return rows(x[..., None], index)[..., 0]
+    xp, lanes = namespace(x), x.shape[0]
+    return xp.reshape(_taken(xp.reshape(x, (-1,)), index, lanes), (lanes, *index.shape[1:]))
+
+
+def _taken(x: Array, index: Array, lanes: int) -> Array:
+    """Of `x` (L N, ...), what the index (L or 1, ...) says of each of L: (I, ...)."""
+    xp, n = namespace(x), x.shape[0] // lanes
+    first = xp.arange(0, lanes * n, n, dtype=index.dtype, device=placement(x))
+    index = index + xp.reshape(first, (lanes,) + (1,) * (index.ndim - 1))
+    return xp.take(x, xp.reshape(index, (-1,)), axis=0)
+
+
+def sums_by_group(x: Array, index: Array, group: Array, count: int) -> Array:
+    """Sums of rows `index` (L, B, T) of `x` (L, S, X), by their groups (L, B, T), in order: (L, B, C, X)."""
+    xp, (lanes, blocks, size) = namespace(x), index.shape
+    number = xp.arange(count, dtype=group.dtype, device=placement(x))
+    ends = xp.sum(xp.astype(group[..., None, :] <= number[None, None, :, None], index.dtype), axis=-1)
+    sums = xp.cumulative_sum(rows(x, index), axis=-2, include_initial=True)
+    sums = xp.reshape(sums, (lanes * blocks, size + 1, x.shape[-1]))
+    sums = rows(sums, xp.reshape(ends, (lanes * blocks, count)))
+    sums = xp.concat([sums[:, :1, :], sums[:, 1:, :] - sums[:, :-1, :]], axis=1)
+    return xp.reshape(sums, (lanes, blocks, count, x.shape[-1]))
 
 
 def sketch(q: Array, k: Array, rank: int) -> tuple[Array, Array]:
@@ -103,7 +123,7 @@ def halves(x: Array, metric: Array, keep: Array | None, depth: int) -> Array:
         )
         direction = _direction(x[:, ::every, :], weight[:, ::every, :], steps)
         along = xp.where(is_token, xp.matmul(x, direction)[..., 0], math.inf)
-        order = xp.argsort(along, axis=-1)
+        order = order_of(along)
         x, is_token, index = rows(x, order), entries(is_token, order), entries(index, order)
     return xp.reshape(index, (lanes, 2**depth, size))
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from randattn import _fused, _tree
 from tests.calls import eva
 
 N, D, E = 48, 12, 3
@@ -219,6 +220,29 @@ def test_other_numbers_of_queries_than_keys(lib, kind):
     assert out.shape == (*LEAD, 21, E)
     trivial = np.linalg.norm(np.broadcast_to(v.mean(axis=-2, keepdims=True), out.shape) - exactly(q, k, v))
     assert np.linalg.norm(out - exactly(q, k, v)) < 0.8 * trivial
+
+
+def test_sums_by_group(lib):
+    """Each library's own are the pure ones, and what the definition says; of groups without a row, zero."""
+    if lib.name == "dask":
+        pytest.skip("it has the tokens whole")
+    rng = np.random.default_rng(6)
+    x = rng.standard_normal((2, 9, 3))
+    group = np.sort(rng.integers(0, 5, (2, 4, 6)), axis=-1)
+    group[0, 0], group[1, 1] = 0, 4
+    index = rng.integers(0, 9, (2, 4, 6))
+    chosen = np.arange(5)[:, None] == group[..., None, :]
+    expected = chosen @ np.stack([rows[at] for rows, at in zip(x, index, strict=True)])
+    (x,) = lib.arrays(x)
+    index, group = given_labels(lib, index), given_labels(lib, group)
+    for sums in (_fused.sums_by_group, _tree.sums_by_group):
+        lib.close(sums(x, index, group, 5), expected)
+    if lib.name == "torch":
+        import torch
+
+        x.requires_grad_()
+        assert torch.autograd.gradcheck(lambda x: _fused.sums_by_group(x, index, group, 5), x)
+        assert torch.autograd.gradgradcheck(lambda x: _fused.sums_by_group(x, index, group, 5) ** 2, x)
 
 
 def test_errors(lib):
