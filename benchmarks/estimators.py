@@ -39,8 +39,8 @@ CAUSAL: tuple[tuple[str, str], ...] = (
 # Keys that are chosen, over exact attention.
 TOP: tuple[tuple[str, str], ...] = (
     ("eva", "groups=tree exact=top"),
-    ("eva", "groups=tree exact=top num_blocks=32"),
-    ("eva", "groups=tree exact=top num_exact=4 num_blocks=32"),
+    ("eva", "groups=tree exact=top num_blocks=64"),
+    ("eva", "groups=tree exact=top num_exact=4"),
 )
 
 
