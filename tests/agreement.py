@@ -92,6 +92,7 @@ def make_inputs() -> dict[str, Arrays]:
             "bias": rng.standard_normal((2, 26)),
             "pair_bias": rng.standard_normal((19, 26)),
         },
+        "windowed": {**qkv((3, 2, 23), (3, 2, 23)), "window_bias": rng.standard_normal((2, 4, 4))},
     }
 
 
@@ -123,6 +124,7 @@ def make_cases() -> list[Case]:
         *on(("draws",), "ra", num_samples=2),
         *on(("landmarks",), "lara landmarks"),
         *on(("landmarks",), "eva landmarks", window=4),
+        *on(("windowed",), "eva window bias", **eva),
         *on((*common, "shared", "grid"), "lara optimal", weighting="optimal", **lara),
         *on(common, "lara balance", weighting="balance", **lara),
         *on(common, "lara biased", weighting="biased", **lara),

@@ -122,6 +122,8 @@ MUTANTS = [
     Mutant("signs of QR left open", "_draws.py", "signs = xp.where(diagonal < 0, -xp", "signs = xp.where(diagonal < 0, xp"),
     Mutant("uniforms from the normal draws' stream", "_draws.py", 'bits.jumped() if kind == "uniform" else bits', "bits"),
     Mutant("all heads share their draws", "_draws.py", 'cast("Kind", kind), (*broadcast_shapes(x.lead, lead), *shape))', 'cast("Kind", kind), shape)'),
+    Mutant("a window's bias turned round", "_eva_choice.py", "return own[..., None, :, :]", "return x.xp.matrix_transpose(own)[..., None, :, :]"),
+    Mutant("a window's bias that sees what is to come", "_eva_choice.py", "own = x.xp.where(x.xp.matrix_transpose(past(own, size, 0, 0)), own, -math.inf)", "pass"),
     Mutant("effective samples without the square", "_conclude.py", "(x / total[..., None]) ** 2", "(x / total[..., None])"),
     Mutant("a pair's weight is not looked at", "_conclude.py", "x * xp.matrix_transpose(weight.of(q))", "x"),
     Mutant("replicates share their draws", "_diagnose.py", 'for source in spawned(options["rng"], num_replicates, x)', 'for source in spawned(options["rng"], 1, x) * num_replicates'),

@@ -162,7 +162,18 @@ def lara_causal(q, k, v, noise, window, weighting="optimal", alpha=1.0, keep=Non
 
 
 @per_head
-def eva(q, k, v, noise, groups, window, group_weight="size", disjoint=True, noise_scale=1.0):
+def eva(
+    q,
+    k,
+    v,
+    noise,
+    groups,
+    window,
+    group_weight="size",
+    disjoint=True,
+    noise_scale=1.0,
+    bias=lambda n, m: 0.0,
+):
     """`groups` lists the keys of each group, `window` gives the keys of a query's window."""
     q, k = scaled(q, k)
     w = [
@@ -172,7 +183,7 @@ def eva(q, k, v, noise, groups, window, group_weight="size", disjoint=True, nois
     out = np.empty((len(q), v.shape[1]))
     for n in range(len(q)):
         exact = list(window(n))
-        weights = [np.exp(q[n] @ k[m]) for m in exact]
+        weights = [np.exp(q[n] @ k[m] + bias(n, m)) for m in exact]
         values = [v[m] for m in exact]
         for c, group in enumerate(groups):
             left = np.array([m for m in group if not disjoint or m not in exact], dtype=int)

@@ -6,25 +6,31 @@
 from __future__ import annotations
 
 import math
-import numbers
 from typing import TYPE_CHECKING, Any
 
 from ._attend import Average, Keys
 from ._conclude import conclude
 from ._draws import normal_draws
-from ._eva_choice import check_exact, check_unused, choose
+from ._eva_choice import (
+    causal_sizes,
+    check_exact,
+    check_groups,
+    check_max_tokens,
+    check_unused,
+    check_window,
+    check_window_bias,
+    choose,
+)
 from ._eva_exact import corrected
 from ._eva_step import state_after
 from ._fused import attend, lanes_of, take, undisturbed
 from ._inputs import (
     check_causal,
-    check_count,
     check_flags,
     check_option,
     check_real,
     namespace,
     prepare,
-    resolve_count,
     with_rank,
 )
 from ._plans import blocks, blocks_over, cuts, fits_lanes, windows
@@ -32,7 +38,6 @@ from ._segments import (
     along,
     blocks_of_queries,
     check_grid,
-    check_sizes,
     gather,
     gather_bias,
     given_landmarks,
@@ -65,6 +70,7 @@ def eva(
     groups: Any = "segments",
     exact: str | tuple[str, ...] = "window",
     window: int | tuple[int, ...] = 64,
+    window_bias: Array | None = None,
     num_exact: float = 8,
     num_blocks: int | None = None,
     second_order: bool = False,
@@ -110,6 +116,9 @@ def eva(
         Tokens of the window of keys that a query sees exactly: blocks of so many tokens, the last one
         smaller where it does not divide. Of a `grid`, the block's size on each axis, or its number of
         tokens. 0: none, and the only choice where N is not M.
+    window_bias : array, shape (..., W, W), optional
+        Added to the logits of each query and key of a window, by their places in it: a learned relative
+        bias, in nats.
     num_exact : float, default 8
         With ``exact="top"``: how many groups' worth of keys, so many times ``M / num_groups``.
     num_blocks : int, optional
@@ -202,7 +211,9 @@ def eva(
     check_flags(disjoint=disjoint, return_state=return_state, second_order=second_order)
     if return_state and (not is_causal or landmarks is not None or query_mask is not None):
         raise ValueError("return_state: expected is_causal=True, and neither landmarks nor query_mask")
-    also = [*pooling_ranks(landmarks, noise, query_mask), (groups, 1)]
+    if return_state and window_bias is not None:
+        raise NotImplementedError("window_bias: eva_step has none, so that return_state=True has not either")
+    also = [*pooling_ranks(landmarks, noise, query_mask), (groups, 1), (window_bias, 2)]
     x = prepare(q, k, v, scale=scale, key_mask=key_mask, enable_gqa=enable_gqa, also=also)
     tokens = check_grid(grid, x.q.shape[-2], x.k.shape[-2])
     check_causal(x, is_causal)
@@ -216,6 +227,7 @@ def eva(
             "group_weight": group_weight != "size",
             "disjoint": not disjoint,
             "is_causal": is_causal,
+            "window_bias": window_bias is not None,
             "max_tokens": max_tokens is not None,
         }
         check_unused(published)
@@ -223,9 +235,9 @@ def eva(
             raise ValueError("group_size: expected num_groups with groups other than 'segments'")
         at, count = groups, num_groups
         if by_segments:
-            at = blocks(tokens, *_check_groups(tokens, num_groups, group_size, None, None))
+            at = blocks(tokens, *check_groups(tokens, num_groups, group_size, None, None))
             count = at.index.shape[0]
-        shape = _check_window(x, window, tokens) if "window" in exactly else None
+        shape = check_window(x, window, tokens) if "window" in exactly else None
         choice = choose(
             x,
             at,
@@ -239,12 +251,13 @@ def eva(
     tile: Sizes | None
     if is_causal:
         how: How = "tiles"
-        tile, sizes = _causal_sizes(tokens, window, num_groups, group_size, grid, disjoint)
+        tile, sizes = causal_sizes(tokens, window, num_groups, group_size, grid, disjoint)
     else:
-        tile = _check_window(x, window, tokens)
-        how, sizes = _check_groups(tokens, num_groups, group_size, landmarks, noise)
+        tile = check_window(x, window, tokens)
+        how, sizes = check_groups(tokens, num_groups, group_size, landmarks, noise)
+    pair_bias = check_window_bias(x, window_bias, tile, is_causal=is_causal)
     groups = blocks(tokens, how, sizes)
-    count = _check_max_tokens(max_tokens, is_causal, x.q.shape[-2], sizes, groups)
+    count = check_max_tokens(max_tokens, is_causal, x.q.shape[-2], sizes, groups)
 
     # What a window cuts off a group is in the window; the rest is a group of its own.
     lanes = 1 if is_causal else _lanes(x, tokens, tile)
@@ -286,7 +299,10 @@ def eva(
         given = kt if landmarks is not None else None
         rests = [_rests(of_values, of_keys, rest, given, group_weight)]
     far = Keys(kt[..., None, :, :], beta[..., None, :, :], log_weight)
-    out = conclude(gather(x.q, at), near, far, *rests, scale=x.scale, is_causal=is_causal)
+    if pair_bias is None:
+        out = conclude(gather(x.q, at), near, far, *rests, scale=x.scale, is_causal=is_causal)
+    else:
+        out = conclude(gather(x.q, at), far, *rests, near, scale=x.scale, pair_bias=pair_bias)
     out = x.finish(scatter(out, at, x.q))
     if not return_state:
         return out
@@ -324,65 +340,3 @@ def _lanes(x: Inputs, tokens: Sizes, tile: Sizes | None) -> int:
     """In how many lanes the tokens lie over devices; 1 where a window is longer than one."""
     lanes = lanes_of(x.k)
     return lanes if lanes == 1 or tile is None or fits_lanes(tokens, tile, lanes) else 1
-
-
-def _check_window(x: Inputs, window: int | Sizes, tokens: Sizes) -> Sizes | None:
-    if isinstance(window, numbers.Integral) and check_count("window", window, minimum=0) == 0:
-        return None
-    n, m = x.q.shape[-2], x.k.shape[-2]
-    if n != m:
-        raise ValueError(
-            f"window: expected 0 where there are not as many queries ({n}) as keys ({m}), got {window}"
-        )
-    return check_sizes("window", window, tokens)
-
-
-def _causal_sizes(
-    tokens: Sizes, window: Any, num_groups: Any, group_size: Any, grid: Any, disjoint: bool
-) -> tuple[Sizes, Sizes]:
-    """A window, and groups that are over where one begins; of a shorter sequence, too."""
-    if window == 0 or len(tokens) != 1:
-        raise ValueError(
-            f"is_causal: eva expects a window and tokens in a row, got window {window}, grid {grid}"
-        )
-    if num_groups is not None or not disjoint:
-        raise ValueError("is_causal: expected group_size, not num_groups, and disjoint=True")
-    sizes = [
-        check_count(name, *size)
-        if isinstance(size, tuple | list) and len(size) == 1
-        else check_count(name, size)
-        for name, size in (("window", window), ("group_size", window if group_size is None else group_size))
-    ]
-    if sizes[0] % sizes[1]:
-        raise ValueError(
-            f"group_size: expected a divisor of the window ({sizes[0]}) where is_causal, got {sizes[1]}"
-        )
-    return (sizes[0],), (sizes[1],)
-
-
-def _check_max_tokens(value: Any, is_causal: bool, n: int, sizes: Sizes, groups: Blocks) -> int:
-    """The groups to draw for."""
-    if value is None:
-        return int(groups.index.shape[0])
-    if not is_causal:
-        raise ValueError("max_tokens: expected is_causal=True with it")
-    return -(-check_count("max_tokens", value, minimum=n) // sizes[0])
-
-
-def _check_groups(
-    tokens: Sizes,
-    num_groups: int | Sizes | None,
-    group_size: int | Sizes | None,
-    landmarks: tuple[Array, Array] | None,
-    noise: Array | None,
-) -> tuple[How, Sizes]:
-    """How the keys are laid in groups: so many, or of that size."""
-    if group_size is not None:
-        if num_groups is not None:
-            raise ValueError("group_size: expected either num_groups or group_size, got both")
-        return "tiles", check_sizes("group_size", group_size, tokens)
-    given = landmarks[-1] if isinstance(landmarks, tuple | list) and landmarks else None
-    count = num_groups
-    if not isinstance(count, tuple | list):
-        count = resolve_count("num_groups", count, 64, landmarks=(given, -2), noise=(noise, -2))
-    return "segments", check_sizes("num_groups", count, tokens)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+import numbers
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ._attend import past
 from ._fused import known
-from ._inputs import check_count, check_like, check_option, check_real
+from ._inputs import check_broadcast, check_count, check_like, check_option, check_real, resolve_count
 from ._plans import Blocks
+from ._segments import check_sizes
 
 if TYPE_CHECKING:
     from ._inputs import Inputs
+    from ._plans import How, Sizes
 
     Array = Any
 
@@ -127,3 +131,82 @@ def default_blocks(tokens: int) -> int:
     """At most 64: of 8 queries, or of 128 where the call is long enough for its time to matter."""
     size = 8 if tokens <= _SHORT else 128
     return min(64, -(-tokens // size))
+
+
+def check_window(x: Inputs, window: int | Sizes, tokens: Sizes) -> Sizes | None:
+    """The window's sizes; None for none."""
+    if isinstance(window, numbers.Integral) and check_count("window", window, minimum=0) == 0:
+        return None
+    n, m = x.q.shape[-2], x.k.shape[-2]
+    if n != m:
+        raise ValueError(
+            f"window: expected 0 where there are not as many queries ({n}) as keys ({m}), got {window}"
+        )
+    return check_sizes("window", window, tokens)
+
+
+def causal_sizes(
+    tokens: Sizes, window: Any, num_groups: Any, group_size: Any, grid: Any, disjoint: bool
+) -> tuple[Sizes, Sizes]:
+    """A window, and groups that are over where one begins; of a shorter sequence, too."""
+    if window == 0 or len(tokens) != 1:
+        raise ValueError(
+            f"is_causal: eva expects a window and tokens in a row, got window {window}, grid {grid}"
+        )
+    if num_groups is not None or not disjoint:
+        raise ValueError("is_causal: expected group_size, not num_groups, and disjoint=True")
+    sizes = [
+        check_count(name, *size)
+        if isinstance(size, tuple | list) and len(size) == 1
+        else check_count(name, size)
+        for name, size in (("window", window), ("group_size", window if group_size is None else group_size))
+    ]
+    if sizes[0] % sizes[1]:
+        raise ValueError(
+            f"group_size: expected a divisor of the window ({sizes[0]}) where is_causal, got {sizes[1]}"
+        )
+    return (sizes[0],), (sizes[1],)
+
+
+def check_max_tokens(value: Any, is_causal: bool, n: int, sizes: Sizes, groups: Blocks) -> int:
+    """The groups to draw for."""
+    if value is None:
+        return int(groups.index.shape[0])
+    if not is_causal:
+        raise ValueError("max_tokens: expected is_causal=True with it")
+    return -(-check_count("max_tokens", value, minimum=n) // sizes[0])
+
+
+def check_groups(
+    tokens: Sizes,
+    num_groups: int | Sizes | None,
+    group_size: int | Sizes | None,
+    landmarks: tuple[Array, Array] | None,
+    noise: Array | None,
+) -> tuple[How, Sizes]:
+    """How the keys are laid in groups: so many, or of that size."""
+    if group_size is not None:
+        if num_groups is not None:
+            raise ValueError("group_size: expected either num_groups or group_size, got both")
+        return "tiles", check_sizes("group_size", group_size, tokens)
+    given = landmarks[-1] if isinstance(landmarks, tuple | list) and landmarks else None
+    count = num_groups
+    if not isinstance(count, tuple | list):
+        count = resolve_count("num_groups", count, 64, landmarks=(given, -2), noise=(noise, -2))
+    return "segments", check_sizes("num_groups", count, tokens)
+
+
+def check_window_bias(x: Inputs, bias: Any, tile: Sizes | None, *, is_causal: bool) -> Array | None:
+    """What is added to the logits of a query and a key of a window, (..., 1, W, W)."""
+    if bias is None:
+        return None
+    if tile is None:
+        raise ValueError("window_bias: expected a window with it")
+    size = math.prod(tile)
+    own = x.match("window_bias", bias, 2)
+    if bias.ndim < 2 or tuple(own.shape[-2:]) != (size, size):
+        raise ValueError(f"window_bias: expected shape (..., {size}, {size}), got {tuple(bias.shape)}")
+    check_broadcast(q=(x.q, 2), k=(x.k, 2), v=(x.v, 2), window_bias=(own, 2))
+    if is_causal:
+        own = x.xp.where(x.xp.matrix_transpose(past(own, size, 0, 0)), own, -math.inf)
+    return own[..., None, :, :]

@@ -175,6 +175,15 @@ def test_windows(lib):
         eva(*same, window=2.5)
     with refuses(ValueError, "window", "fits the grid (2, 3)", "(3, 3)"):
         eva(*same, grid=(2, 3), window=(3, 3))
+    bias = lib.asarray(np.zeros((3, 3)))
+    with refuses(ValueError, "window_bias", "(..., 2, 2)", "(3, 3)"):
+        eva(*same, window=2, window_bias=bias)
+    with refuses(ValueError, "window_bias", "a window with it"):
+        eva(*same, window=0, window_bias=bias)
+    with refuses(ValueError, "window_bias", "groups='segments'"):
+        eva(*same, window=3, window_bias=bias, groups="tree")
+    with refuses(NotImplementedError, "window_bias", "return_state"):
+        eva(*same, window=3, window_bias=bias, is_causal=True, return_state=True)
     with refuses(ValueError, "group_size", "num_groups or group_size"):
         eva(*same, num_groups=2, group_size=3)
 

@@ -113,6 +113,39 @@ def test_eva_on_a_grid(lib):
     lib.close(out, reference.eva(q, k, v, noise, groups=blocks(2, 2), window=own.get))
 
 
+def test_bias_inside_evas_window(lib):
+    """Each head's own, by the places of a query and a key in their window; on a grid, too."""
+    (q, k, v), rng = inputs(10, n=30, m=30)
+    noise, bias = rng.standard_normal((2, 4, 4)), 2 * rng.standard_normal((2, 12, 12))
+    rows, columns = np.divmod(np.arange(30), 6)
+    for grid, window, place, block in (
+        (None, 12, np.arange(30) % 12, np.arange(30) // 12),
+        ((5, 6), (3, 4), rows % 3 * 4 + columns % 4, rows // 3 * 2 + columns // 4),
+    ):
+        options = {"window": window, "grid": grid, "num_groups": 4 if grid is None else (2, 2)}
+        arrays, own = lib.arrays(q, k, v), {"noise": lib.asarray(noise), "window_bias": lib.asarray(bias)}
+        out = eva(*arrays, **options, **own)
+        listed = reference.segments(30, 4)
+        if grid is not None:
+            cells = (rows >= 2) * 2 + columns // 3
+            listed = [np.flatnonzero(cells == cell) for cell in range(4)]
+        for head in range(2):
+            expected = reference.eva(
+                *(x[head : head + 1] for x in (q, k, v, noise)),
+                groups=listed,
+                window=lambda n, block=block: np.flatnonzero(block == block[n]),
+                bias=lambda n, m, head=head, place=place: bias[head, place[n], place[m]],
+            )
+            np.testing.assert_allclose(lib.numpy(out)[head : head + 1], expected, rtol=1e-9, atol=1e-12)
+    # A window over all tokens is exact attention with a bias of pairs.
+    short = [x[:, :12] for x in (q, k, v)]
+    for is_causal in (False, True):
+        out = eva(*lib.arrays(*short), window=12, window_bias=lib.asarray(bias), is_causal=is_causal)
+        logits = short[0] @ np.swapaxes(short[1], -1, -2) / 2 + bias
+        weights = np.exp(logits) * (np.tri(12) if is_causal else 1)
+        lib.close(out, weights / weights.sum(axis=-1, keepdims=True) @ short[2])
+
+
 def test_lara_on_a_grid_that_landmarks_divide(lib):
     """Reordering the tokens block by block makes a line of segments of the grid."""
     (q, k, v), rng = inputs(8, n=24, m=24)
