@@ -181,7 +181,7 @@ def lara(
     x = prepare(q, k, v, scale=scale, key_mask=key_mask, enable_gqa=enable_gqa, also=also)
     check_causal(x, is_causal)
     query_mask = resolve_query_mask(x, query_mask)
-    qt, kt, there = _landmarks(x, num_landmarks, landmarks, noise, query_mask, grid)
+    qt, kt, there = landmarks_of(x, num_landmarks, landmarks, noise, query_mask, grid)
     qt, kt = x.root * qt, x.root * kt
 
     if mix_keys:
@@ -248,7 +248,7 @@ def _check_causal_options(is_causal: bool, window: Any, weighting: str, normaliz
         )
 
 
-def _landmarks(
+def landmarks_of(
     x: Inputs,
     num_landmarks: int | tuple[int, ...] | None,
     landmarks: tuple[Array, Array] | None,

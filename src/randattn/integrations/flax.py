@@ -1,15 +1,18 @@
-"""Flax: the estimators as `attention_fn` of the attention modules of nnx and linen."""
+"""Flax: the estimators as `attention_fn` of its attention modules, and a layer as in the papers."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ._layer import ESTIMATORS, buckets, check_layer, merge_heads, pooled, split_heads
 from ._layout import estimate, key_mask_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    import jax
+    from collections.abc import Callable, Mapping
 
 
 def attention_fn(estimator: Callable[..., jax.Array], /, **options: Any) -> Callable[..., jax.Array]:
@@ -90,3 +93,160 @@ def attention_fn(estimator: Callable[..., jax.Array], /, **options: Any) -> Call
         return out.swapaxes(-2, -3)
 
     return attention
+
+
+class Attention(nnx.Module):
+    """Multi-head attention by an estimator, with what the papers train beside the projections.
+
+    Parameters
+    ----------
+    features : int
+        Of the inputs, of all heads together, and of the results.
+    num_heads : int
+        A divisor of them.
+    estimator : {"eva", "lara", "rfa", "ra", "softmax_attention"}, default "eva"
+        The estimator.
+    options : dict, optional
+        As for the estimator.
+    learned_landmarks : bool, default False
+        For lara and eva: landmarks are ``LayerNorm(Linear(mean))`` of each segment's queries and keys.
+    relative_bias : bool, default False
+        For eva: T5's relative bias inside the window, learned for each head.
+    num_buckets, max_distance : int, default 32, 128
+        Of the relative bias.
+    is_causal : bool, default False
+        Query n sees the keys up to n.
+    bias : bool, default True
+        Let the projections have one.
+    rngs : nnx.Rngs
+        Of the parameters, and, its stream `draws`, of what estimators draw.
+
+    Raises
+    ------
+    ValueError
+        Sizes and options that do not fit.
+
+    Notes
+    -----
+    After ``train()`` each call draws anew; after ``eval()`` lara and eva draw nothing, rfa and ra from the
+    seed 0. A call's own `rng` or `noise` goes before. `load` takes the weights of
+    `randattn.integrations.torch.Attention`, which then gives the same.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp
+    >>> from flax import nnx
+    >>> from randattn.integrations.flax import Attention
+    >>> options = {"num_groups": 8, "window": 16}
+    >>> layer = Attention(32, 4, options=options, learned_landmarks=True, rngs=nnx.Rngs(0))
+    >>> layer(jnp.ones((2, 100, 32))).shape
+    (2, 100, 32)
+    """
+
+    def __init__(
+        self,
+        features: int,
+        num_heads: int,
+        *,
+        estimator: str = "eva",
+        options: dict[str, Any] | None = None,
+        learned_landmarks: bool = False,
+        relative_bias: bool = False,
+        num_buckets: int = 32,
+        max_distance: int = 128,
+        is_causal: bool = False,
+        bias: bool = True,
+        rngs: nnx.Rngs,
+    ) -> None:
+        options = dict(options or {})
+        check_layer(
+            features,
+            num_heads,
+            estimator,
+            options,
+            learned_landmarks=learned_landmarks,
+            relative_bias=relative_bias,
+        )
+        self.num_heads, self.estimator, self.is_causal = num_heads, estimator, is_causal
+        self.options = nnx.static(options)
+        self.deterministic = False
+        self.rngs = rngs
+        self.query, self.key, self.value, self.out = (
+            nnx.Linear(features, features, use_bias=bias, rngs=rngs) for _ in range(4)
+        )
+
+        def landmark() -> nnx.Sequential | None:
+            size = features // num_heads
+            if not learned_landmarks:
+                return None
+            # PyTorch's epsilon.
+            norm = nnx.LayerNorm(size, epsilon=1e-5, rngs=rngs)
+            return nnx.Sequential(nnx.Linear(size, size, rngs=rngs), norm)
+
+        self.query_landmark, self.key_landmark = landmark(), landmark()
+        normal = nnx.initializers.normal(0.02)
+        self.relative_bias = (
+            nnx.Embed(num_buckets, num_heads, embedding_init=normal, rngs=rngs) if relative_bias else None
+        )
+        self.places = nnx.static((options.get("window", 64), num_buckets, max_distance))
+
+    def __call__(
+        self, x: jax.Array, context: jax.Array | None = None, *, key_mask: jax.Array | None = None, **own: Any
+    ) -> jax.Array:
+        """Attend from `x` (..., N, F) to `context` (..., M, F), by default to itself.
+
+        `key_mask` (..., M) is True where there is a key; further options are the estimator's.
+        """
+        context = x if context is None else context
+        q, k, v = (
+            split_heads(project(y), self.num_heads)
+            for project, y in ((self.query, x), (self.key, context), (self.value, context))
+        )
+        mask = None if key_mask is None else key_mask[..., None, :]
+        options = {**self._draws(own), **self.options, **own}
+        if self.query_landmark is not None and self.key_landmark is not None:
+            qt, kt = pooled(self.estimator, q, k, options, mask, is_causal=self.is_causal)
+            options["landmarks"] = (self.query_landmark(qt), self.key_landmark(kt))
+            for name in ("num_landmarks", "num_groups"):
+                options.pop(name, None)
+        if self.relative_bias is not None:
+            places = jnp.asarray(buckets(*self.places, is_causal=self.is_causal))
+            options["window_bias"] = jnp.moveaxis(self.relative_bias(places), -1, 0)
+        out = estimate(ESTIMATORS[self.estimator], options, q, k, v, is_causal=self.is_causal, key_mask=mask)
+        return self.out(merge_heads(out))
+
+    def _draws(self, own: dict[str, Any]) -> dict[str, Any]:
+        is_given = any({**self.options, **own}.get(name) is not None for name in ("rng", "noise"))
+        if is_given or self.estimator == "softmax_attention":
+            return {}
+        if not self.deterministic:
+            return {"rng": self.rngs.draws()}
+        return {"rng": 0} if self.estimator in ("rfa", "ra") else {}
+
+    def load(self, weights: Mapping[str, Any]) -> None:
+        """Take the weights of PyTorch's layer: its ``state_dict()``, as NumPy arrays or what makes them.
+
+        Raises
+        ------
+        KeyError
+            A weight that is missing.
+        """
+        layers: dict[str, Any] = {
+            "query": self.query,
+            "key": self.key,
+            "value": self.value,
+            "out": self.out,
+            "relative_bias": self.relative_bias,
+        }
+        for name, both in (("query_landmark", self.query_landmark), ("key_landmark", self.key_landmark)):
+            if both is not None:
+                layers |= {f"{name}.{number}": layer for number, layer in enumerate(both.layers)}
+        for name, layer in layers.items():
+            if isinstance(layer, nnx.Linear):
+                layer.kernel[...] = jnp.asarray(weights[f"{name}.weight"]).T
+            elif isinstance(layer, nnx.LayerNorm):
+                layer.scale[...] = jnp.asarray(weights[f"{name}.weight"])
+            elif layer is not None:
+                layer.embedding[...] = jnp.asarray(weights[f"{name}.weight"])
+            if getattr(layer, "bias", None) is not None:
+                layer.bias[...] = jnp.asarray(weights[f"{name}.bias"])

@@ -96,7 +96,7 @@ class _Estimated:
 
 
 @keras.saving.register_keras_serializable(_MODULE)
-class MultiHeadAttention(_Estimated, keras.layers.MultiHeadAttention):  # type: ignore[misc]
+class MultiHeadAttention(_Estimated, keras.layers.MultiHeadAttention):
     """`keras.layers.MultiHeadAttention` with an estimator inside.
 
     Parameters
@@ -137,7 +137,7 @@ class MultiHeadAttention(_Estimated, keras.layers.MultiHeadAttention):  # type: 
 
 
 @keras.saving.register_keras_serializable(_MODULE)
-class GroupQueryAttention(_Estimated, keras.layers.GroupQueryAttention):  # type: ignore[misc]
+class GroupQueryAttention(_Estimated, keras.layers.GroupQueryAttention):
     """`keras.layers.GroupQueryAttention` with an estimator inside.
 
     See `MultiHeadAttention`, whose further parameters it has.

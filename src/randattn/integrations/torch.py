@@ -1,17 +1,19 @@
-"""PyTorch: the estimators with the signature of `torch.nn.functional.scaled_dot_product_attention`."""
+"""PyTorch: a layer as in the papers, and the signature of its own `scaled_dot_product_attention`."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import nn
+
 from randattn import eva
 
+from ._layer import ESTIMATORS, buckets, check_layer, merge_heads, pooled, split_heads
 from ._layout import estimate, key_mask_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    import torch
 
 
 def scaled_dot_product_attention(
@@ -83,3 +85,142 @@ def scaled_dot_product_attention(
         scale=scale,
         enable_gqa=enable_gqa,
     )
+
+
+class Attention(nn.Module):
+    """Multi-head attention by an estimator, with what the papers train beside the projections.
+
+    Parameters
+    ----------
+    features : int
+        Of the inputs, of all heads together, and of the results.
+    num_heads : int
+        A divisor of them.
+    estimator : {"eva", "lara", "rfa", "ra", "softmax_attention"}, default "eva"
+        The estimator.
+    options : dict, optional
+        As for the estimator.
+    learned_landmarks : bool, default False
+        For lara and eva: landmarks are ``LayerNorm(Linear(mean))`` of each segment's queries and keys.
+    relative_bias : bool, default False
+        For eva: T5's relative bias inside the window, learned for each head.
+    num_buckets, max_distance : int, default 32, 128
+        Of the relative bias.
+    is_causal : bool, default False
+        Query n sees the keys up to n.
+    bias : bool, default True
+        Let the projections have one.
+    **factory
+        `device` and `dtype` of the parameters.
+
+    Raises
+    ------
+    ValueError
+        Sizes and options that do not fit.
+
+    Notes
+    -----
+    In training mode draws come from PyTorch's own random numbers, new in each call. In evaluation mode lara
+    and eva draw nothing, rfa and ra from the seed 0. A call's own `rng` or `noise` goes before.
+    `randattn.integrations.flax.Attention` gives the same with the same weights.
+
+    References
+    ----------
+    .. [1] L. Zheng, J. Yuan, C. Wang, L. Kong, "Efficient Attention via Control Variates", ICLR 2023,
+       arXiv 2302.04542.
+    .. [2] C. Raffel et al., "Exploring the Limits of Transfer Learning", arXiv 1910.10683: the bias.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from randattn.integrations.torch import Attention
+    >>> options = {"num_groups": 8, "window": 16}
+    >>> layer = Attention(32, 4, options=options, learned_landmarks=True, relative_bias=True)
+    >>> layer(torch.randn(2, 100, 32)).shape
+    torch.Size([2, 100, 32])
+    """
+
+    def __init__(
+        self,
+        features: int,
+        num_heads: int,
+        *,
+        estimator: str = "eva",
+        options: dict[str, Any] | None = None,
+        learned_landmarks: bool = False,
+        relative_bias: bool = False,
+        num_buckets: int = 32,
+        max_distance: int = 128,
+        is_causal: bool = False,
+        bias: bool = True,
+        **factory: Any,
+    ) -> None:
+        super().__init__()
+        options = dict(options or {})
+        check_layer(
+            features,
+            num_heads,
+            estimator,
+            options,
+            learned_landmarks=learned_landmarks,
+            relative_bias=relative_bias,
+        )
+        self.num_heads, self.estimator, self.options, self.is_causal = (
+            num_heads,
+            estimator,
+            options,
+            is_causal,
+        )
+        self.query, self.key, self.value, self.out = (
+            nn.Linear(features, features, bias=bias, **factory) for _ in range(4)
+        )
+        self.query_landmark = self.key_landmark = self.relative_bias = None
+        if learned_landmarks:
+            size = features // num_heads
+            self.query_landmark, self.key_landmark = (
+                nn.Sequential(nn.Linear(size, size, **factory), nn.LayerNorm(size, **factory))
+                for _ in range(2)
+            )
+        if relative_bias:
+            self.relative_bias = nn.Embedding(num_buckets, num_heads, **factory)
+            nn.init.normal_(self.relative_bias.weight, std=0.02)
+            places = buckets(options.get("window", 64), num_buckets, max_distance, is_causal=is_causal)
+            self.register_buffer("places", torch.as_tensor(places), persistent=False)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        context: torch.Tensor | None = None,
+        *,
+        key_mask: torch.Tensor | None = None,
+        **own: Any,
+    ) -> torch.Tensor:
+        """Attend from `x` (..., N, F) to `context` (..., M, F), by default to itself.
+
+        `key_mask` (..., M) is True where there is a key; further options are the estimator's.
+        """
+        context = x if context is None else context
+        q, k, v = (
+            split_heads(project(y), self.num_heads)
+            for project, y in ((self.query, x), (self.key, context), (self.value, context))
+        )
+        mask = None if key_mask is None else key_mask[..., None, :]
+        options = {**self._draws(x.device, own), **self.options, **own}
+        if self.query_landmark is not None and self.key_landmark is not None:
+            qt, kt = pooled(self.estimator, q, k, options, mask, is_causal=self.is_causal)
+            options["landmarks"] = (self.query_landmark(qt.to(q.dtype)), self.key_landmark(kt.to(k.dtype)))
+            for name in ("num_landmarks", "num_groups"):
+                options.pop(name, None)
+        if self.relative_bias is not None:
+            options["window_bias"] = self.relative_bias(self.places).movedim(-1, 0)
+        out = estimate(ESTIMATORS[self.estimator], options, q, k, v, is_causal=self.is_causal, key_mask=mask)
+        return self.out(merge_heads(out))
+
+    def _draws(self, device: torch.device, own: dict[str, Any]) -> dict[str, Any]:
+        is_given = any({**self.options, **own}.get(name) is not None for name in ("rng", "noise"))
+        if is_given or self.estimator == "softmax_attention":
+            return {}
+        if self.training:
+            seed = int(torch.randint(2**62, ()))
+            return {"rng": torch.Generator(device).manual_seed(seed)}
+        return {"rng": 0} if self.estimator in ("rfa", "ra") else {}
