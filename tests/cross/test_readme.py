@@ -9,8 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-# Those with a test of their own: what they show needs several devices or processes.
-ELSEWHERE = {"sharding.md", "dask.md", "torch_distributed.md"}
+# Those with a test of their own: what they show needs several devices or processes, or other packages.
+ELSEWHERE = {"sharding.md", "dask.md", "torch_distributed.md", "integrations.md"}
 
 
 def blocks(path):

@@ -1,7 +1,7 @@
 """Hugging Face transformers: the estimators as attention implementations of its models.
 
 ``register()``, then ``from_pretrained(..., attn_implementation="randattn_eva")``. The names are entries of
-`AttentionInterface` and `AttentionMaskInterface` (transformers 4.56 and later).
+`AttentionInterface` and `AttentionMaskInterface`.
 """
 
 from __future__ import annotations
