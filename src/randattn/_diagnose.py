@@ -12,7 +12,7 @@ from ._attend import Keys, nonzero, slices
 from ._conclude import parted, watched
 from ._draws import spawned
 from ._eva import eva
-from ._fused import attend, chunked, constant
+from ._fused import attend, chunked, constant, in_full_precision
 from ._inputs import (
     broadcast_shapes,
     check_arrays,
@@ -173,7 +173,7 @@ def diagnose(
     >>> found.recommendation[:43]
     'rfa would be worse than mean(V) here (relat'
     """
-    while isinstance(estimator, functools.partial):
+    while isinstance(estimator, functools.partial) and not estimator.args:
         options = {**estimator.keywords, **options}
         estimator = estimator.func
     if not callable(estimator):
@@ -182,7 +182,19 @@ def diagnose(
     if chunked(q) is not None:
         raise TypeError("q: expected arrays in memory, got Dask's: compute() a part of them first")
     check_count("num_replicates", num_replicates, minimum=2)
-    q, k, v = (constant(working_precision(x)) for x in (q, k, v))
+    with in_full_precision(q) or nullcontext():
+        return _diagnosed(estimator, (q, k, v), num_replicates, queries, options)
+
+
+def _diagnosed(
+    estimator: Callable[..., Array],
+    given: tuple[Array, ...],
+    num_replicates: int,
+    queries: Sequence[int] | None,
+    options: dict[str, Any],
+) -> Diagnosis:
+    q, k, v = (constant(working_precision(x)) for x in given)
+    options = {name: constant(value) if is_array(value) else value for name, value in options.items()}
     x = prepare(
         q,
         k,
@@ -194,6 +206,8 @@ def diagnose(
     is_causal = options.get("is_causal", False)
     check_causal(x, is_causal)
     pairs = math.prod(x.lead) * q.shape[-2] * k.shape[-2]
+    if not pairs:
+        raise ValueError(f"q: expected at least one head, got leading axes {x.lead}")
     index = _index(queries, q.shape[-2], pairs)
 
     own: list[dict[str, Any]] = [{}]
@@ -215,6 +229,7 @@ def diagnose(
     squares = [exact.square(out) for out in outs]
     found = _Found(
         name=getattr(estimator, "__name__", type(estimator).__name__),
+        is_exact=estimator is softmax_attention,
         error=sum(map(exact.relative, squares)) / len(squares),
         standard_error=None if variance is None else exact.relative(exact.at(variance, -1)),
         mean_error=exact.relative(exact.square_of_mean),
@@ -357,6 +372,7 @@ class _Found(NamedTuple):
     """Relative errors."""
 
     name: str
+    is_exact: bool
     error: float
     standard_error: float | None
     mean_error: float
@@ -366,11 +382,11 @@ class _Found(NamedTuple):
 
 def _recommendation(found: _Found) -> str:
     name, error, mean_error = found.name, found.error, found.mean_error
-    if name == softmax_attention.__name__:
+    if found.is_exact:
         return "softmax_attention is exact."
     if not math.isfinite(error):
         return f"No error of {name} is relative to exact attention that is zero or not finite in a layer."
-    is_worse = error >= mean_error
+    is_worse = error >= mean_error > 0
     use = "use softmax_attention"
     if found.beside_error is not None and found.beside_error < min(
         mean_error, error / (1 if is_worse else 2)

@@ -25,6 +25,7 @@ from ._eva_exact import corrected
 from ._eva_step import state_after
 from ._fused import attend, lanes_of, take, undisturbed
 from ._inputs import (
+    broadcast_shapes,
     check_causal,
     check_flags,
     check_option,
@@ -175,6 +176,8 @@ def eva(
         Not arrays, or of different libraries or dtypes, or not floating; a generator of another library.
     ValueError
         Shapes, devices, counts or options that do not fit; both `rng` and `noise`.
+    NotImplementedError
+        `window_bias` with ``return_state=True``.
 
     Notes
     -----
@@ -273,7 +276,8 @@ def eva(
     else:
         qt, kt = given_landmarks(x, landmarks, groups.index.shape[0])
     w = x.root * (qt + kt) / 2
-    eps = normal_draws(x, (count, w.shape[-1]), rng=rng, noise=noise, axes="C, D", lead=w.shape[:-2])
+    lead = w.shape[:-2] if pair_bias is None else broadcast_shapes(w.shape[:-2], pair_bias.shape[:-3])
+    eps = normal_draws(x, (count, w.shape[-1]), rng=rng, noise=noise, axes="C, D", lead=lead)
     if eps is not None:
         eps = noise_scale * eps
         w = w + eps[..., : w.shape[-2], :]

@@ -204,6 +204,10 @@ def check_window_bias(x: Inputs, bias: Any, tile: Sizes | None, *, is_causal: bo
         raise ValueError("window_bias: expected a window with it")
     size = math.prod(tile)
     own = x.match("window_bias", bias, 2)
+    if len(tile) == 1 and own.shape[-2] == own.shape[-1] >= x.q.shape[-2] <= size:
+        # A window longer than the sequence is the sequence.
+        size = x.q.shape[-2]
+        own = bias = own[..., :size, :size]
     if bias.ndim < 2 or tuple(own.shape[-2:]) != (size, size):
         raise ValueError(f"window_bias: expected shape (..., {size}, {size}), got {tuple(bias.shape)}")
     check_broadcast(q=(x.q, 2), k=(x.k, 2), v=(x.v, 2), window_bias=(own, 2))

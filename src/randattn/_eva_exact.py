@@ -73,6 +73,8 @@ class _Grouped(NamedTuple):
 
 def corrected(x: Inputs, choice: Choice, query_mask: Array | None) -> Array:
     """The results (..., N, E)."""
+    if 0 in x.lead:
+        return x.xp.zeros((*x.lead, x.q.shape[-2], x.v.shape[-1]), dtype=x.q.dtype, device=x.device)
     chunks = chunked(x.q)
     if chunks is None:
         return _corrected(x, choice, query_mask)

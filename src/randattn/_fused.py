@@ -46,12 +46,10 @@ def undisturbed(function: F) -> F:
 
     @functools.wraps(function)
     def call(q: Any, *args: Any, **options: Any) -> Any:
-        torch = sys.modules.get("torch")
-        if torch is not None and isinstance(q, torch.Tensor):
-            kind = q.device.type
-            if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-                with torch.autocast(kind, enabled=False):
-                    return function(q, *args, **options)
+        own = in_full_precision(q)
+        if own is not None:
+            with own:
+                return function(q, *args, **options)
         if compat.is_jax_array(q):
             from . import _fused_jax_mesh
 
@@ -59,6 +57,17 @@ def undisturbed(function: F) -> F:
         return function(q, *args, **options)
 
     return cast("F", call)
+
+
+def in_full_precision(x: Any) -> Any:
+    """A context without PyTorch's autocast, where there is one around; else None."""
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(x, torch.Tensor):
+        return None
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return None
 
 
 class _NumpyWriting(Writing):
@@ -236,9 +245,11 @@ def largest(x: Array, count: int) -> Array:
     return xp.argsort(x, axis=-1)[..., rest:]
 
 
-def order_of(x: Array) -> Array:
-    """Where the entries of the last axis stand from the smallest on, equal ones in any order."""
-    return _by_numpy(order_of, x) if _known(x) else namespace(x).argsort(x, axis=-1, stable=False)
+def order_of(x: Array, *, stable: bool = False) -> Array:
+    """Where the entries of the last axis stand, the smallest first; equal ones in any order unless stable."""
+    if _known(x):
+        return _by_numpy(functools.partial(order_of, stable=stable), x)
+    return namespace(x).argsort(x, axis=-1, stable=stable)
 
 
 def in_order(x: Array) -> Array:
@@ -269,7 +280,7 @@ def sums_by_group(x: Array, index: Array, group: Array, count: int) -> Array:
         return _fused_jax.sums_by_group(x, index, group, count)
     if compat.is_numpy_array(x):
         return _inplace.sums_by_group(x, index, group, count)
-    if compat.is_torch_array(x) and not sys.modules["torch"].compiler.is_compiling():
+    if compat.is_torch_array(x) and not compiling(x):
         from . import _fused_torch
 
         if _fused_torch.is_plain(x, (), None):

@@ -100,3 +100,11 @@ def test_what_is_not_supported_is_refused():
         EXACT(*[X[:, :, None]] * 3, bias=jnp.zeros((N, N)))
     with pytest.raises(TypeError, match="estimator"):
         attention_fn("eva")
+    with pytest.raises(TypeError, match="key_mask: expected of the call"):
+        layer(attention_fn(eva, key_mask=KEEP))(X)
+
+
+def test_a_scale_of_ones_own_holds_in_decoding():
+    fn = attention_fn(softmax_attention, scale=3.0)
+    q, k, v = (jax.random.normal(jax.random.key(i), (2, 5, 4, 8)) for i in range(3))
+    close(fn(q[:, :1], k, v), fn(q, k, v)[:, :1])

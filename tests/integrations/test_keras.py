@@ -109,6 +109,13 @@ def test_what_is_not_supported_is_refused():
     for option in ({"dropout": 0.1}, {"sliding_window": 3}):
         with pytest.raises(NotImplementedError, match=next(iter(option))):
             MultiHeadAttention(2, 4, **option)
+    with pytest.raises(NotImplementedError, match="dropout"):
+        MultiHeadAttention(2, 4, None, 0.5)
+    with pytest.raises(NotImplementedError, match="dropout"):
+        GroupQueryAttention(4, 2, 1, 0.5)
+    image = np.zeros((2, 3, 4, FEATURES), dtype="float32")
+    with pytest.raises(NotImplementedError, match="query: expected"):
+        MultiHeadAttention(2, 4, attention_axes=(1,))(image, image)
     layer = MultiHeadAttention(2, 4)
     with pytest.raises(NotImplementedError, match="attention_mask"):
         layer(X, X, attention_mask=np.tri(N, dtype=bool)[None])

@@ -156,6 +156,12 @@ def test_training_draws_anew(name):
     np.testing.assert_allclose(*same, atol=3e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["eva learned", "eva causal"])
+def test_fewer_tokens_than_the_window(name):
+    options = {"window": 64, "group_size": 4} if name == "eva causal" else {"window": 64, "num_groups": 4}
+    np.testing.assert_allclose(*results(*both(name, options=options)), atol=3e-5, rtol=1e-4)
+
+
 def test_under_jit():
     _, other = both("eva learned")
     jitted = nnx.jit(lambda layer, x: layer(x))
@@ -207,6 +213,17 @@ def test_refusals():
             make(F, H, estimator="lara", relative_bias=True)
         with pytest.raises(ValueError, match="relative_bias"):
             make(F, H, options={"window": (2, 2), "grid": (5, 6)}, relative_bias=True)
+        for sizes in ({"num_buckets": 2}, {"num_buckets": 31}, {"max_distance": 8}):
+            with pytest.raises(ValueError, match="num_buckets"):
+                make(F, H, relative_bias=True, **sizes)
     one, other = both("eva learned")
+    with pytest.raises(NotImplementedError, match="window_bias"):
+        one(torch.tensor(X[:, :1]), torch.tensor(X))
+    plain = for_flax.Attention(F, H, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="weights: this layer has no"):
+        plain.load(one.state_dict())
+    wide = for_flax.Attention(2 * F, H, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="expected shape"):
+        wide.load(one.state_dict())
     with pytest.raises(KeyError):
         other.load({name: value for name, value in one.state_dict().items() if "landmark" not in name})

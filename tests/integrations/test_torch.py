@@ -74,3 +74,5 @@ def test_what_is_not_supported_is_refused():
         exactly(Q, K, V, attn_mask=torch.zeros(1, 20))
     with pytest.raises(ValueError, match="as many keys as queries"):
         exactly(Q[..., :7, :], K, V, is_causal=True)
+    with pytest.raises(TypeError, match="key_mask: expected of the call"):
+        exactly(Q, K, V, key_mask=KEEP[:, None, :])

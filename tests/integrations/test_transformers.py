@@ -16,9 +16,12 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralModel,
+    SplinterConfig,
+    SplinterModel,
+    StaticCache,
 )
 
-from randattn import eva, rfa
+from randattn import eva, rfa, softmax_attention
 from randattn.integrations.transformers import NAMES, register
 
 SIZES = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 50}
@@ -122,18 +125,57 @@ def test_a_causal_model_used_in_both_directions():
 
 
 def test_cross_attention():
-    config = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 50}
-    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "dropout": 0.0}
-    feed = {"encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
-    model = BartModel(BartConfig(**config, **heads, **feed)).eval()
+    """Across sequences there is no window: with a group for each key it is exact."""
+    config = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 50, "dropout": 0.0}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    model = BartModel(BartConfig(**config, **heads, encoder_ffn_dim=32, decoder_ffn_dim=32)).eval()
     inputs = {"input_ids": TOKENS, "attention_mask": MASK, "decoder_input_ids": TOKENS[:, :12]}
     exact = model(**inputs)[0]
     model.set_attn_implementation("randattn_softmax")
     close(model(**inputs)[0], exact, slice(None))
-    register("single", eva, window=12, group_size=1)
-    for implementation in ("randattn_eva", "randattn_lara", "randattn_rfa"):
-        model.set_attn_implementation(implementation)
-        assert model(**inputs)[0].isfinite().all()
+
+    def across(q, k, v, **options):
+        if q.shape[-2] == k.shape[-2]:
+            return softmax_attention(q, k, v, **{name: x for name, x in options.items() if name != "window"})
+        assert options["window"] == 0
+        return eva(q, k, v, num_groups=40, **options)
+
+    register("across", across, window=0)
+    model.set_attn_implementation("across")
+    close(model(**inputs)[0], exact, slice(None))
+
+
+def test_models_whose_modules_do_not_say_which_they_are():
+    """The mask says it: Splinter's have no `is_causal`, and look both ways."""
+    torch.manual_seed(1)
+    config = SplinterConfig(**SIZES, num_attention_heads=4)
+    model = SplinterModel(config).eval()
+    model.set_attn_implementation("eager")
+    for mask in (None, MASK):
+        exact = hidden(model, mask)
+        model.set_attn_implementation("randattn_softmax")
+        close(hidden(model, mask), exact, slice(None) if mask is None else MASK)
+        model.set_attn_implementation("eager")
+
+
+def test_static_cache():
+    """Its places that are not written yet are not attended to."""
+    model = llama()
+    for mask in (None, torch.ones(3, 1, dtype=torch.long)):
+        logits = []
+        for name in ("eager", "randattn_softmax"):
+            model.set_attn_implementation(name)
+            cache = StaticCache(config=model.config, max_cache_len=16)
+            steps = [
+                model(
+                    input_ids=TOKENS[:, i : i + 1],
+                    past_key_values=cache,
+                    attention_mask=mask if i == 0 else None,
+                )[0]
+                for i in range(3)
+            ]
+            logits.append(torch.cat(steps, dim=1))
+        torch.testing.assert_close(logits[1], logits[0], atol=2e-5, rtol=1e-4)
 
 
 def test_gradients():
@@ -167,6 +209,13 @@ def test_what_is_not_supported_is_refused():
     model.set_attn_implementation("randattn_softmax")
     with pytest.raises(NotImplementedError, match="attention_mask"):
         hidden(model, torch.zeros(3, 1, 40, 40))
+    with pytest.raises(NotImplementedError, match="output_attentions"):
+        model(input_ids=TOKENS, output_attentions=True)
+    register("scaled", softmax_attention, scale=3.0)
+    model.set_attn_implementation("scaled")
+    with pytest.raises(TypeError, match="scale: expected of the call"):
+        hidden(model)
+    model.set_attn_implementation("randattn_softmax")
     packed = torch.arange(20).repeat(2)[None].expand(3, 40)
     with pytest.raises(NotImplementedError, match="packed"):
         model(input_ids=TOKENS, position_ids=packed, use_cache=False)

@@ -276,8 +276,37 @@ def test_others_see_nothing_of_it(lib):
     assert tuple(shapes[0]) == tuple(eva(*arrays, num_groups=4).shape) == (2, N, E)
 
 
+@not_on_jax
+def test_advice_is_of_the_function_and_its_error(lib):
+    arrays = lib.arrays(Q, K, V)
+
+    def wrong(q, k, v):
+        return -softmax_attention(q, k, v)
+
+    wrong.__name__ = "softmax_attention"
+    assert "would be worse than mean(V)" in diagnose(wrong, *arrays).recommendation
+    one_key = lib.arrays(Q[:, :1], K[:, :1], V[:, :1])
+    assert diagnose(eva, *one_key, window=0).recommendation.startswith("eva errs by 0 here")
+    bound = partial(lambda factor, q, k, v: factor * softmax_attention(q, k, v), 1.0)
+    assert diagnose(bound, *arrays).relative_error < 1e-9
+
+
+@pytest.mark.only("torch")
+def test_autocast_is_left_outside(lib):
+    q, k, v = lib.arrays(Q, K, V, dtype="float32")
+    with lib.xp.autocast("cpu", lib.xp.bfloat16):
+        found = diagnose(softmax_attention, q, k, v)
+    assert found.relative_error < 1e-6
+    assert found.entropy.dtype == lib.xp.float32
+    learned = lib.asarray(np.zeros((4, 4))).requires_grad_()
+    q, k, v = lib.arrays(Q, K, V)
+    assert not diagnose(eva, q, k, v, window=4, num_groups=4, window_bias=learned).error.requires_grad
+
+
 def test_refusals(lib):
     arrays = lib.arrays(Q, K, V)
+    with pytest.raises(ValueError, match="at least one head"):
+        diagnose(softmax_attention, *lib.arrays(Q[:0], K[:0], V[:0]))
     with pytest.raises(TypeError, match="estimator: expected a function"):
         diagnose("rfa", *arrays)
     with pytest.raises(TypeError, match="expected one array"):

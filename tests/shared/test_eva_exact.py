@@ -222,6 +222,12 @@ def test_other_numbers_of_queries_than_keys(lib, kind):
     assert np.linalg.norm(out - exactly(q, k, v)) < 0.8 * trivial
 
 
+def test_no_heads(lib):
+    """An empty batch, as of any estimator."""
+    arrays = [lib.asarray(np.zeros((0, 8, size))) for size in (4, 4, 3)]
+    assert tuple(eva(*arrays, groups="tree", exact="top").shape) == (0, 8, 3)
+
+
 def test_sums_by_group(lib):
     """Each library's own are the pure ones, and what the definition says; of groups without a row, zero."""
     if lib.name == "dask":

@@ -137,13 +137,17 @@ def test_bias_inside_evas_window(lib):
                 bias=lambda n, m, head=head, place=place: bias[head, place[n], place[m]],
             )
             np.testing.assert_allclose(lib.numpy(out)[head : head + 1], expected, rtol=1e-9, atol=1e-12)
-    # A window over all tokens is exact attention with a bias of pairs.
-    short = [x[:, :12] for x in (q, k, v)]
-    for is_causal in (False, True):
+    # A window over all tokens is exact attention with a bias of pairs; a longer one, too.
+    for n, is_causal in ((12, False), (12, True), (7, False), (7, True)):
+        short = [x[:, :n] for x in (q, k, v)]
         out = eva(*lib.arrays(*short), window=12, window_bias=lib.asarray(bias), is_causal=is_causal)
-        logits = short[0] @ np.swapaxes(short[1], -1, -2) / 2 + bias
-        weights = np.exp(logits) * (np.tri(12) if is_causal else 1)
+        logits = short[0] @ np.swapaxes(short[1], -1, -2) / 2 + bias[:, :n, :n]
+        weights = np.exp(logits) * (np.tri(n) if is_causal else 1)
         lib.close(out, weights / weights.sum(axis=-1, keepdims=True) @ short[2])
+    # A bias that brings heads gives each its own draws.
+    single = lib.arrays(q[0], k[0], v[0])
+    drawn = lib.numpy(eva(*single, window=12, num_groups=4, rng=0, window_bias=lib.asarray(0 * bias)))
+    assert np.abs(drawn[0] - drawn[1]).max() > 1e-6
 
 
 def test_lara_on_a_grid_that_landmarks_divide(lib):

@@ -186,7 +186,7 @@ def _look(name: str, samples: int, found: Diagnosis) -> Look:
         None if number is None else float(np.median(number)),
         None
         if effective is None or number is None
-        else np.histogram(effective / number, bins=BINS, range=(0, 1))[0].tolist(),
+        else np.histogram(np.clip(effective / number, 0, 1), bins=BINS, range=(0, 1))[0].tolist(),
         found.recommendation,
     )
 

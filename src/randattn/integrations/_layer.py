@@ -30,6 +30,9 @@ def check_layer(
     *,
     learned_landmarks: bool,
     relative_bias: bool,
+    num_buckets: int,
+    max_distance: int,
+    is_causal: bool,
 ) -> None:
     """What fits together."""
     if estimator not in ESTIMATORS:
@@ -38,6 +41,13 @@ def check_layer(
         raise ValueError(f"num_heads: expected a divisor of the {features} features, got {num_heads}")
     if learned_landmarks and estimator not in ("lara", "eva"):
         raise ValueError(f"learned_landmarks: lara and eva have landmarks, {estimator} has none")
+    if relative_bias:
+        single = num_buckets // (2 if is_causal else 4)
+        if single < 1 or num_buckets % 2 or max_distance <= single:
+            raise ValueError(
+                f"num_buckets: expected an even number, and max_distance above the {single} single ones, "
+                f"got {num_buckets} and {max_distance}"
+            )
     if relative_bias and (estimator != "eva" or not isinstance(options.get("window", 64), int)):
         raise ValueError("relative_bias: expected estimator='eva' with a window of tokens in a row")
 

@@ -39,8 +39,15 @@ def estimate(
 ) -> Array:
     """The estimator on heads-first arrays, with the caller's options and `ours`."""
     n, m = q.shape[-2], k.shape[-2]
+    for name in ours:
+        if options.get(name) is not None:
+            raise TypeError(f"{name}: expected of the call, not among the estimator's options")
+    if n != m and options.get("window_bias") is not None:
+        raise NotImplementedError(f"window_bias: expected as many keys as queries ({n}), got {m}")
+    options = {name: value for name, value in options.items() if name not in ours}
     if n == 1 and not is_causal:
         # Exactly, which costs no more than an estimate: a step with a cache, a query that pools.
+        ours.setdefault("scale", options.get("scale"))
         return softmax_attention(q, k, v, **ours)
     if is_causal:
         ours["is_causal"] = True

@@ -166,6 +166,9 @@ class Attention(nnx.Module):
             options,
             learned_landmarks=learned_landmarks,
             relative_bias=relative_bias,
+            num_buckets=num_buckets,
+            max_distance=max_distance,
+            is_causal=is_causal,
         )
         self.num_heads, self.estimator, self.is_causal = num_heads, estimator, is_causal
         self.options = nnx.static(options)
@@ -230,6 +233,8 @@ class Attention(nnx.Module):
         ------
         KeyError
             A weight that is missing.
+        ValueError
+            One that this layer has not, or of another shape.
         """
         layers: dict[str, Any] = {
             "query": self.query,
@@ -241,12 +246,24 @@ class Attention(nnx.Module):
         for name, both in (("query_landmark", self.query_landmark), ("key_landmark", self.key_landmark)):
             if both is not None:
                 layers |= {f"{name}.{number}": layer for number, layer in enumerate(both.layers)}
+        taken = set()
+
+        def take(parameter: Any, name: str, *, turned: bool = False) -> None:
+            weight = jnp.asarray(weights[name])
+            weight = weight.T if turned else weight
+            if weight.shape != parameter.shape:
+                raise ValueError(f"{name}: expected shape {parameter.shape}, got {weight.shape}")
+            parameter[...] = weight
+            taken.add(name)
+
         for name, layer in layers.items():
             if isinstance(layer, nnx.Linear):
-                layer.kernel[...] = jnp.asarray(weights[f"{name}.weight"]).T
+                take(layer.kernel, f"{name}.weight", turned=True)
             elif isinstance(layer, nnx.LayerNorm):
-                layer.scale[...] = jnp.asarray(weights[f"{name}.weight"])
+                take(layer.scale, f"{name}.weight")
             elif layer is not None:
-                layer.embedding[...] = jnp.asarray(weights[f"{name}.weight"])
+                take(layer.embedding, f"{name}.weight")
             if getattr(layer, "bias", None) is not None:
-                layer.bias[...] = jnp.asarray(weights[f"{name}.bias"])
+                take(layer.bias, f"{name}.bias")
+        if set(weights) - taken:
+            raise ValueError(f"weights: this layer has no {', '.join(sorted(set(weights) - taken))}")

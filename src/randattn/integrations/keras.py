@@ -6,12 +6,10 @@ from typing import Any, NamedTuple
 
 import keras
 
-from randattn import eva, lara, ra, rfa, softmax_attention
-
+from ._layer import ESTIMATORS
 from ._layout import estimate
 
 Array = Any
-ESTIMATORS = {function.__name__: function for function in (softmax_attention, rfa, ra, lara, eva)}
 _MODULE = "randattn"
 
 
@@ -31,9 +29,10 @@ class _Estimated:
         if estimator not in ESTIMATORS:
             raise ValueError(f"estimator: expected one of {', '.join(ESTIMATORS)}, got {estimator!r}")
         for name in ("dropout", "sliding_window"):
-            if own.get(name):
+            value = getattr(self, f"_{name}", getattr(self, name, None))
+            if value:
                 raise NotImplementedError(
-                    f"{name}: expected none, got {own[name]}: estimators have no such thing"
+                    f"{name}: expected none, got {value}: estimators have no such thing"
                 )
         self.estimator, self.options = estimator, dict(options or {})
 
@@ -53,7 +52,7 @@ class _Estimated:
     ) -> _Masks:
         masks = [keras.ops.cast(mask, "bool") for mask in (value_mask, key_mask) if mask is not None]
         if attention_mask is not None:
-            if tuple(attention_mask.shape[-2:]) != (1, value.shape[1]):
+            if len(attention_mask.shape) != 3 or tuple(attention_mask.shape[1:]) != (1, value.shape[1]):
                 raise NotImplementedError(
                     f"attention_mask: expected (batch, 1, {value.shape[1]}), the same for all queries, "
                     f"got {tuple(attention_mask.shape)}; for a causal one pass use_causal_mask"
@@ -77,6 +76,10 @@ class _Estimated:
         if return_attention_scores or getattr(self, "_return_attention_scores", False):
             raise NotImplementedError(
                 "return_attention_scores: expected False: there are no weights to return"
+            )
+        if len(query.shape) != 4:
+            raise NotImplementedError(
+                f"query: expected (batch, tokens, features), got {len(query.shape) - 1} axes"
             )
         q, k, v = (keras.ops.swapaxes(x, 1, 2) for x in (query, key, value))
         options = dict(self.options)

@@ -63,7 +63,7 @@ def replace_attention(
     estimator : function, default `randattn.eva`
         The estimator.
     **options
-        As for the estimator.
+        As for the estimator. An int `rng` is a seed, to which each adds its number.
 
     Returns
     -------
@@ -89,7 +89,8 @@ def replace_attention(
     found = [module for module in model.modules() if type(module) in (timm.layers.Attention, Attention)]
     if not found:
         raise ValueError(f"model: {type(model).__name__} has no timm.layers.Attention")
-    for module in found:
+    for number, module in enumerate(found):
         module.__class__ = Attention
-        module.estimator, module.options = estimator, options
+        own = {"rng": options["rng"] + number} if isinstance(options.get("rng"), int) else {}
+        module.estimator, module.options = estimator, {**options, **own}
     return len(found)

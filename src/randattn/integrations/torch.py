@@ -164,6 +164,9 @@ class Attention(nn.Module):
             options,
             learned_landmarks=learned_landmarks,
             relative_bias=relative_bias,
+            num_buckets=num_buckets,
+            max_distance=max_distance,
+            is_causal=is_causal,
         )
         self.num_heads, self.estimator, self.options, self.is_causal = (
             num_heads,
@@ -185,7 +188,8 @@ class Attention(nn.Module):
             self.relative_bias = nn.Embedding(num_buckets, num_heads, **factory)
             nn.init.normal_(self.relative_bias.weight, std=0.02)
             places = buckets(options.get("window", 64), num_buckets, max_distance, is_causal=is_causal)
-            self.register_buffer("places", torch.as_tensor(places), persistent=False)
+            places = torch.as_tensor(places, device=factory.get("device"))
+            self.register_buffer("places", places, persistent=False)
 
     def forward(
         self,

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import numbers
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
@@ -19,8 +20,6 @@ from ._layout import estimate
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    import torch
 
 # What models pass that changes attention, and none of our functions takes.
 _CHANGES = ("sliding_window", "softcap", "position_bias", "s_aux", "cache", "head_mask")
@@ -46,7 +45,7 @@ def register(name: str | None = None, estimator: Callable[..., Any] | None = Non
         `randattn.eva` or another, with a name.
     **options
         As for the estimator, but for what the model says itself: scale, masks, heads, is_causal. An int
-        `rng` is a seed that each layer adds its number to.
+        `rng` is a seed, to which layers that know their number add it.
 
     Raises
     ------
@@ -81,6 +80,13 @@ def register(name: str | None = None, estimator: Callable[..., Any] | None = Non
     AttentionMaskInterface.register(name, _mask)
 
 
+class _Mask(NamedTuple):
+    """What a mask of ours says of itself, on a tensor (batch, 1, 1, keys), True = attend."""
+
+    is_causal: bool
+    is_padded: bool
+
+
 def _mask(
     batch_size: int,
     q_length: int,
@@ -89,23 +95,33 @@ def _mask(
     kv_offset: int = 0,
     mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: torch.Tensor | None = None,
+    device: torch.device | str | None = None,
     **_: Any,
-) -> torch.Tensor | None:
-    """The keys to attend to (batch, keys), True = attend; None for all of them."""
+) -> torch.Tensor:
+    """The keys to attend to; of another pattern an error."""
     if mask_function not in (causal_mask_function, bidirectional_mask_function):
         raise NotImplementedError(
             "attention_mask: expected a causal or a full one with padding, got another pattern (a sliding "
             "window, packed sequences, ...): use attn_implementation='sdpa' for this model"
         )
-    is_causal = mask_function is causal_mask_function
-    if is_causal and q_length > 1 and (int(q_offset) or int(kv_offset) or q_length != kv_length):
+    is_causal, first = mask_function is causal_mask_function, int(q_offset)
+    if is_causal and q_length > 1 and (first or int(kv_offset) or q_length != kv_length):
         raise NotImplementedError(
             "past_key_values: expected none, or one new token, "
-            f"got {q_length} new ones from {int(q_offset)} of {kv_length}"
+            f"got {q_length} new ones from {first} of {kv_length}"
         )
-    if attention_mask is None:
-        return None
-    return attention_mask[:, -kv_length:].expand(batch_size, kv_length)
+    place = torch.arange(kv_length, device=device) + int(kv_offset)
+    keep = torch.ones(1, kv_length, dtype=torch.bool, device=device)
+    if is_causal and q_length == 1:
+        # A static cache has places that are not written yet.
+        keep = (place <= first)[None, :]
+    if attention_mask is not None:
+        there = attention_mask.to(keep.device).bool()
+        there = torch.nn.functional.pad(there, (0, max(0, int(kv_offset) + kv_length - there.shape[1])))
+        keep = keep & there[:, int(kv_offset) : int(kv_offset) + kv_length]
+    made = keep.expand(batch_size, kv_length)[:, None, None, :]
+    made.randattn = _Mask(is_causal, is_padded=attention_mask is not None or (is_causal and q_length == 1))
+    return made
 
 
 def _attention(
@@ -131,12 +147,22 @@ def _attention(
         raise NotImplementedError(
             f"dropout: expected 0, got {dropout}: set the attention dropout of the model's configuration to 0"
         )
-    if attention_mask is not None and getattr(attention_mask, "ndim", 0) != 2:
-        shape = getattr(attention_mask, "shape", type(attention_mask).__name__)
-        raise NotImplementedError(f"attention_mask: expected (batch, keys), True = attend, got {shape}")
-    if is_causal is None:
-        is_causal = getattr(module, "is_causal", True) and getattr(module.config, "is_causal", True)
-    # In a step with a cache the new token is the last one: it sees all keys.
+    if keywords.get("output_attentions"):
+        raise NotImplementedError("output_attentions: expected False: there are no weights to give")
+    said = getattr(attention_mask, "randattn", None)
+    if attention_mask is not None and said is None:
+        shape = tuple(getattr(attention_mask, "shape", ()))
+        raise NotImplementedError(
+            f"attention_mask: expected one of padding, (batch, keys), got shape {shape}"
+        )
+    keys = None
+    if attention_mask is not None and said is not None:
+        is_causal, keys = said.is_causal, attention_mask[..., 0, :] if said.is_padded else None
+    elif is_causal is None:
+        if not hasattr(module, "is_causal"):
+            raise NotImplementedError(f"is_causal: {type(module).__name__} does not say which it is")
+        is_causal = module.is_causal
+    # In a step with a cache the new token is the last one: it sees all keys that are there.
     is_causal = bool(is_causal) and query.shape[-2] > 1
     if isinstance(options.get("rng"), numbers.Integral):
         options = {**options, "rng": int(options["rng"]) + (getattr(module, "layer_idx", None) or 0)}
@@ -148,7 +174,7 @@ def _attention(
         value,
         is_causal=is_causal,
         scale=scaling,
-        key_mask=None if attention_mask is None else attention_mask[:, None, :].bool(),
+        key_mask=keys,
         enable_gqa=query.shape[-3] != key.shape[-3],
     )
     return out.transpose(1, 2), None
