@@ -71,7 +71,7 @@ def multiply_adds(
     >>> whole
     2147483648
     >>> round(multiply_adds(eva, 4096, 4096, 64, 64, groups="tree", exact="top") / whole, 3)
-    0.15
+    0.151
     """
     counts: dict[Any, Callable[..., float]] = {
         softmax_attention: _softmax,

@@ -6,8 +6,9 @@ import functools
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
+from ._advise import Found, beside, recommendation
 from ._attend import Keys, nonzero, slices
 from ._conclude import parted, watched
 from ._draws import spawned
@@ -42,7 +43,6 @@ _MOST_PAIRS, _MOST_PAIRS_BESIDE, _AT_HAND = 1 << 24, 1 << 28, 1 << 22
 # Queries that are looked at where there are more pairs.
 _FEW_QUERIES = 64
 _OURS = (softmax_attention, rfa, ra, lara, eva)
-_SHARED = ("scale", "key_mask", "query_mask", "enable_gqa")
 
 
 @dataclass(frozen=True, repr=False)
@@ -227,16 +227,16 @@ def _diagnosed(
 
     exact = _Exact(x, index, is_causal=is_causal)
     squares = [exact.square(out) for out in outs]
-    found = _Found(
+    found = Found(
         name=getattr(estimator, "__name__", type(estimator).__name__),
         is_exact=estimator is softmax_attention,
         error=sum(map(exact.relative, squares)) / len(squares),
         standard_error=None if variance is None else exact.relative(exact.at(variance, -1)),
         mean_error=exact.relative(exact.square_of_mean),
     )
-    beside = _beside(estimator, options) if pairs <= _MOST_PAIRS_BESIDE else None
-    if beside is not None:
-        name, function = beside
+    better = beside(estimator, options) if pairs <= _MOST_PAIRS_BESIDE else None
+    if better is not None:
+        name, function = better
         found = found._replace(beside=name, beside_error=exact.relative(exact.square(function(q, k, v))))
     return Diagnosis(
         estimator=found.name,
@@ -253,7 +253,7 @@ def _diagnosed(
         mean_error=found.mean_error,
         alternative=found.beside,
         alternative_error=found.beside_error,
-        recommendation=_recommendation(found),
+        recommendation=recommendation(found),
     )
 
 
@@ -351,54 +351,3 @@ def _rows(
         "out", xp.take(out, taken, axis=-2), 2
     )
     return rows if float(xp.max(xp.abs(lost))) <= 1e-3 * largest else None
-
-
-def _beside(
-    estimator: Callable[..., Array], options: dict[str, Any]
-) -> tuple[str, Callable[..., Array]] | None:
-    """What might do better: a call and its name."""
-    is_causal = bool(options.get("is_causal", False))
-    own: dict[str, Any] = {"is_causal": True} if is_causal else {"groups": "tree", "exact": "top"}
-    exactly = options.get("exact", "window")
-    is_it = estimator is eva and (is_causal or "top" in ((exactly,) if isinstance(exactly, str) else exactly))
-    if estimator is softmax_attention or is_it:
-        return None
-    shared = {name: options[name] for name in _SHARED if name in options}
-    name = f"eva({', '.join(f'{key}={value!r}' for key, value in own.items())})"
-    return name, functools.partial(eva, **own, **shared)
-
-
-class _Found(NamedTuple):
-    """Relative errors."""
-
-    name: str
-    is_exact: bool
-    error: float
-    standard_error: float | None
-    mean_error: float
-    beside: str | None = None
-    beside_error: float | None = None
-
-
-def _recommendation(found: _Found) -> str:
-    name, error, mean_error = found.name, found.error, found.mean_error
-    if found.is_exact:
-        return "softmax_attention is exact."
-    if not math.isfinite(error):
-        return f"No error of {name} is relative to exact attention that is zero or not finite in a layer."
-    is_worse = error >= mean_error > 0
-    use = "use softmax_attention"
-    if found.beside_error is not None and found.beside_error < min(
-        mean_error, error / (1 if is_worse else 2)
-    ):
-        use = f"use {found.beside}, which errs by {found.beside_error:.2g}"
-    if is_worse:
-        says = f"{name} would be worse than mean(V) here (relative error {error:.2g} to {mean_error:.2g})"
-        return f"{says}: {use}."
-    says = f"{name} errs by {error:.2g} here, where mean(V) errs by {mean_error:.2g}"
-    if use != "use softmax_attention":
-        return f"{says}: {use}."
-    if found.standard_error is not None:
-        share = min(1.0, (found.standard_error / error) ** 2) if error else 0.0
-        says = f"{says}; {share:.0%} of the square is the chance of its draws"
-    return f"{says}."

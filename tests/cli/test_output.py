@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from randattn.cli import _plot
+from randattn.cli import _measure, _plot
 from randattn.cli._errors import Refused
 from randattn.cli._files import write_report
 
@@ -139,15 +139,25 @@ def test_a_picture_that_fails_leaves_the_old_report(
     assert contents(folder) == {**OLD, "notes.txt": b"mine"}
 
 
-@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs a timer's signal")
-def test_an_interrupt_while_it_measures(command: Any, inputs: Path, folder: Path) -> None:
-    # Not SIGINT itself: a program in the background of a script is started to ignore it.
-    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
-    signal.setitimer(signal.ITIMER_REAL, 0.05)
+def test_an_interrupt_while_it_measures(
+    command: Any, inputs: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # At a step, not at a time: where Python calls back it drops what a signal raises.
+    begin, steps = _measure._Steps.begin, iter(range(99))
+
+    def interrupted(self: Any, what: str) -> None:
+        begin(self, what)
+        if next(steps) == 5:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(_measure._Steps, "begin", interrupted)
+    # A program in the background of a script is started to ignore it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        result = command("--output", folder, "--backend", "numpy", "--seeds", 1000)
+        result = command("--input", inputs, "--output", folder, "--backend", "numpy")
     finally:
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGINT, before)
+    assert next(steps) == 6
     assert (result.code, result.out, result.err) == (130, "", INTERRUPTED)
     assert contents(folder) == {**OLD, "notes.txt": b"mine"}
 
