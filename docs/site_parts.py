@@ -17,6 +17,9 @@ from latex2mathml.converter import convert
 from matplotlib.figure import Figure
 
 import randattn
+from benchmarks import rows
+from benchmarks.papers import runs, tables
+from benchmarks.table import by_measure
 from randattn.cli._plot import as_png, settings
 from tests.capabilities import CALLS, CAPABILITIES, LIBRARIES, NAMES
 
@@ -79,7 +82,31 @@ def benchmarks() -> str:
     return re.sub(r"\[([^\]]*)\]\((?:\.\./[A-Z]+\.md|results/)[^)]*\)", r"\1", text)
 
 
-PARTS = {"capabilities": capabilities, "fidelity": fidelity, "benchmarks": benchmarks}
+def measured() -> str:
+    """Every committed row: a section for each session, a table for each measure."""
+    parts = []
+    for path in sorted(rows.RESULTS.glob("*.json")):
+        machine = json.loads(path.read_text())["machine"]
+        packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
+        about = f"{machine['date']}, {machine['cpu']}, {machine['cores']} cores; {packages}"
+        parts += [f"## {path.stem}", about]
+        for each in by_measure(rows.read(path)):
+            parts += [f"### {each.title}", each.shared, _markdown(each.columns, each.rows)]
+    return "\n\n".join(parts)
+
+
+def _markdown(header: list[str], lines: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *lines])
+
+
+def paper(name: str) -> str:
+    """One of the papers' experiments: how its claims fare, and the numbers, from the committed results."""
+    done = runs.read(runs.FOLDER / f"{name}.json")
+    return "\n\n".join(_markdown(*table) for table in (tables.claims(name, done), tables.numbers(name, done)))
+
+
+PARTS = {"capabilities": capabilities, "fidelity": fidelity, "benchmarks": benchmarks, "measured": measured}
+PARTS |= {f"paper_{name}": partial(paper, name) for name in tables.EXPERIMENTS}
 
 
 def inline_math(translator: Any, node: nodes.math) -> None:

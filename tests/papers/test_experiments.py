@@ -1,0 +1,208 @@
+"""Each experiment from its data to its number, at the smallest size."""
+
+from __future__ import annotations
+
+import struct
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from benchmarks.app import app
+from benchmarks.papers import digits, figures, language, translation
+from benchmarks.papers.plots import draw
+from benchmarks.papers.runs import FOLDER, read
+
+TINY = {"features": 16, "heads": 2, "depth": 1, "warm_up": 2}
+
+
+def silent(*_):
+    """No progress."""
+
+
+def only(runs, **at):
+    (run,) = (run for run in runs if all(getattr(run, name) == value for name, value in at.items()))
+    return run
+
+
+@pytest.mark.parametrize("method", digits.MECHANISMS)
+@pytest.mark.parametrize("library", digits.LIBRARIES)
+def test_digits(library, method):
+    if library == "jax" and method not in ("softmax", "lara"):
+        pytest.skip("compiles for long; the layer has tests of its own")
+    settings = digits.SMALL | TINY | {"epochs": 1, "batch": 256}
+    run = only(digits.runs("cpu", settings), library=library, method=method, seed=1)
+    found = digits.work(run, silent)
+    assert 0 < found["accuracy"] < 0.6
+    assert 1.5 < found["loss"] < 3
+    if library == "torch":
+        assert digits.work(run, silent) == found
+
+
+def test_the_digits_are_split_once():
+    (train, classes), (test, _) = digits.read_digits()
+    assert train.shape == (1437, 64)
+    assert test.shape == (360, 64)
+    assert not {row.tobytes() for row in train} & {row.tobytes() for row in test}
+    assert set(classes) == set(range(10))
+    every = np.concatenate(digits.batches(100, 32, np.random.default_rng(0)))
+    assert len(every) == len(set(every)) == 96
+
+
+@pytest.mark.parametrize("method", language.MECHANISMS)
+def test_language(method):
+    settings = language.SMALL | TINY | {"tokens": 64, "steps": 12, "batch": 4, "tested": 4}
+    run = only(language.runs("cpu", settings), method=method, seed=0)
+    found = language.work(run, silent)
+    # Eight bits tell bytes apart that nothing is known of.
+    assert all(3 < found[kind] < 8.5 for kind in language.KINDS)
+
+
+def test_no_document_is_trained_and_tested_on():
+    train, tested = language.read_text()
+    text = train.tobytes()
+    for kind in language.KINDS:
+        documents = dict(language.documents(kind))
+        held = [name for name, body in documents.items() if tested[kind].tobytes().find(body) >= 0]
+        assert 0 < len(held) < len(documents) / 5
+        assert not any(body in text for name, body in documents.items() if name in held and len(body) > 500)
+
+
+def test_windows_overlap_by_the_byte_that_is_guessed():
+    text = np.arange(100, dtype=np.uint8)
+    rows = language.windows(text, 10, 99)
+    assert rows.shape == (9, 11)
+    assert (rows[1:, 0] == rows[:-1, -1]).all()
+    assert language.windows(text, 10, 3)[:, 0].tolist() == [0, 30, 60]
+
+
+def catalogue(path, messages):
+    """A compiled gettext catalogue (the GNU format)."""
+    messages = {"": "Content-Type: text/plain; charset=UTF-8\n", **messages}
+    pairs = sorted((a.encode(), b.encode()) for a, b in messages.items())
+    start, tables, strings = 28 + 16 * len(pairs), [], b""
+    for side in (0, 1):
+        for pair in pairs:
+            tables.append(struct.pack("<2I", len(pair[side]), start + len(strings)))
+            strings += pair[side] + b"\0"
+    header = struct.pack("<7I", 0x950412DE, 0, len(pairs), 28, 28 + 8 * len(pairs), 0, start)
+    path.write_bytes(header + b"".join(tables) + strings)
+
+
+@pytest.fixture
+def messages(tmp_path):
+    """Numbers told in a language that is nearly German."""
+    ones = {"one": "eins", "two": "zwei", "three": "drei", "four": "vier", "five": "fünf", "six": "sechs"}
+    told = {
+        " ".join(words): " ".join(ones[word] for word in words)
+        for words in (
+            [list(ones)[number // 6**place % 6] for place in range(5)] for number in range(0, 6**5, 3)
+        )
+    }
+    extra = {
+        "menu\x04Open the file": "Datei\nöffnen",
+        "%d file\0%d files": "%d Datei\0%d Dateien",
+        "same": "same",
+        "%s": "%s!",
+    }
+    catalogue(tmp_path / "one.mo", told | extra)
+    catalogue(tmp_path / "two.mo", {"ONE one one one one": "noch einmal"})
+    (tmp_path / "broken.mo").write_bytes(b"not a catalogue")
+    return tmp_path
+
+
+def test_messages(messages):
+    pairs = dict(translation.read_pairs(messages))
+    assert pairs["Open the file"] == "Datei öffnen"
+    assert "%d file" in pairs
+    assert not {"same", "%s", ""} & set(pairs)
+    # The same letters are one message, whatever their case.
+    assert len({name.lower() for name in pairs}) == len(pairs)
+    train, tested = translation.split(translation.read_pairs(messages))
+    assert len(train) > 20 * len(tested) > 0
+    assert not {a for a, _ in train} & {a for a, _ in tested}
+
+
+def test_too_few_messages_are_an_error(tmp_path):
+    catalogue(tmp_path / "few.mo", {"good morning": "guten Morgen"})
+    with pytest.raises(Exception, match="1 German messages, expected 2000 or more"):
+        translation.runs("cpu", folder=tmp_path)
+
+
+@pytest.mark.parametrize("method", translation.MECHANISMS)
+def test_translation(messages, method):
+    settings = translation.SMALL | TINY
+    settings |= {"vocabulary": 300, "steps": 12, "batch": 16, "tested": 16, "least_tokens": 2}
+    settings["features"] = 32
+    run = only(translation.runs("cpu", settings, messages), method=method, seed=0)
+    found = translation.work(run, silent)
+    assert found["tested"] == 16
+    assert 0 <= found["bleu"] <= 100
+    assert 1 < found["loss"] < 10
+
+
+def test_padding_changes_no_translation(messages):
+    import torch
+
+    from benchmarks.papers.models_torch import Translator
+
+    settings = translation.SMALL | TINY | {"vocabulary": 300}
+    torch.manual_seed(0)
+    for method, mechanism in translation.MECHANISMS.items():
+        model = Translator(settings, mechanism).eval()
+        row = torch.randint(3, 300, (1, 12))
+        padded = torch.cat([row, torch.zeros(1, 5, dtype=row.dtype)], dim=1)
+        if method in ("softmax", "rfa"):
+            target = torch.tensor([[1, 7, 8]])
+            alone, beside = (model.decode(target, *model.encode(one)) for one in (row, padded))
+            torch.testing.assert_close(alone, beside, rtol=1e-4, atol=1e-5)
+        found = translation._translate(model, padded, 9)
+        assert len(found) == 1
+        assert len(found[0]) <= 8
+
+
+def test_figures():
+    settings = figures.SMALL | {
+        "heads": 2,
+        "features": 8,
+        "samples": [8, 64],
+        "ra_samples": [1],
+        "tokens": 64,
+    }
+    settings |= {"lengths": [32, 600], "samples_of_lengths": 8, "timed": [64], "rounds": 1}
+    runs = figures.runs("cpu", settings)
+    found = {
+        method: figures.work(only(runs, method=method, seed=0), silent)["points"]
+        for method in (*figures.ESTIMATES, figures.MEAN)
+    }
+    for points in found.values():
+        # Of 600 tokens there are no real ones.
+        assert {point["tokens"] for point in points if point["inputs"] == figures.REAL} == {32, 64}
+        assert {point["tokens"] for point in points if point["inputs"] == figures.GAUSSIAN} == {32, 64, 600}
+    exact = [point["error"] for point in found["eva"] if point["samples"] == 64]
+    assert len(exact) == 2
+    assert max(exact) < 1e-9
+    assert all(0.01 < point["error"] < 20 for point in found["rfa"] + found["lara"] + found[figures.MEAN])
+    costs = figures.work(only(runs, method=figures.COSTS, seed=0), silent)["points"]
+    assert {point["estimator"] for point in costs} == {"softmax", "rfa", "ra", "lara", "eva"}
+    assert all(point["seconds"] > 0 for point in costs)
+
+
+@pytest.mark.parametrize("name", ["figures", "digits", "translation", "language"])
+def test_a_plot_of_what_is_committed(name, tmp_path):
+    path = tmp_path / "plot.png"
+    draw(name, read(FOLDER / f"{name}.json"), path)
+    assert path.read_bytes()[:4] == b"\x89PNG"
+    assert path.stat().st_size > 10_000
+
+
+def test_the_command_goes_on_and_draws(tmp_path):
+    """With what is committed nothing is left to run."""
+    results = tmp_path / "digits.json"
+    results.write_bytes((FOLDER / "digits.json").read_bytes())
+    done = CliRunner().invoke(app, ["paper-digits", "--output", str(tmp_path)], catch_exceptions=False)
+    assert done.exit_code == 0
+    assert "wrote digits.json and paper-digits.png" in done.output
+    assert "to do" not in done.output
+    assert results.read_bytes() == (FOLDER / "digits.json").read_bytes()
+    assert (tmp_path / "paper-digits.png").stat().st_size > 10_000
