@@ -128,7 +128,7 @@ def tests_cli(session: nox.Session) -> None:
 
 @nox.session(name="tests-integrations")
 def tests_integrations(session: nox.Session) -> None:
-    """Test the frameworks' integrations, each against its own exact attention; Keras on three back ends."""
+    """Test the frameworks' integrations, each against its own exact attention; Keras on four back ends."""
     session.env.update(ON_THE_CPU)
     # Without optimization single gradients of JAX's are NaN.
     session.env["XLA_FLAGS"] = "--xla_backend_optimization_level=1"
@@ -140,7 +140,10 @@ def tests_integrations(session: nox.Session) -> None:
     modules = ("--doctest-modules", "src/randattn/integrations")
     session.env["KERAS_BACKEND"] = "jax"
     run_pytest(session, "tests/integrations", "tests/papers", *modules, "--ignore", keras)
-    for backend in ("numpy", "torch", "jax"):
+    for backend in ("numpy", "torch", "jax", "tensorflow"):
+        if backend == "tensorflow":
+            # Last: nothing else is to find it.
+            session.install(*PINNED, "tensorflow-cpu")
         session.env["KERAS_BACKEND"] = backend
         run_pytest(session, keras)
 

@@ -68,6 +68,10 @@ def test_as_keras_own(theirs, ours, sizes, estimator, options):
 def test_estimators_and_padding(estimator, options):
     """What lies under the mask is not seen; a Keras mask, which embeddings make, is one."""
     layer = MultiHeadAttention(2, 4, estimator=estimator, options=options)
+    if keras.backend.backend() == "tensorflow" and "exact" in options:
+        with pytest.raises(NotImplementedError, match="exact"):
+            layer(X, X)
+        return
     first = layer(X, X, value_mask=KEEP)
     other = np.where(KEEP[..., None], X, 9).astype("float32")
     if estimator in ("rfa", "ra"):
@@ -101,6 +105,39 @@ def test_training():
     model.compile(keras.optimizers.Adam(0.02), "mse")
     losses = model.fit(X, X[:, ::-1], epochs=20, verbose=0).history["loss"]
     assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="for TensorFlow")
+@pytest.mark.parametrize(
+    ("estimator", "options"), [("eva", {"window": 4}), ("lara", {"num_landmarks": 4}), ("rfa", {"rng": 0})]
+)
+def test_tensorflow_computes_what_jax_does(estimator, options):
+    import jax.numpy as jnp
+    import tensorflow as tf
+
+    from randattn.integrations._layer import ESTIMATORS
+
+    layer = MultiHeadAttention(2, 4, estimator=estimator, options=options)
+    q, k, v = RNG.standard_normal((3, 5, N, 2, 4)).astype("float32")
+
+    def attend(q, k, v):
+        return layer._compute_attention(q, k, v, layer._compute_attention_mask(q, v))[0]
+
+    program = tf.function(attend, input_signature=[tf.TensorSpec((None, N, 2, 4))] * 3)
+    for size in (5, 1):
+        heads_first = [jnp.asarray(x[:size].swapaxes(1, 2)) for x in (q, k, v)]
+        expected = np.stack(
+            [ESTIMATORS[estimator](*each, **options) for each in zip(*heads_first, strict=True)]
+        )
+        close(program(q[:size], k[:size], v[:size]), expected.swapaxes(1, 2))
+    with tf.GradientTape() as tape:
+        x = tf.constant(q)
+        tape.watch(x)
+        total = tf.reduce_sum(program(x, k, v) ** 2)
+    slope = tape.gradient(total, x).numpy()
+    step = 1e-2 * slope / np.abs(slope).max()
+    grown = float(tf.reduce_sum(program(q + step, k, v) ** 2) - tf.reduce_sum(program(q - step, k, v) ** 2))
+    np.testing.assert_allclose(grown, 2 * (slope * step).sum(), rtol=0.05)
 
 
 def test_what_is_not_supported_is_refused():

@@ -1,13 +1,16 @@
-"""Keras 3: its attention layers with estimators inside, on the back ends numpy, torch and jax."""
+"""Keras 3: its attention layers with estimators inside, on all its back ends."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import keras
 
 from ._layer import ESTIMATORS
 from ._layout import estimate
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 Array = Any
 _MODULE = "randattn"
@@ -35,6 +38,7 @@ class _Estimated:
                     f"{name}: expected none, got {value}: estimators have no such thing"
                 )
         self.estimator, self.options = estimator, dict(options or {})
+        self._programs: dict[Any, Callable[..., Array]] = {}
 
     def get_config(self) -> dict[str, Any]:
         config = {"estimator": self.estimator, "options": self.options}
@@ -82,20 +86,30 @@ class _Estimated:
                 f"query: expected (batch, tokens, features), got {len(query.shape) - 1} axes"
             )
         q, k, v = (keras.ops.swapaxes(x, 1, 2) for x in (query, key, value))
-        options = dict(self.options)
-        if attention_mask.queries is not None and self.estimator in ("lara", "eva"):
-            options["query_mask"] = attention_mask.queries[:, None, :]
-        keys = attention_mask.keys
-        out = estimate(
-            ESTIMATORS[self.estimator],
-            options,
-            q,
-            k,
-            v,
-            is_causal=attention_mask.is_causal,
-            key_mask=None if keys is None else keys[:, None, :],
-        )
+        masks = {
+            name: mask[:, None, :]
+            for name, mask in (("key_mask", attention_mask.keys), ("query_mask", attention_mask.queries))
+            if mask is not None and (name == "key_mask" or self.estimator in ("lara", "eva"))
+        }
+        out = self._estimate((*masks,), attention_mask.is_causal)(q, k, v, *masks.values())
         return keras.ops.swapaxes(out, 1, 2), None
+
+    def _estimate(self, names: tuple[str, ...], is_causal: bool) -> Callable[..., Array]:
+        """The estimator as a function of q, k, v and of masks by these names."""
+
+        def function(q: Array, k: Array, v: Array, *masks: Array) -> Array:
+            named = {"key_mask": None, **dict(zip(names, masks, strict=True))}
+            return estimate(ESTIMATORS[self.estimator], self.options, q, k, v, is_causal=is_causal, **named)
+
+        if keras.backend.backend() != "tensorflow":
+            return function
+        if "top" in self.options.get("exact", "window"):
+            raise NotImplementedError("exact: expected 'window': TensorFlow cannot read JAX's top_k")
+        from ._tensorflow import by_jax
+
+        if (names, is_causal) not in self._programs:
+            self._programs[names, is_causal] = by_jax(function, 3 + len(names))
+        return self._programs[names, is_causal]
 
 
 @keras.saving.register_keras_serializable(_MODULE)
@@ -124,7 +138,8 @@ class MultiHeadAttention(_Estimated, keras.layers.MultiHeadAttention):
     Notes
     -----
     Keras masks, `use_causal_mask`, and an `attention_mask` (batch, 1, keys) are honoured. On the TensorFlow
-    back end the call raises TypeError: its tensors are not of the array API.
+    back end JAX's programs compute (`jax.experimental.jax2tf`): JAX must be installed, the number of tokens
+    known, and a whole batch has the same draws; ``exact="top"`` raises NotImplementedError there.
 
     Examples
     --------
