@@ -403,7 +403,7 @@ def register_paper(name: str, packages: tuple[str, ...]) -> None:
 
     @nox.session(name=f"paper-{name}")
     def paper(session: nox.Session) -> None:
-        if "cuda" in session.posargs:
+        if any("cuda" in argument for argument in session.posargs):
             for library in ("torch", "jax") if "jax" in packages else ("torch",):
                 install_for_gpu(session, library, "-e", ".[cli]", *packages)
         else:

@@ -90,6 +90,7 @@ def _cells(row: Row) -> dict[str, str]:
         "state": _mebibytes(row.bytes) if streaming else "",
         "ratio": "" if row.ratio is None else f"{row.ratio:.3g}",
         "bandwidth": "" if row.bandwidth_share is None else f"{row.bandwidth_share:.0%}",
+        "note": row.note or "",
     }
 
 

@@ -1,4 +1,4 @@
-"""The digits' training, in JAX: the same model of Flax's layers."""
+"""The digits' training, in JAX: the same architecture of Flax's layers, begun as Flax begins them."""
 
 from __future__ import annotations
 
@@ -56,6 +56,8 @@ class Classifier(nnx.Module):
 
 def train(run: Run, mechanism: Mechanism, say: Say) -> dict[str, float]:
     """Train one model."""
+    if (jax.default_backend() == "cpu") != (run.device == "cpu"):
+        raise RuntimeError(f"jax: expected to compute on {run.device}, got {jax.default_backend()}")
     settings, rng = run.settings, np.random.default_rng(run.seed)
     (pixels, classes), test = read_digits()
     model = Classifier(settings, mechanism, nnx.Rngs(params=run.seed, draws=run.seed + 1))

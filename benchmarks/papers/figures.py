@@ -25,6 +25,7 @@ MEAN = "mean(V)"
 COSTS = "time and memory"
 # What the papers draw, and what trained models attend to: the embedded sample.
 GAUSSIAN, REAL = "standard normal", "trained models'"
+REAL_TOKENS = 512
 
 SMALL: dict[str, Any] = {
     "heads": 8,
@@ -61,6 +62,11 @@ TIMED = (
 )
 
 
+def tokens_of(inputs: str, settings: dict[str, Any]) -> int:
+    """How many tokens errors against samples are of."""
+    return min(settings["tokens"], REAL_TOKENS) if inputs == REAL else int(settings["tokens"])
+
+
 def runs(device: str, settings: dict[str, Any] | None = None) -> list[Run]:
     """Every estimator's errors, and all their costs together, three times."""
     settings = settings or (SMALL if device == "cpu" else LARGE)
@@ -81,7 +87,7 @@ def _errors(run: Run, say: Say) -> Iterator[dict[str, Any]]:
     settings = run.settings
     counts = settings["ra_samples"] if run.method == "ra" else settings["samples"]
     most = 1 if run.method == "ra" else settings["samples_of_lengths"]
-    plan = [(kind, settings["tokens"], count) for kind in (GAUSSIAN, REAL) for count in counts]
+    plan = [(kind, tokens_of(kind, settings), count) for kind in (GAUSSIAN, REAL) for count in counts]
     plan += [(kind, tokens, most) for kind in (GAUSSIAN, REAL) for tokens in settings["lengths"]]
     if run.method == MEAN:
         plan = [(kind, tokens, 1) for kind, tokens, _ in plan]

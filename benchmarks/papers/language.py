@@ -55,6 +55,7 @@ LARGE = SMALL | {
 }
 # Of the documents one in so many is tested on.
 _TESTED = 20
+_LONG = 50
 KINDS = ("documentation", "sources")
 
 
@@ -86,15 +87,30 @@ def documents(kind: str) -> Iterator[tuple[str, bytes]]:
 
 
 def read_text() -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """The bytes of the documents to train on, all in a row, and those of each kind to test on."""
-    parts: dict[str, list[bytes]] = {"train": []}
+    """The bytes of the documents to train on, all in a row, and those of each kind to test on.
+
+    No document is trained on that has a long line of one that is tested on.
+    """
+    trained: list[bytes] = []
+    tested: dict[str, list[bytes]] = {}
     for kind in KINDS:
-        parts[kind] = []
+        tested[kind] = []
         for name, text in documents(kind):
             is_tested = zlib.crc32(name.encode()) % _TESTED == 0
-            parts[kind if is_tested else "train"].append(text)
-    joined = {name: np.frombuffer(b"\n".join(texts), dtype=np.uint8) for name, texts in parts.items()}
-    return joined.pop("train"), joined
+            (tested[kind] if is_tested else trained).append(text)
+    # Documents repeat one another.
+    known = {line for texts in tested.values() for text in texts for line in long_lines(text)}
+    trained = [text for text in trained if not known.intersection(long_lines(text))]
+
+    def joined(texts: list[bytes]) -> np.ndarray:
+        return np.frombuffer(b"\n".join(texts), dtype=np.uint8)
+
+    return joined(trained), {kind: joined(texts) for kind, texts in tested.items()}
+
+
+def long_lines(text: bytes) -> set[bytes]:
+    """Lines that two documents hardly have in common by chance."""
+    return {line for line in map(bytes.strip, text.splitlines()) if len(line) >= _LONG}
 
 
 def fingerprint() -> str:
@@ -106,7 +122,7 @@ def fingerprint() -> str:
 def windows(text: np.ndarray, length: int, number: int) -> np.ndarray:
     """Stretches of a byte more than `length`, evenly spread over a text: (at most `number`, length + 1)."""
     starts = np.arange(0, len(text) - length, length)
-    starts = starts[:: max(1, len(starts) // number)][:number]
+    starts = starts[np.linspace(0, len(starts) - 1, min(number, len(starts))).astype(int)]
     return text[starts[:, None] + np.arange(length + 1)]
 
 

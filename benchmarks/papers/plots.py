@@ -48,9 +48,9 @@ def _figures(results: Results) -> Figure:
     for axes, inputs in zip(errors, (GAUSSIAN, REAL), strict=True):
         for method in _ESTIMATES:
             _curve(axes, method, results.against_samples(method, inputs))
-        trivial = results.against_length(MEAN, inputs)[results.setting("tokens")]
+        trivial = results.trivial(inputs)
         axes.axhline(trivial.mean, color=_COLOURS[MEAN], linestyle="--", linewidth=1.2, label=MEAN)
-        axes.set_title(f"{inputs} inputs, {results.setting('tokens')} tokens")
+        axes.set_title(f"{inputs} inputs, {results.tokens(inputs)} tokens")
         axes.set_xlabel("samples, landmarks, or groups and window")
     for axes, inputs in zip(lengths, (GAUSSIAN, REAL), strict=True):
         for method in _ESTIMATES:

@@ -46,7 +46,10 @@ class Mechanism:
 
 @dataclass(frozen=True)
 class Run:
-    """One training, or one series of measurements: all that decides its result."""
+    """One training, or one series of measurements, by its settings.
+
+    The code is not among them: where it is changed so that results change, delete the file of the results.
+    """
 
     experiment: str
     library: str
@@ -63,11 +66,12 @@ class Run:
 
 @dataclass(frozen=True)
 class Done:
-    """A run, what it found, and how long it took."""
+    """A run, what it found, how long it took, and the machine, packages and commit that it was made with."""
 
     run: Run
     found: dict[str, Any]
     seconds: float
+    machine: dict[str, Any]
 
 
 def carry_out(
@@ -91,16 +95,24 @@ def carry_out(
     -------
     list of Done
         In the order of `runs`.
+
+    Raises
+    ------
+    RuntimeError
+        Where a run fails: those under way are kept, the others are not begun.
     """
     plain = {name: _plain(run) for name, run in enumerate(runs)}
-    found = {name: one for name, run in plain.items() for one in read(path) if _plain(one.run) == run}
+    kept = read(path)
+    found = {name: one for name, run in plain.items() for one in kept if _plain(one.run) == run}
     todo = [name for name in plain if name not in found]
-    about = machine.describe()
-    if todo:
-        console.print(f"{len(found)} of {len(runs)} runs are in {path.name}, {len(todo)} to do")
+    if not todo:
+        return [found[name] for name in plain]
+    console.print(f"{len(found)} of {len(runs)} runs are in {path.name}, {len(todo)} to do")
+    machine_now = machine.describe()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     on_gpu = any(run.device != "cpu" for run in runs)
     context = multiprocessing.get_context("spawn")
+    failed: list[tuple[Run, BaseException]] = []
     with (
         context.Manager() as manager,
         Progress(*columns, TextColumn("{task.fields[text]}"), console=console) as progress,
@@ -110,28 +122,39 @@ def carry_out(
     ):
         queue = manager.Queue()
         all_of_them = progress.add_task("runs", total=len(runs), completed=len(found), text="")
-        bars = {runs[name].label: None for name in todo}
+        bars: dict[str, Any] = {}
         pending = {pool.submit(_carry_out, work, runs[name], queue): name for name in todo}
         try:
             while pending:
                 ready, _ = wait(pending, timeout=_POLL, return_when=FIRST_COMPLETED)
                 while not queue.empty():
                     label, done, total, text = queue.get()
-                    if bars[label] is None:
+                    if label not in bars:
                         bars[label] = progress.add_task(label, text=text)
                     progress.update(bars[label], completed=done, total=total, text=text)
                 for future in ready:
                     name = pending.pop(future)
-                    found[name] = future.result()
-                    _write(path, about, [found[one] for one in sorted(found)])
-                    bar = bars[runs[name].label]
-                    if bar is not None:
-                        progress.remove_task(bar)
+                    if future.cancelled():
+                        continue
+                    if (error := future.exception()) is not None:
+                        failed.append((runs[name], error))
+                        # What is under way is waited for, and kept.
+                        for other in pending:
+                            other.cancel()
+                        continue
+                    result, seconds = future.result()
+                    found[name] = Done(runs[name], result, seconds, machine_now)
+                    _write(path, [found[one] for one in sorted(found)])
+                    if runs[name].label in bars:
+                        progress.remove_task(bars.pop(runs[name].label))
                     progress.advance(all_of_them)
-                    console.print(f"{runs[name].label}: {found[name].seconds:.0f} s, {_few(found[name])}")
+                    console.print(f"{runs[name].label}: {seconds:.0f} s, {_few(result)}")
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+    if failed:
+        run, error = failed[0]
+        raise RuntimeError(f"{run.experiment}: {run.label} failed: {error}") from error
     return [found[name] for name in sorted(found)]
 
 
@@ -140,16 +163,15 @@ def read(path: Path) -> list[Done]:
     if not path.exists():
         return []
     rows = json.loads(path.read_text(encoding="utf-8"))["runs"]
-    return [Done(Run(**row["run"]), row["found"], row["seconds"]) for row in rows]
+    return [Done(Run(**row["run"]), row["found"], row["seconds"], row["machine"]) for row in rows]
 
 
-def _write(path: Path, about: dict[str, Any], done: Sequence[Done]) -> None:
+def _write(path: Path, done: Sequence[Done]) -> None:
     """Whole or not at all."""
     lines = ",\n    ".join(json.dumps(asdict(one), allow_nan=False) for one in done)
-    whole = f'{{\n  "machine": {json.dumps(about)},\n  "runs": [\n    {lines}\n  ]\n}}\n'
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_suffix(".new")
-    new.write_text(whole, encoding="utf-8")
+    new.write_text(f'{{\n  "runs": [\n    {lines}\n  ]\n}}\n', encoding="utf-8")
     new.replace(path)
 
 
@@ -165,15 +187,15 @@ def _one_thread() -> None:
     os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
 
 
-def _carry_out(work: Work, run: Run, queue: Queue[Any]) -> Done:
+def _carry_out(work: Work, run: Run, queue: Queue[Any]) -> tuple[dict[str, Any], float]:
     def say(done: int, total: int, text: str) -> None:
         queue.put((run.label, done, total, text))
 
     start = time.perf_counter()
     found = work(run, say)
-    return Done(run, found, round(time.perf_counter() - start, 1))
+    return found, round(time.perf_counter() - start, 1)
 
 
-def _few(done: Done) -> str:
+def _few(found: dict[str, Any]) -> str:
     """The numbers of a result."""
-    return ", ".join(f"{name} {value:.4g}" for name, value in done.found.items() if isinstance(value, float))
+    return ", ".join(f"{name} {value:.4g}" for name, value in found.items() if isinstance(value, float))

@@ -48,7 +48,7 @@ SMALL: dict[str, Any] = {
     "least_tokens": 8,
     "vocabulary": 2048,
     "batch": 64,
-    "steps": 800,
+    "steps": 600,
     "tested": 400,
     "rate": 4e-3,
     "weight_decay": 0.01,
@@ -120,16 +120,19 @@ def _one_line(text: str) -> str:
 
 
 def _letters(text: str) -> str:
-    """What two messages have in common that are the same but for case, numbers and marks."""
-    return re.sub(r"[\W\d_]+", " ", text.lower()).strip()
+    """What two messages have in common that are the same but for case, numbers, marks and spaces."""
+    return re.sub(r"%[-+#0-9.*l$]*[a-z]|[\W\d_]+", "", text.lower())
 
 
 def split(pairs: Iterable[Pair]) -> tuple[list[Pair], list[Pair]]:
-    """To train on, and to test on: by a checksum of the letters, so that none is nearly in both."""
-    halves: tuple[list[Pair], list[Pair]] = ([], [])
+    """To train on, and to test on: by a checksum of the letters, and no German of the test in both."""
+    trained: list[Pair] = []
+    tested: list[Pair] = []
     for english, german in pairs:
-        halves[zlib.crc32(_letters(english).encode()) % _TESTED == 0].append((english, german))
-    return halves
+        is_tested = zlib.crc32(_letters(english).encode()) % _TESTED == 0
+        (tested if is_tested else trained).append((english, german))
+    known = {_letters(german) for _, german in tested}
+    return [pair for pair in trained if _letters(pair[1]) not in known], tested
 
 
 def fingerprint(pairs: list[Pair]) -> str:
@@ -184,7 +187,9 @@ def work(run: Run, say: Say) -> dict[str, Any]:
             if step % 10 == 0:
                 say(step, steps, f"loss {float(loss.detach()):.2f}")
     model.eval()
-    chosen = tested[: settings["tested"]]
+    # The same for every run; like lengths together, as in training.
+    order = np.random.default_rng(0).permutation(len(tested))[: settings["tested"]]
+    chosen = sorted((tested[one] for one in order), key=lambda row: len(row[0]))
     given: list[str] = []
     for at in range(0, len(chosen), size):
         source = _filled([source for source, *_ in chosen[at : at + size]], run.device)

@@ -48,6 +48,8 @@ def test_as_keras_own(theirs, ours, sizes, estimator, options):
     close(other(X, X, value_mask=KEEP), one(X, X, value_mask=KEEP))
     close(other(X, X, attention_mask=KEEP[:, None]), one(X, X, attention_mask=KEEP[:, None]))
     close(other(X, X, use_causal_mask=True), one(X, X, use_causal_mask=True))
+    for_all = KEEP[1:, None]
+    close(other(X, X, attention_mask=for_all), one(X, X, attention_mask=for_all))
     both_masks = {"value_mask": KEEP, "use_causal_mask": True}
     close(other(X, X, **both_masks), one(X, X, **both_masks))
     if estimator == "softmax_attention":

@@ -11,7 +11,8 @@ from click.testing import CliRunner
 from benchmarks.app import app
 from benchmarks.papers import digits, figures, language, translation
 from benchmarks.papers.plots import draw
-from benchmarks.papers.runs import FOLDER, read
+from benchmarks.papers.runs import FOLDER, Done, read
+from benchmarks.papers.tables import claims, numbers
 
 TINY = {"features": 16, "heads": 2, "depth": 1, "warm_up": 2}
 
@@ -58,14 +59,18 @@ def test_language(method):
     assert all(3 < found[kind] < 8.5 for kind in language.KINDS)
 
 
-def test_no_document_is_trained_and_tested_on():
+def test_what_is_tested_on_is_not_trained_on():
     train, tested = language.read_text()
     text = train.tobytes()
     for kind in language.KINDS:
-        documents = dict(language.documents(kind))
-        held = [name for name, body in documents.items() if tested[kind].tobytes().find(body) >= 0]
-        assert 0 < len(held) < len(documents) / 5
-        assert not any(body in text for name, body in documents.items() if name in held and len(body) > 500)
+        whole = tested[kind].tobytes()
+        assert 10_000 < len(whole) < len(text) / 10
+        lines = language.long_lines(whole)
+        assert len(lines) > 100
+        assert not lines & language.long_lines(text)
+        # Not by lines alone: stretches of 60 bytes, wherever they begin.
+        stretches = [whole[at : at + 60] for at in range(0, len(whole) - 60, len(whole) // 150)]
+        assert sum(stretch in text for stretch in stretches) < 0.05 * len(stretches)
 
 
 def test_windows_overlap_by_the_byte_that_is_guessed():
@@ -73,7 +78,9 @@ def test_windows_overlap_by_the_byte_that_is_guessed():
     rows = language.windows(text, 10, 99)
     assert rows.shape == (9, 11)
     assert (rows[1:, 0] == rows[:-1, -1]).all()
-    assert language.windows(text, 10, 3)[:, 0].tolist() == [0, 30, 60]
+    assert language.windows(text, 10, 3)[:, 0].tolist() == [0, 40, 80]
+    # Spread over all of it where they are not a multiple.
+    assert language.windows(text, 10, 5)[-1, 0] == 80
 
 
 def catalogue(path, messages):
@@ -118,9 +125,11 @@ def test_messages(messages):
     assert not {"same", "%s", ""} & set(pairs)
     # The same letters are one message, whatever their case.
     assert len({name.lower() for name in pairs}) == len(pairs)
-    train, tested = translation.split(translation.read_pairs(messages))
+    train, tested = translation.split([*pairs.items(), ("Begin %s now-1", "x"), ("begin %d NOW", "x")])
     assert len(train) > 20 * len(tested) > 0
-    assert not {a for a, _ in train} & {a for a, _ in tested}
+    for side in (0, 1):
+        letters = [{translation._letters(pair[side]) for pair in half} for half in (train, tested)]
+        assert not letters[0] & letters[1]
 
 
 def test_too_few_messages_are_an_error(tmp_path):
@@ -141,24 +150,33 @@ def test_translation(messages, method):
     assert 1 < found["loss"] < 10
 
 
-def test_padding_changes_no_translation(messages):
+def test_padding_changes_no_translation():
     import torch
 
     from benchmarks.papers.models_torch import Translator
 
     settings = translation.SMALL | TINY | {"vocabulary": 300}
     torch.manual_seed(0)
-    for method, mechanism in translation.MECHANISMS.items():
-        model = Translator(settings, mechanism).eval()
+    # The landmarks, groups and draws of the others are those of the padded length.
+    for method in ("softmax", "rfa"):
+        model = Translator(settings, translation.MECHANISMS[method]).eval()
         row = torch.randint(3, 300, (1, 12))
         padded = torch.cat([row, torch.zeros(1, 5, dtype=row.dtype)], dim=1)
-        if method in ("softmax", "rfa"):
-            target = torch.tensor([[1, 7, 8]])
-            alone, beside = (model.decode(target, *model.encode(one)) for one in (row, padded))
-            torch.testing.assert_close(alone, beside, rtol=1e-4, atol=1e-5)
+        target = torch.tensor([[1, 7, 8]])
+        alone, beside = (model.decode(target, *model.encode(one)) for one in (row, padded))
+        torch.testing.assert_close(alone, beside, rtol=1e-4, atol=1e-5)
         found = translation._translate(model, padded, 9)
-        assert len(found) == 1
-        assert len(found[0]) <= 8
+        assert [len(one) <= 8 for one in found] == [True]
+
+
+def test_like_lengths_are_together():
+    rng = np.random.default_rng(0)
+    rows = [([0] * length,) for length in rng.integers(8, 48, 5000)]
+    batches = translation._batches(rows, 64, rng)
+    every = np.concatenate(batches)
+    assert len(every) == len(set(every)) > 4900
+    spread = [np.ptp([len(rows[one][0]) for one in batch]) for batch in batches]
+    assert np.median(spread) <= 2
 
 
 def test_figures():
@@ -186,6 +204,39 @@ def test_figures():
     costs = figures.work(only(runs, method=figures.COSTS, seed=0), silent)["points"]
     assert {point["estimator"] for point in costs} == {"softmax", "rfa", "ra", "lara", "eva"}
     assert all(point["seconds"] > 0 for point in costs)
+
+
+@pytest.mark.parametrize("settings", [figures.SMALL, figures.LARGE], ids=["small", "large"])
+def test_tables_and_plots_of_figures(settings, tmp_path):
+    """Also where there are fewer real tokens than others."""
+    done = []
+    for run in figures.runs("cpu", settings):
+        counts = settings["ra_samples"] if run.method == "ra" else settings["samples"]
+        most = 1 if run.method in ("ra", figures.MEAN) else settings["samples_of_lengths"]
+        points = []
+        for kind in (figures.GAUSSIAN, figures.REAL):
+            limit = figures.REAL_TOKENS if kind == figures.REAL else max(settings["lengths"])
+            at = [(figures.tokens_of(kind, settings), count) for count in counts]
+            at += [(tokens, most) for tokens in settings["lengths"] if tokens <= limit]
+            if run.method == figures.MEAN:
+                at = [(tokens, 1) for tokens, _ in at]
+            points += [
+                {"inputs": kind, "tokens": tokens, "samples": count, "error": 1 / count + 0.01 * run.seed}
+                for tokens, count in dict.fromkeys(at)
+            ]
+        if run.method == figures.COSTS:
+            points = [
+                {"estimator": name, "tokens": tokens, "seconds": 1.0 + run.seed, "bytes": None}
+                for name in ("softmax", *figures.ESTIMATES)
+                for tokens in settings["timed"]
+            ]
+            for point in points:
+                point["bytes"] = 100 + run.seed
+        done.append(Done(run, {"points": points}, 1.0, {}))
+    assert [len(row) for row in claims("figures", done)[1]] == [4] * 6
+    assert len(numbers("figures", done)[1]) == 2 * len({*settings["samples"], *settings["ra_samples"]})
+    draw("figures", done, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("name", ["figures", "digits", "translation", "language"])

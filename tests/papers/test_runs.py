@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def power(run, say):
 
 def test_what_is_done_is_kept_and_not_done_again(tmp_path):
     path, own = tmp_path / "found.json", runs(marks=str(tmp_path))
-    with pytest.raises(RuntimeError, match="stopped"):
+    with pytest.raises(RuntimeError, match="seed 2 failed: stopped"):
         carry_out(path, own, power, CONSOLE, jobs=1)
     assert [one.run.seed for one in read(path)] == [0, 1]
     done = carry_out(path, own, power, CONSOLE, jobs=2)
@@ -40,6 +41,21 @@ def test_what_is_done_is_kept_and_not_done_again(tmp_path):
     assert done == read(path)
     assert [(tmp_path / str(seed)).read_text() for seed in range(3)] == ["x", "x", "xx"]
     assert not path.with_suffix(".new").exists()
+
+
+def slow(run, say):
+    """One fails while another is under way."""
+    time.sleep(0.5 if run.seed == 0 else 1.5)
+    if run.seed == 0:
+        raise ValueError("no result")
+    return {"value": 1.0}
+
+
+def test_what_is_under_way_when_one_fails_is_kept(tmp_path):
+    path = tmp_path / "found.json"
+    with pytest.raises(RuntimeError, match="torch softmax, seed 0 failed: no result"):
+        carry_out(path, runs(), slow, CONSOLE, jobs=2)
+    assert 1 in [one.run.seed for one in read(path)]
 
 
 def test_other_settings_are_another_run(tmp_path):

@@ -31,5 +31,6 @@ def by_jax(function: Callable[..., Array], arrays: int) -> Callable[..., Array]:
     import tensorflow as tf
 
     program = jax2tf.convert(jax.vmap(function), polymorphic_shapes=["(batch, ...)"] * arrays)
-    whole: Callable[..., Array] = tf.autograph.experimental.do_not_convert(program)
+    # Traced once for each kind of arrays, by TensorFlow alone.
+    whole: Callable[..., Array] = tf.function(program, autograph=False)
     return whole
