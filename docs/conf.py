@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +13,13 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import site_parts  # noqa: E402
 
-import randattn  # noqa: E402
-
 if TYPE_CHECKING:
     from sphinx.application import Sphinx
 
 project = "randattn"
+version = metadata.version("randattn")
 author = "the authors of randattn"
+project_copyright = author
 html_title = "randattn"
 extensions = ["myst_parser", "numpydoc", "sphinx.ext.autodoc", "sphinx_copybutton"]
 exclude_patterns = ["_build"]
@@ -29,7 +30,6 @@ numpydoc_show_class_members = False
 html_theme = "furo"
 html_favicon = "favicon.svg"
 html_math_renderer = "mathml"
-nitpicky = False
 suppress_warnings = ["myst.header"]
 
 # Their examples need other packages, several devices or processes; tests of their own run them.
@@ -56,4 +56,4 @@ def setup(app: Sphinx) -> dict[str, Any]:
     )
     app.connect("source-read", on_source)
     app.connect("builder-inited", lambda _: site_parts.draw(HERE / "estimators"))
-    return {"version": randattn.__all__[0], "parallel_read_safe": False}
+    return {"parallel_read_safe": False}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import html
 import io
 import json
 import re
@@ -139,18 +138,41 @@ def run_examples(page: str, text: str) -> None:
 
 
 def draw(folder: Path) -> None:
-    """For each estimator its attention matrix beside the exact one, and its error against samples."""
+    """What there is to estimate; of each estimator its matrix and its error against samples."""
     with files("randattn").joinpath("data/attention_inputs.npz").open("rb") as file:
         data = np.load(file)
         arrays, scale = [data[name].astype(np.float64) for name in "qkv"], float(data["scale"])
     exact = randattn.diagnose(randattn.softmax_attention, *arrays, scale=scale)
+    (folder / "softmax.png").write_bytes(_exact_picture(exact.rows[:3, 0]))
     for name, make in ESTIMATORS.items():
-        path = folder / f"{name}.png"
-        if not path.exists():
-            looks = [
-                randattn.diagnose(make(count), *arrays, scale=scale, num_replicates=3) for count in COUNTS
-            ]
-            path.write_bytes(_picture(name, exact, looks))
+        looks = [randattn.diagnose(make(count), *arrays, scale=scale, num_replicates=3) for count in COUNTS]
+        (folder / f"{name}.png").write_bytes(_picture(name, exact, looks))
+
+
+def _exact_picture(heads: np.ndarray) -> bytes:
+    """Attention matrices of three heads, and how the weight of each is shared by keys."""
+    with settings():
+        figure = Figure(figsize=(11, 3.6), layout="constrained")
+        axes = figure.subplots(1, 4)
+        for one, (head, rows) in zip(axes[:3], enumerate(heads), strict=True):
+            _matrix(one, rows, np.sqrt(np.quantile(rows.max(axis=-1), 0.9)), f"layer {head + 1}")
+        for head, rows in enumerate(heads):
+            largest = np.sort(rows, axis=-1)[:, ::-1].cumsum(axis=-1).mean(axis=0)
+            axes[3].plot(np.arange(1, len(largest) + 1), largest, label=f"layer {head + 1}")
+        axes[3].set_xscale("log", base=2)
+        axes[3].set_ylim(0, 1)
+        axes[3].set_title("share of the weight")
+        axes[3].set_xlabel("largest keys of each query")
+        axes[3].legend(fontsize=9)
+        return as_png(figure, dpi=100)
+
+
+def _matrix(axes: Any, rows: np.ndarray, black: float, title: str) -> None:
+    axes.imshow(np.sqrt(np.clip(rows, 0, None)), cmap="Greys", vmin=0, vmax=black, aspect="auto")
+    axes.set_title(title)
+    axes.grid(visible=False)
+    axes.set_xticks([])
+    axes.set_yticks([])
 
 
 def _picture(name: str, exact: randattn.Diagnosis, looks: list[randattn.Diagnosis]) -> bytes:
@@ -162,13 +184,7 @@ def _picture(name: str, exact: randattn.Diagnosis, looks: list[randattn.Diagnosi
         counts = [count // 16 if name == "ra" else count for count in COUNTS]
         titles = ("exact attention", f"{name}, {counts[0]} {unit}", f"{name}, {counts[-1]} {unit}")
         for one, look, title in zip(axes, (exact, looks[0], looks[-1]), titles, strict=False):
-            one.imshow(
-                np.sqrt(np.clip(look.rows[0, 0], 0, None)), cmap="Greys", vmin=0, vmax=black, aspect="auto"
-            )
-            one.set_title(html.unescape(title.replace("_", " ")))
-            one.grid(visible=False)
-            one.set_xticks([])
-            one.set_yticks([])
+            _matrix(one, look.rows[0, 0], black, title.replace("_", " "))
         axes[3].plot(counts, [look.relative_error for look in looks], "o-", color="#0072B2", label="error")
         if all(look.relative_standard_error is not None for look in looks):
             spread = [look.relative_standard_error for look in looks]

@@ -63,7 +63,7 @@ def anchors(driver, url):
 
 def test_there_are_pages():
     wanted = {"index", "which", "capabilities", "recipes", "api", "benchmarks", "integrations"}
-    wanted |= {f"estimators/{name}" for name in ("rfa", "ra", "lara", "eva")}
+    wanted |= {f"estimators/{name}" for name in ("softmax", "rfa", "ra", "lara", "eva")}
     assert {f"{name}.html" for name in wanted} <= set(PAGES)
 
 
