@@ -37,6 +37,9 @@ LINEAR = [
     partial(lara, rng=0),
     partial(lara, weighting="balance"),
     partial(eva, rng=0),
+    partial(eva, groups="tree", exact="top"),
+    partial(eva, groups="tree", exact=("window", "top"), num_exact=1),
+    partial(eva, is_causal=True),
     partial(rfa, rng=0, is_causal=True),
     partial(lara, rng=0, is_causal=True),
 ]
