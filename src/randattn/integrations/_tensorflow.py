@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 def by_jax(function: Callable[..., Array], arrays: int) -> Callable[..., Array]:
     """A function of TensorFlow's tensors from one of JAX arrays, to be differentiated and traced as any.
 
-    The first axis, whose length may be unknown, is the batch, which `function` does not see: what it draws
-    is the same for all of it.
+    The first axis, whose length may be unknown, is the batch, the first array's: others are broadcast to it.
+    `function` does not see it: what it draws is the same for all of it.
 
     Raises
     ------
@@ -31,6 +31,11 @@ def by_jax(function: Callable[..., Array], arrays: int) -> Callable[..., Array]:
     import tensorflow as tf
 
     program = jax2tf.convert(jax.vmap(function), polymorphic_shapes=["(batch, ...)"] * arrays)
+
+    def whole(first: Array, *others: Array) -> Array:
+        batch = tf.shape(first)[0]
+        return program(first, *(tf.broadcast_to(x, (batch, *x.shape[1:])) for x in others))
+
     # Traced once for each kind of arrays, by TensorFlow alone.
-    whole: Callable[..., Array] = tf.function(program, autograph=False)
-    return whole
+    traced: Callable[..., Array] = tf.function(whole, autograph=False)
+    return traced

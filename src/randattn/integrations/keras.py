@@ -91,12 +91,6 @@ class _Estimated:
             for name, mask in (("key_mask", attention_mask.keys), ("query_mask", attention_mask.queries))
             if mask is not None and (name == "key_mask" or self.estimator in ("lara", "eva"))
         }
-        if keras.backend.backend() == "tensorflow":
-            # Its programs have one batch.
-            batch = keras.ops.shape(query)[0]
-            masks = {
-                name: keras.ops.broadcast_to(mask, (batch, *mask.shape[1:])) for name, mask in masks.items()
-            }
         out = self._estimate((*masks,), attention_mask.is_causal)(q, k, v, *masks.values())
         return keras.ops.swapaxes(out, 1, 2), None
 
