@@ -9,6 +9,7 @@ import numpy as np
 from randattn import eva, lara, ra, rfa, softmax_attention
 from randattn.cli._files import read_sample
 
+from . import digits
 from .runs import Run
 
 if TYPE_CHECKING:
@@ -23,9 +24,11 @@ NAME = "figures"
 SEEDS = 3
 MEAN = "mean(V)"
 COSTS = "time and memory"
-# What the papers draw, and what trained models attend to: the embedded sample.
-GAUSSIAN, REAL = "standard normal", "trained models'"
-REAL_TOKENS = 512
+# A kind that the papers train, at several resolutions (of digits that are enlarged: none has more to see
+# than the first); the embedded sample; and what has no structure at all.
+PICTURES, TEXT, GAUSSIAN = "vision model's", "text model's", "standard normal"
+INPUTS = (PICTURES, TEXT, GAUSSIAN)
+TEXT_TOKENS = 512
 
 SMALL: dict[str, Any] = {
     "heads": 8,
@@ -39,12 +42,30 @@ SMALL: dict[str, Any] = {
     "timed_quadratic": 4096,
     "rounds": 3,
 }
+
+
+def _model(settings: dict[str, Any]) -> dict[str, Any]:
+    """The epochs are those of the stages."""
+    return {name: value for name, value in settings.items() if name != "epochs"}
+
+
+# Sides of the pictures and epochs, how many are attended to, and the transformer.
+_VISION: dict[str, Any] = {
+    "stages": [[8, 30], [14, 10], [24, 6]],
+    "pictures": 8,
+    "model": _model(digits.SMALL) | {"features": 128, "heads": 2, "rate": 2e-3},
+}
 LARGE = SMALL | {
     "samples": [2, 4, 8, 16, 32, 64, 128, 256],
     "tokens": 2048,
     "lengths": [64, 256, 1024, 4096, 16_384],
     "timed": [256, 1024, 4096, 16_384, 65_536, 262_144],
     "timed_quadratic": 16_384,
+}
+_LARGE_VISION = {
+    "stages": [[8, 100], [14, 50], [24, 50], [32, 50]],
+    "pictures": 8,
+    "model": _model(digits.LARGE) | {"heads": 3},
 }
 # As many samples, landmarks, or groups and tokens of a window.
 ESTIMATES: dict[str, Callable[..., Array]] = {
@@ -64,48 +85,88 @@ TIMED = (
 
 def tokens_of(inputs: str, settings: dict[str, Any]) -> int:
     """How many tokens errors against samples are of."""
-    return min(settings["tokens"], REAL_TOKENS) if inputs == REAL else int(settings["tokens"])
+    if inputs == PICTURES:
+        return int(settings["stages"][-1][0] ** 2)
+    return min(settings["tokens"], TEXT_TOKENS) if inputs == TEXT else int(settings["tokens"])
 
 
-def runs(device: str, settings: dict[str, Any] | None = None) -> list[Run]:
+def runs(
+    device: str, settings: dict[str, Any] | None = None, vision: dict[str, Any] | None = None
+) -> list[Run]:
     """Every estimator's errors, and all their costs together, three times."""
     settings = settings or (SMALL if device == "cpu" else LARGE)
+    vision = vision or (_VISION if device == "cpu" else _LARGE_VISION)
     return [
-        Run(NAME, "torch", method, seed, device, settings)
+        Run(NAME, "torch", method, seed, device, settings | (vision if method == PICTURES else {}))
         for seed in range(SEEDS)
-        for method in (*ESTIMATES, MEAN, COSTS)
+        for method in (*ESTIMATES, MEAN, PICTURES, COSTS)
     ]
 
 
 def work(run: Run, say: Say) -> dict[str, Any]:
-    """The points of one estimator's curves, or of all the costs'."""
-    points = _costs(run, say) if run.method == COSTS else _errors(run, say)
-    return {"points": list(points)}
+    """The points of one estimator's curves, of all curves on pictures, or of all the costs'."""
+    points = {PICTURES: _on_pictures, COSTS: _costs}.get(run.method, _errors)
+    return {"points": list(points(run, say))}
 
 
 def _errors(run: Run, say: Say) -> Iterator[dict[str, Any]]:
     settings = run.settings
-    counts = settings["ra_samples"] if run.method == "ra" else settings["samples"]
-    most = 1 if run.method == "ra" else settings["samples_of_lengths"]
-    plan = [(kind, tokens_of(kind, settings), count) for kind in (GAUSSIAN, REAL) for count in counts]
-    plan += [(kind, tokens, most) for kind in (GAUSSIAN, REAL) for tokens in settings["lengths"]]
-    if run.method == MEAN:
-        plan = [(kind, tokens, 1) for kind, tokens, _ in plan]
-    plan = list(dict.fromkeys(plan))
+    plan = [
+        (kind, tokens, count)
+        for kind in (GAUSSIAN, TEXT)
+        for tokens in dict.fromkeys((tokens_of(kind, settings), *settings["lengths"]))
+        for count in _counts(run.method, settings, kind, tokens)
+    ]
     for number, (kind, tokens, count) in enumerate(plan):
         say(number, len(plan), f"{kind}, {tokens} tokens, {count} samples")
-        found = _inputs(kind, run, tokens)
-        if found is None:
-            continue
-        q, k, v, scale = found
-        exact = softmax_attention(q, k, v, scale=scale)
-        if run.method == MEAN:
-            out = v.mean(-2, keepdim=True) + 0 * exact
-        else:
-            out = ESTIMATES[run.method](q, k, v, count, scale=scale, rng=run.seed)
-        lost = ((out - exact) ** 2).sum((-1, -2)) / (exact**2).sum((-1, -2))
-        error = float(lost.sqrt().mean())
-        yield {"inputs": kind, "tokens": tokens, "samples": count, "error": float(f"{error:.4g}")}
+        inputs = _inputs(kind, run, tokens)
+        if inputs is not None:
+            error = _error(run, run.method, count, inputs, _exact(inputs))
+            yield {"inputs": kind, "tokens": tokens, "samples": count, "error": error}
+
+
+def _on_pictures(run: Run, say: Say) -> Iterator[dict[str, Any]]:
+    from .digits_torch import attended
+
+    settings = run.settings
+    stages = attended(settings["model"], settings["stages"], settings["pictures"], run, say)
+    for side, qkv, accuracy in stages:
+        inputs = (*qkv, qkv[0].shape[-1] ** -0.5)
+        exact = _exact(inputs)
+        yield {"estimator": "softmax", "inputs": PICTURES, "tokens": side**2, "accuracy": accuracy}
+        for number, method in enumerate((*ESTIMATES, MEAN)):
+            say(number, len(ESTIMATES) + 1, f"{side} by {side} pixels, {method}")
+            # Landmarks, groups and windows are parts of the picture.
+            own = {"grid": (side, side)} if method in ("lara", "eva") else {}
+            for count in _counts(method, settings, PICTURES, side**2):
+                error = _error(run, method, count, inputs, exact, **own)
+                at = {"estimator": method, "inputs": PICTURES, "tokens": side**2}
+                yield at | {"samples": count, "error": error}
+
+
+def _counts(method: str, settings: dict[str, Any], inputs: str, tokens: int) -> list[int]:
+    """Numbers of samples: at the length that they are compared at every one, else the same at each."""
+    if method == MEAN:
+        return [1]
+    one = 1 if method == "ra" else settings["samples_of_lengths"]
+    every = settings["ra_samples" if method == "ra" else "samples"]
+    return list(dict.fromkeys((*every, one))) if tokens == tokens_of(inputs, settings) else [one]
+
+
+def _exact(inputs: Inputs) -> Array:
+    q, k, v, scale = inputs
+    return softmax_attention(q, k, v, scale=scale)
+
+
+def _error(run: Run, method: str, count: int, inputs: Inputs, exact: Array, **own: Any) -> float:
+    """Relative to exact attention, the mean over all heads of all layers and pictures."""
+    q, k, v, scale = inputs
+    if method == MEAN:
+        out = v.mean(-2, keepdim=True) + 0 * exact
+    else:
+        out = ESTIMATES[method](q, k, v, count, scale=scale, rng=run.seed, **own)
+    lost = ((out - exact) ** 2).sum((-1, -2)) / (exact**2).sum((-1, -2))
+    return float(f"{float(lost.sqrt().mean()):.4g}")
 
 
 def _inputs(kind: str, run: Run, tokens: int) -> Inputs | None:

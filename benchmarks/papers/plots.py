@@ -10,9 +10,9 @@ from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 from benchmarks.plots import RC
 
-from .claims import Results, Value
-from .figures import GAUSSIAN, MEAN, REAL
+from .figures import INPUTS, MEAN, PICTURES
 from .language import KINDS
+from .results import Results, Value
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -44,16 +44,20 @@ def draw(experiment: str, done: list[Done], path: Path) -> None:
 
 
 def _figures(results: Results) -> Figure:
-    figure = Figure(figsize=(9.2, 10.8), layout="constrained")
-    errors, lengths, costs = figure.subplots(3, 2)
-    for axes, inputs in zip(errors, (GAUSSIAN, REAL), strict=True):
+    figure = Figure(figsize=(9.2, 14), layout="constrained")
+    *rows, costs = figure.subplots(len(INPUTS) + 1, 2)
+    errors, lengths = zip(*rows, strict=True)
+    for axes, inputs in zip(errors, INPUTS, strict=True):
         for method in _ESTIMATES:
             _curve(axes, method, results.against_samples(method, inputs))
         trivial = results.trivial(inputs)
         axes.axhline(trivial.mean, color=_COLOURS[MEAN], linestyle="--", linewidth=1.2, label=MEAN)
-        axes.set_title(f"{inputs} inputs, {results.tokens(inputs)} tokens")
+        title = f"{inputs} inputs, {results.tokens(inputs)} tokens"
+        if inputs == PICTURES:
+            title += f" (accuracy {results.accuracy().mean:.2f})"
+        axes.set_title(title)
         axes.set_xlabel("samples, landmarks, or groups and window")
-    for axes, inputs in zip(lengths, (GAUSSIAN, REAL), strict=True):
+    for axes, inputs in zip(lengths, INPUTS, strict=True):
         for method in _ESTIMATES:
             _curve(axes, method, results.against_length(method, inputs))
         _curve(axes, MEAN, results.against_length(MEAN, inputs), linestyle="--", marker="")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .claims import CLAIMS, Results
-from .figures import GAUSSIAN, MEAN, REAL
+from .claims import CLAIMS
+from .figures import INPUTS, MEAN
 from .language import KINDS
+from .results import Results
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,8 +25,8 @@ def claims(experiment: str, done: Sequence[Done]) -> Table:
     results, rows = Results(done), []
     for claim in CLAIMS[experiment]:
         verdict = claim.judge(results)
-        rows.append([claim.text, verdict.word, verdict.evidence, claim.rule])
-    return ["claim", "here", "measured", "confirmed where"], rows
+        rows.append([claim.text, verdict.word, verdict.evidence, str(claim.rule), claim.paper])
+    return ["claim", "here", "measured", "confirmed where", "paper"], rows
 
 
 def numbers(experiment: str, done: Sequence[Done]) -> Table:
@@ -48,7 +49,7 @@ def numbers(experiment: str, done: Sequence[Done]) -> Table:
 
 def _errors(results: Results) -> Table:
     rows: list[list[str]] = []
-    for inputs in (GAUSSIAN, REAL):
+    for inputs in INPUTS:
         trivial = results.trivial(inputs)
         curves = {name: results.against_samples(name, inputs) for name in ("rfa", "ra", "lara", "eva")}
         counts = sorted(set[int]().union(*curves.values()))

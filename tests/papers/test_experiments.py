@@ -13,6 +13,7 @@ from benchmarks.papers import digits, figures, language, translation
 from benchmarks.papers.plots import draw
 from benchmarks.papers.runs import FOLDER, Done, read
 from benchmarks.papers.tables import claims, numbers
+from randattn import softmax_attention
 
 TINY = {"features": 16, "heads": 2, "depth": 1, "warm_up": 2}
 
@@ -188,34 +189,85 @@ def test_figures():
         "tokens": 64,
     }
     settings |= {"lengths": [32, 600], "samples_of_lengths": 8, "timed": [64], "rounds": 1}
-    runs = figures.runs("cpu", settings)
+    model = digits.SMALL | TINY | {"batch": 256}
+    del model["epochs"]
+    runs = figures.runs("cpu", settings, {"stages": [[4, 1], [8, 1]], "pictures": 2, "model": model})
     found = {
         method: figures.work(only(runs, method=method, seed=0), silent)["points"]
         for method in (*figures.ESTIMATES, figures.MEAN)
     }
     for points in found.values():
         # Of 600 tokens there are no real ones.
-        assert {point["tokens"] for point in points if point["inputs"] == figures.REAL} == {32, 64}
+        assert {point["tokens"] for point in points if point["inputs"] == figures.TEXT} == {32, 64}
         assert {point["tokens"] for point in points if point["inputs"] == figures.GAUSSIAN} == {32, 64, 600}
     exact = [point["error"] for point in found["eva"] if point["samples"] == 64]
     assert len(exact) == 2
     assert max(exact) < 1e-9
     assert all(0.01 < point["error"] < 20 for point in found["rfa"] + found["lara"] + found[figures.MEAN])
+    points = figures.work(only(runs, method=figures.PICTURES, seed=0), silent)["points"]
+    assert {point["estimator"] for point in points} == {"softmax", *figures.ESTIMATES, figures.MEAN}
+    assert {point["tokens"] for point in points} == {16, 64}
+    assert all(0 < point["accuracy"] < 1 for point in points if point["estimator"] == "softmax")
+    exact = [point for point in points if point["estimator"] == "eva" and point["samples"] == 64]
+    assert max(point["error"] for point in exact) < 1e-9
     costs = figures.work(only(runs, method=figures.COSTS, seed=0), silent)["points"]
     assert {point["estimator"] for point in costs} == {"softmax", "rfa", "ra", "lara", "eva"}
     assert all(point["seconds"] > 0 for point in costs)
 
 
-@pytest.mark.parametrize("settings", [figures.SMALL, figures.LARGE], ids=["small", "large"])
-def test_tables_and_plots_of_figures(settings, tmp_path):
+def test_what_a_vision_model_attends_to():
+    """Attention to what is caught is what its layers pass on."""
+    import torch
+
+    from benchmarks.papers.digits_torch import projected
+    from benchmarks.papers.models_torch import Classifier
+    from randattn.integrations._layer import merge_heads
+
+    torch.manual_seed(0)
+    model = Classifier(digits.SMALL | TINY | {"depth": 2}, digits.MECHANISMS["softmax"])
+    seen = []
+    for block in model.stack.blocks:
+        block.attention.register_forward_hook(lambda *call: seen.append(call[-1]))
+    q, k, v = projected(model, torch.randn(3, 64))
+    assert q.shape == k.shape == v.shape == (2, 3, 2, 64, 8)
+    out = merge_heads(softmax_attention(q, k, v)).float()
+    assert len(seen) == 2
+    for layer, block in enumerate(model.stack.blocks):
+        with torch.no_grad():
+            torch.testing.assert_close(block.attention.out(out[layer]), seen[layer])
+
+
+def test_places_stay_where_they_are_in_a_larger_picture():
+    import torch
+
+    from benchmarks.papers.digits_torch import resize
+    from benchmarks.papers.models_torch import Classifier
+
+    model = Classifier(digits.SMALL | TINY, digits.MECHANISMS["softmax"])
+    with torch.no_grad():
+        places = model.stack.places.unflatten(0, (8, 8))
+        places[..., 0] = torch.arange(8.0)[:, None]
+        places[..., 1] = torch.arange(8.0)
+    resize(model, 16)
+    down, across = model.stack.places.detach().unflatten(0, (16, 16))[..., :2].unbind(-1)
+    # Pixels of half the size, whose middles are a quarter from those of the old; none is beyond the old edges.
+    expected = ((torch.arange(16.0) - 0.5) / 2).clip(0, 7)
+    torch.testing.assert_close(down, expected[:, None].expand(16, 16))
+    torch.testing.assert_close(across, expected.expand(16, 16))
+    assert model(torch.zeros(2, 256)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_tables_and_plots_of_figures(device, tmp_path):
     """Also where there are fewer real tokens than others."""
     done = []
-    for run in figures.runs("cpu", settings):
+    for run in figures.runs(device):
+        settings = run.settings
         counts = settings["ra_samples"] if run.method == "ra" else settings["samples"]
         most = 1 if run.method in ("ra", figures.MEAN) else settings["samples_of_lengths"]
-        points = []
-        for kind in (figures.GAUSSIAN, figures.REAL):
-            limit = figures.REAL_TOKENS if kind == figures.REAL else max(settings["lengths"])
+        points = _points_of_pictures(run) if run.method == figures.PICTURES else []
+        for kind in (figures.GAUSSIAN, figures.TEXT) if not points else ():
+            limit = figures.TEXT_TOKENS if kind == figures.TEXT else max(settings["lengths"])
             at = [(figures.tokens_of(kind, settings), count) for count in counts]
             at += [(tokens, most) for tokens in settings["lengths"] if tokens <= limit]
             if run.method == figures.MEAN:
@@ -233,10 +285,29 @@ def test_tables_and_plots_of_figures(settings, tmp_path):
             for point in points:
                 point["bytes"] = 100 + run.seed
         done.append(Done(run, {"points": points}, 1.0, {}))
-    assert [len(row) for row in claims("figures", done)[1]] == [4] * 6
-    assert len(numbers("figures", done)[1]) == 2 * len({*settings["samples"], *settings["ra_samples"]})
+    assert [len(row) for row in claims("figures", done)[1]] == [5] * 14
+    assert len(numbers("figures", done)[1]) == 3 * len({*settings["samples"], *settings["ra_samples"]})
     draw("figures", done, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def _points_of_pictures(run):
+    seen = [
+        {"estimator": "softmax", "inputs": figures.PICTURES, "tokens": side**2, "accuracy": 0.9}
+        for side, _ in run.settings["stages"]
+    ]
+    return seen + [
+        {
+            "estimator": method,
+            "inputs": figures.PICTURES,
+            "tokens": side**2,
+            "samples": count,
+            "error": 1 / count,
+        }
+        for side, _ in run.settings["stages"]
+        for method in (*figures.ESTIMATES, figures.MEAN)
+        for count in ([1] if method == figures.MEAN else {*run.settings["samples"], 1})
+    ]
 
 
 @pytest.mark.parametrize("name", ["figures", "digits", "translation", "language"])
