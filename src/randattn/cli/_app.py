@@ -65,7 +65,7 @@ def app(context: click.Context) -> None:
     type=Path,
     metavar="FILE",
     help="A .npz or .safetensors file with q (..., N, D), k (..., M, D), v (..., M, E) and optionally scale. "
-    "Default: the embedded sample, what a small language model passes to its attention.",
+    "Default: the embedded sample, what a small sentence encoder passes to its attention.",
 )
 @click.option(
     "--seeds",
@@ -140,7 +140,7 @@ def compare(
     type=Path,
     metavar="FILE",
     help="A .npz or .safetensors file with q (..., N, D), k (..., M, D), v (..., M, E) and optionally scale. "
-    "Default: the embedded sample, what a small language model passes to its attention.",
+    "Default: the embedded sample, what a small sentence encoder passes to its attention.",
 )
 @click.option(
     "--estimator",
