@@ -9,12 +9,14 @@ import functools
 import http.server
 import shutil
 import threading
+from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urldefrag, urljoin
 
 import pytest
 
 webdriver = pytest.importorskip("selenium.webdriver")
+WebDriverWait = pytest.importorskip("selenium.webdriver.support.ui").WebDriverWait
 SITE = Path(__file__).parents[2] / "docs" / "_build" / "html"
 PAGES = sorted(str(path.relative_to(SITE)) for path in SITE.rglob("*.html"))
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -55,10 +57,28 @@ def browser(tmp_path_factory):
     driver.quit()
 
 
-@functools.cache
-def anchors(driver, url):
+def visit(driver, url):
+    """Load a page, whole: a driver may answer while the page before it is still being left."""
+    driver.get("about:blank")
     driver.get(url)
-    return set(driver.execute_script("return [...document.querySelectorAll('[id]')].map(x => x.id)"))
+    loaded = "return location.href == arguments[0] && document.readyState == 'complete'"
+    WebDriverWait(driver, 30).until(lambda _: driver.execute_script(loaded, url))
+
+
+class _Anchors(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.found = set()
+
+    def handle_starttag(self, _tag, attrs):
+        self.found |= {value for name, value in attrs if name == "id"}
+
+
+@functools.cache
+def anchors(path):
+    parser = _Anchors()
+    parser.feed(path.read_text(encoding="utf-8"))
+    return parser.found
 
 
 def test_there_are_pages():
@@ -70,7 +90,7 @@ def test_there_are_pages():
 @pytest.mark.parametrize("page", PAGES)
 def test_page(browser, address, page):
     browser.set_window_size(1300, 900)
-    browser.get(address + page)
+    visit(browser, address + page)
     faults = [
         line["message"] for line in browser.get_log("browser") if line["level"] in ("SEVERE", "WARNING")
     ]
@@ -91,7 +111,7 @@ def test_page(browser, address, page):
         target = SITE / (unquote(url.removeprefix(address)) or "index.html")
         assert target.is_file(), link
         if anchor and target.suffix == ".html":
-            assert unquote(anchor) in anchors(browser, url), link
+            assert unquote(anchor) in anchors(target), link
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -101,7 +121,7 @@ def test_on_a_phone(browser, address, page):
         "Emulation.setDeviceMetricsOverride",
         {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True},
     )
-    browser.get(address + page)
+    visit(browser, address + page)
     width = browser.execute_script("return document.documentElement.scrollWidth")
     browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
     assert width <= 390
