@@ -168,19 +168,34 @@ class _Attend(torch.autograd.Function):
         call, needed = ctx.call, ctx.needs_input_grad[1:]
         # The caller's autocast may be on here: it would take the products in half precision.
         with torch.autocast(arrays[0].device.type, enabled=False):
-            again = _again if torch.is_grad_enabled() else _backward
-            return None, *again(call, needed, arrays, Average(out, log_norm), Average(*cotangent))
+            if torch.is_grad_enabled() or any(map(_is_batched, cotangent)):
+                return None, *_pure_gradients(call, needed, arrays, Average(*cotangent))
+            return None, *_backward(call, needed, arrays, Average(out, log_norm), Average(*cotangent))
 
 
-def _again(
-    call: Call, needed: Sequence[bool], arrays: list[Array], _: Average, cotangent: Average
+def _pure_gradients(
+    call: Call, needed: Sequence[bool], arrays: list[Array], cotangent: Average
 ) -> list[Array | None]:
-    """The gradients by the pure path, which has gradients of gradients."""
-    q, sets, pair_weight = call.arrays(arrays)
-    average = _attend.attend(q, *sets, scale=call.scale, pair_weight=pair_weight, is_causal=call.is_causal)
-    wanted = [x for x, need in zip(arrays, needed, strict=True) if need]
-    found = iter(torch.autograd.grad(average, wanted, cotangent, create_graph=True, allow_unused=True))
+    """Return the gradients by the pure path, which has gradients of gradients and writes to no array."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # One array may be given twice, or be computed from another one: `grad` would follow these ways too, which
+        # belong to the caller's graph. Views of their own are the ends of all ways within the call.
+        views = [x.view_as(x) for x in arrays]
+        wanted = [x for x, need in zip(views, needed, strict=True) if need]
+        q, sets, pair_weight = call.arrays(views)
+        average = _attend.attend(
+            q, *sets, scale=call.scale, pair_weight=pair_weight, is_causal=call.is_causal
+        )
+        found = iter(
+            torch.autograd.grad(average, wanted, cotangent, create_graph=create_graph, allow_unused=True)
+        )
     return [next(found) if need else None for need in needed]
+
+
+def _is_batched(x: Array) -> bool:
+    """Return whether `is_grads_batched` or `jacobian(vectorize=True)` made this of many cotangents."""
+    return bool(torch._C._functorch.is_legacy_batchedtensor(x))  # noqa: SLF001
 
 
 def _backward(
