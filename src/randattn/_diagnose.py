@@ -20,6 +20,7 @@ from ._inputs import (
     check_causal,
     check_count,
     dot,
+    hide,
     is_array,
     prepare,
     with_rank,
@@ -69,7 +70,7 @@ class Diagnosis:
     error : array, shape (..., Q)
         ``|out - exact|``, the root mean square over replicates.
     entropy : array, shape (..., Q)
-        Of the exact attention weights, in nats. NaN where no key is left.
+        Of the exact attention weights, in nats. NaN where no key is left, and for padding.
     rows : array, shape (..., Q, M), or None
         What the estimator, as it drew first, multiplies the values by: its attention matrix. None where
         there are too many pairs, or where the result is no weighting of the values.
@@ -201,6 +202,7 @@ def _diagnosed(
         v,
         scale=options.get("scale"),
         key_mask=options.get("key_mask"),
+        query_mask=options.get("query_mask"),
         enable_gqa=options.get("enable_gqa", False),
     )
     is_causal = options.get("is_causal", False)
@@ -286,14 +288,16 @@ class _Exact:
         lead = broadcast_shapes(x.k.shape[:-2], x.v.shape[:-2])
         values = xp.concat([xp.broadcast_to(y, (*lead, *y.shape[-2:])) for y in (x.v, x.k)], axis=-1)
         both, log_norm = attend(q, Keys(x.k, values, x.key_bias), scale=x.scale, pair_bias=past)
-        self._out, mean_key = both[..., : x.v.shape[-1]], both[..., x.v.shape[-1] :]
+        is_empty, mean_key = log_norm == -math.inf, both[..., x.v.shape[-1] :]
+        self._mask, self._out = None, both[..., : x.v.shape[-1]]
+        if x.query_mask is not None:
+            # Estimators give zeros for padding: so does exact attention.
+            is_query = self.at(xp.broadcast_to(x.query_mask, (*x.lead, n)), -1)
+            self._mask, self._out = x.merge_heads(is_query, 1), hide(self._out, is_query)
+            is_empty = is_empty | ~is_query
         entropy = log_norm - x.scale * dot(q, mean_key)
-        entropy = xp.where(log_norm == -math.inf, math.nan, xp.where(entropy < 0, 0.0, entropy))
+        entropy = xp.where(is_empty, math.nan, xp.where(entropy < 0, 0.0, entropy))
         self.entropy = x.merge_heads(entropy, 1)
-        # What padding gives is nobody's.
-        self._mask = None
-        if x.key_mask is not None and n == m:
-            self._mask = x.merge_heads(self.at(xp.broadcast_to(x.key_mask, (*x.lead, m)), -1), 1)
         self._total = self._of_layers(x.merge_heads(dot(self._out, self._out), 1))
         mean, _ = attend(xp.zeros_like(q), Keys(x.k, x.v, x.key_bias), pair_bias=past)
         self.square_of_mean = self._square(mean)

@@ -46,7 +46,6 @@ from ._segments import (
     others,
     pool,
     pooling_ranks,
-    resolve_query_mask,
     scatter,
     union,
 )
@@ -145,7 +144,9 @@ def eva(
     noise : array, shape (..., C, D), optional
         The standard normal draws themselves; broadcasts.
     query_mask : boolean array, shape (..., N), optional
-        False keeps a query out of the landmarks; by default `key_mask` where N = M.
+        False = padding: a row of zeros, whatever the query holds, no gradient from or to it, and no part in a
+        landmark. By default `key_mask` where N = M, as in self-attention: pass all True where other
+        queries are as many.
     grid : tuple of int, optional
         One, two or three sizes of the grid, in row-major order, that the tokens lie on; N = M.
     scale : float, optional
@@ -216,8 +217,17 @@ def eva(
         raise ValueError("return_state: expected is_causal=True, and neither landmarks nor query_mask")
     if return_state and window_bias is not None:
         raise NotImplementedError("window_bias: eva_step has none, so that return_state=True has not either")
-    also = [*pooling_ranks(landmarks, noise, query_mask), (groups, 1), (window_bias, 2)]
-    x = prepare(q, k, v, scale=scale, key_mask=key_mask, enable_gqa=enable_gqa, also=also)
+    also = [*pooling_ranks(landmarks, noise), (groups, 1), (window_bias, 2)]
+    x = prepare(
+        q,
+        k,
+        v,
+        scale=scale,
+        key_mask=key_mask,
+        query_mask=query_mask,
+        enable_gqa=enable_gqa,
+        also=also,
+    )
     tokens = check_grid(grid, x.q.shape[-2], x.k.shape[-2])
     check_causal(x, is_causal)
     exactly = check_exact(exact)
@@ -250,7 +260,7 @@ def eva(
             num_blocks,
             second_order=second_order,
         )
-        return x.finish(corrected(x, choice, resolve_query_mask(x, query_mask)))
+        return x.finish(corrected(x, choice))
     tile: Sizes | None
     if is_causal:
         how: How = "tiles"
@@ -272,7 +282,7 @@ def eva(
     (kt, log_size), of_keys = union(pooled, parts)
     if landmarks is None:
         queries = blocks_of_queries(x, groups)
-        qt, _ = pool(x.q, queries, resolve_query_mask(x, query_mask))
+        qt, _ = pool(x.q, queries, x.query_mask)
     else:
         qt, kt = given_landmarks(x, landmarks, groups.index.shape[0])
     w = x.root * (qt + kt) / 2

@@ -71,29 +71,29 @@ class _Grouped(NamedTuple):
     variance: Array | None
 
 
-def corrected(x: Inputs, choice: Choice, query_mask: Array | None) -> Array:
+def corrected(x: Inputs, choice: Choice) -> Array:
     """The results (..., N, E)."""
     if 0 in x.lead:
         return x.xp.zeros((*x.lead, x.q.shape[-2], x.v.shape[-1]), dtype=x.q.dtype, device=x.device)
     chunks = chunked(x.q)
     if chunks is None:
-        return _corrected(x, choice, query_mask)
+        return _corrected(x, choice)
     # Which token is near which is for all of them to tell.
     labels = choice.groups if is_array(choice.groups) else None
 
     def of_chunks(q: Array, k: Array, v: Array, mask: Array, query_mask: Array, labels: Array) -> Array:
-        part = replace(x, q=q, k=k, v=v, key_mask=mask)
-        return _corrected(part, choice if labels is None else choice._replace(groups=labels), query_mask)
+        part = replace(x, q=q, k=k, v=v, key_mask=mask, query_mask=query_mask)
+        return _corrected(part, choice if labels is None else choice._replace(groups=labels))
 
-    given = ((x.q, 2), (x.k, 2), (x.v, 2), (x.key_mask, 1), (query_mask, 1), (labels, 1))
+    given = ((x.q, 2), (x.k, 2), (x.v, 2), (x.key_mask, 1), (x.query_mask, 1), (labels, 1))
     return chunks.with_whole_tokens(of_chunks, x.v.shape[-1], *given)
 
 
-def _corrected(x: Inputs, choice: Choice, query_mask: Array | None) -> Array:
+def _corrected(x: Inputs, choice: Choice) -> Array:
     xp, lead = x.xp, x.lead
     q, k, v = (_one_lead(y, lead) for y in (x.root * x.q, x.root * x.k, x.v))
     is_key, is_query = (
-        None if y is None else _one_lead(y[..., None], lead)[..., 0] for y in (x.key_mask, query_mask)
+        None if y is None else _one_lead(y[..., None], lead)[..., 0] for y in (x.key_mask, x.query_mask)
     )
     (lanes, n, features), values = q.shape, v.shape[-1]
     mu = _mean(q, is_query)

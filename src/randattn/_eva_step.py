@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ._attend import Keys, average_of_all
 from ._fused import attend, carry, undisturbed, when
-from ._inputs import broadcast_shapes, check_causal, hide, namespace, placement, prepare, with_rank
+from ._inputs import broadcast_shapes, check_causal, namespace, placement, prepare, with_rank
 from ._states import match_state
 
 if TYPE_CHECKING:
@@ -160,8 +160,7 @@ def _one(state: EVAState, q: Array, k: Array, v: Array, bias: Array) -> tuple[EV
         return xp.where(with_rank((slots == place)[:, None], old.ndim), new, old)
 
     *lead, _, _, d = state.q.shape
-    # A padded query is in no group's mean, whatever it holds.
-    queries = put(xp.reshape(state.q, (*lead, window, d)), xp.where(bias == 0, q, 0.0))
+    queries = put(xp.reshape(state.q, (*lead, window, d)), q)
     keys, values = put(state.k, k), put(state.v, v)
     kept = xp.where(with_rank(slots < place, state.bias.ndim), state.bias, -math.inf)
     kept = put(kept[..., None], bias)[..., 0]
@@ -230,7 +229,7 @@ def state_after(
 
     over = groups.of(slice(0, full // length))
     assert over.bias is not None
-    queries = filled(hide(x.q, x.key_mask)[..., full:, :], window)
+    queries = filled(x.q[..., full:, :], window)
     noise = groups.k[..., :0, :] if eps is None else eps
     state = EVAState(
         xp.reshape(queries, (*lead, window // length, length, queries.shape[-1])),

@@ -179,8 +179,8 @@ def _pure_gradients(
     """Return the gradients by the pure path, which has gradients of gradients and writes to no array."""
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        # One array may be given twice, or be computed from another one: `grad` would follow these ways too, which
-        # belong to the caller's graph. Views of their own are the ends of all ways within the call.
+        # One array may be given twice, or be computed from another one: `grad` would count the paths between
+        # them, which belong to the caller's graph. Views of their own are where the paths of this call end.
         views = [x.view_as(x) for x in arrays]
         wanted = [x for x, need in zip(views, needed, strict=True) if need]
         q, sets, pair_weight = call.arrays(views)

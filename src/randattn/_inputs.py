@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from array_api_compat import array_namespace, is_array_api_obj
@@ -55,6 +55,7 @@ class Inputs:
     scale: float
     dtype: Any  # of the caller's arrays
     heads: int | None  # of the keys, where the head axis is split
+    query_mask: Array | None = None
 
     @property
     def xp(self) -> Namespace:
@@ -83,7 +84,8 @@ class Inputs:
         return log_mask(self.key_mask, self.q)
 
     def finish(self, out: Array) -> Array:
-        """The result as the caller expects it: heads in one axis again, in the inputs' dtype."""
+        """Return the result as the caller expects it: zeros for padding, one head axis, the inputs' dtype."""
+        out = hide(out, self.query_mask)
         return self.xp.astype(self.merge_heads(out, 2), self.dtype, copy=False)
 
     def merge_heads(self, x: Array, trailing: int) -> Array:
@@ -124,10 +126,13 @@ def prepare(
     scale: float | None,
     key_mask: Array | None,
     enable_gqa: bool,
+    query_mask: Array | None = None,
+    is_self: bool = True,
     also: Sequence[tuple[Any, int]] = (),
 ) -> Inputs:
-    """Check the arguments that every estimator has, hide masked keys.
+    """Check the arguments that every estimator has, hide padded keys and queries.
 
+    Without a `query_mask`, and where `is_self`, the key mask of as many keys as queries is the queries' too.
     `also` names further arrays, with the number of their trailing axes, whose leading axes the result has.
     """
     check_flags(enable_gqa=enable_gqa)
@@ -146,6 +151,7 @@ def prepare(
         q, k, v = (_split_heads(name, x, 2, heads) for name, x in (("q", q), ("k", k), ("v", v)))
         if key_mask is not None:
             key_mask = _split_heads("key_mask", key_mask, 1, heads)
+    also = [*also, (query_mask, 1)]
     more = [getattr(x, "ndim", 0) - trailing + (heads is not None) for x, trailing in also]
     rank = max(q.ndim, k.ndim, v.ndim, getattr(key_mask, "ndim", 0) + 1, *[axes + 2 for axes in more])
     q, k, v = (with_rank(x, rank) for x in (q, k, v))
@@ -154,7 +160,13 @@ def prepare(
         check_broadcast(q=(q, 2), k=(k, 2), v=(v, 2), key_mask=(key_mask, 1))
         # Not a product: what lies under the mask may be NaN.
         k, v = hide(k, key_mask), hide(v, key_mask)
-    return Inputs(q, k, v, key_mask, factor, dtype, heads)
+    x = Inputs(q, k, v, key_mask, factor, dtype, heads)
+    if query_mask is not None:
+        query_mask = x.match_mask("query_mask", query_mask, q.shape[-2])
+    elif key_mask is not None and is_self and q.shape[-2] == k.shape[-2]:
+        query_mask = key_mask
+    # Results of padded rows need no query, but NaN in one would reach the gradients of real keys.
+    return x if query_mask is None else replace(x, q=hide(q, query_mask), query_mask=query_mask)
 
 
 def hide(x: Array, mask: Array | None) -> Array:

@@ -19,7 +19,6 @@ from ._inputs import (
     check_flags,
     check_option,
     check_real,
-    hide,
     log_mask,
     prepare,
     resolve_count,
@@ -34,7 +33,6 @@ from ._segments import (
     given_landmarks,
     pool,
     pooling_ranks,
-    resolve_query_mask,
 )
 
 if TYPE_CHECKING:
@@ -109,7 +107,9 @@ def lara(
     noise : array, shape (..., C, D), optional
         The standard normal draws themselves; broadcasts.
     query_mask : boolean array, shape (..., N), optional
-        False keeps a query out of the landmarks; by default `key_mask` where N = M.
+        False = padding: a row of zeros, whatever the query holds, no gradient from or to it, and no part in a
+        landmark. By default `key_mask` where N = M, as in self-attention: pass all True where other
+        queries are as many.
     grid : tuple of int, optional
         One, two or three sizes of the grid, in row-major order, that the tokens lie on; N = M.
     window : int, optional
@@ -177,11 +177,19 @@ def lara(
     check_option("normalize", normalize, ("queries", "landmarks"))
     _check_causal_options(is_causal, window, weighting, normalize, grid)
     alpha, noise_scale = check_real("alpha", alpha), check_real("noise_scale", noise_scale)
-    also = pooling_ranks(landmarks, noise, query_mask)
-    x = prepare(q, k, v, scale=scale, key_mask=key_mask, enable_gqa=enable_gqa, also=also)
+    also = pooling_ranks(landmarks, noise)
+    x = prepare(
+        q,
+        k,
+        v,
+        scale=scale,
+        key_mask=key_mask,
+        query_mask=query_mask,
+        enable_gqa=enable_gqa,
+        also=also,
+    )
     check_causal(x, is_causal)
-    query_mask = resolve_query_mask(x, query_mask)
-    qt, kt, there = landmarks_of(x, num_landmarks, landmarks, noise, query_mask, grid)
+    qt, kt, there = landmarks_of(x, num_landmarks, landmarks, noise, grid)
     qt, kt = x.root * qt, x.root * kt
 
     if mix_keys:
@@ -213,12 +221,12 @@ def lara(
     if weighting == "optimal":
         log_r = xp.sum(w * mu, axis=-1) - half_norm
         over_queries = normalize == "queries"
-        offset = _over_queries(x, qt, query_mask) if over_queries else xp.zeros_like(qt[..., 0])
+        offset = _over_queries(x, qt) if over_queries else xp.zeros_like(qt[..., 0])
         alpha_nc = optimal(
             x.root * qt,
             only(there, offset),
             probability(log_r - log_mixture),
-            mask=query_mask,
+            mask=x.query_mask,
             alpha=alpha,
             over_queries=over_queries,
             copies=len(draws),
@@ -253,7 +261,6 @@ def landmarks_of(
     num_landmarks: int | tuple[int, ...] | None,
     landmarks: tuple[Array, Array] | None,
     noise: Array | None,
-    query_mask: Array | None,
     grid: tuple[int, ...] | None,
 ) -> tuple[Array, Array, Array | None]:
     """The landmarks' means (..., C, D) and whether there is a token behind each (..., C)."""
@@ -269,16 +276,15 @@ def landmarks_of(
     counts = check_sizes("num_landmarks", count, sizes)
     keys = blocks(sizes, how, counts)
     queries = blocks_of_queries(x, keys)
-    qt, log_queries = pool(x.q, queries, query_mask)
+    qt, log_queries = pool(x.q, queries, x.query_mask)
     kt, log_keys = pool(x.k, keys, x.key_mask)
-    if query_mask is None and x.key_mask is None:
+    if x.query_mask is None and x.key_mask is None:
         return qt, kt, None
     return qt, kt, (log_queries > -math.inf) | (log_keys > -math.inf)
 
 
-def _over_queries(x: Inputs, qt: Array, query_mask: Array | None) -> Array:
-    """What makes the queries' weights ``exp(q . qt)`` for a landmark add up to one: (..., C)."""
-    seen = hide(x.q, query_mask)
+def _over_queries(x: Inputs, qt: Array) -> Array:
+    """Return the log factor (..., C) with which the queries' weights ``exp(q . qt)`` add up to one."""
     # No value is asked for: the sum of the weights alone.
-    _, log_norm = attend(qt, Keys(seen, seen[..., :0], log_mask(query_mask, seen)), scale=x.root)
+    _, log_norm = attend(qt, Keys(x.q, x.q[..., :0], log_mask(x.query_mask, x.q)), scale=x.root)
     return -finite(log_norm)

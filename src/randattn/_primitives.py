@@ -33,6 +33,7 @@ def attend(
     *,
     pair_bias: Array | None = None,
     key_mask: Array | None = None,
+    query_mask: Array | None = None,
     is_causal: bool = False,
     enable_gqa: bool = False,
 ) -> Average:
@@ -59,6 +60,9 @@ def attend(
         Added to the logit of a query and a key, in nats; either axis may be of length one.
     key_mask : boolean array, shape (..., M), optional
         True = attend. What lies under False is never read.
+    query_mask : boolean array, shape (..., N), optional
+        False = padding: zeros and -inf, whatever the query holds, and no gradient from or to it. Never taken
+        from `key_mask`: the keys may be a part of all that these queries attend to.
     is_causal : bool, default False
         Query n sees the keys up to n; N = M.
     enable_gqa : bool, default False
@@ -94,7 +98,16 @@ def attend(
     >>> np.exp(log_norm)
     array([3.])
     """
-    x = prepare(q, k, v, scale=1.0, key_mask=key_mask, enable_gqa=enable_gqa)
+    x = prepare(
+        q,
+        k,
+        v,
+        scale=1.0,
+        key_mask=key_mask,
+        query_mask=query_mask,
+        is_self=False,
+        enable_gqa=enable_gqa,
+    )
     check_causal(x, is_causal)
     xp, (n, m) = x.xp, (x.q.shape[-2], x.k.shape[-2])
     given = {"q": (x.q, 2), "k": (x.k, 2), "v": (x.v, 2)}
@@ -118,6 +131,8 @@ def attend(
             pair_bias = xp.where(x.key_mask[..., None, :], pair_bias, 0.0)
     check_broadcast(**given)
     out, log_norm = _fused.attend(x.q, Keys(x.k, x.v, bias), pair_bias=pair_bias, is_causal=is_causal)
+    if x.query_mask is not None:
+        log_norm = xp.where(x.query_mask, log_norm, -math.inf)
     return Average(x.finish(out), x.merge_heads(log_norm, 1))
 
 

@@ -29,6 +29,7 @@ def ra(
     components: Array | None = None,
     scale: float | None = None,
     key_mask: Array | None = None,
+    query_mask: Array | None = None,
     is_causal: bool = False,
     enable_gqa: bool = False,
 ) -> Array:
@@ -57,6 +58,9 @@ def ra(
     key_mask : boolean array, shape (..., M), optional
         True = attend. What lies under False is never read, whatever it holds; any amount of it
         leaves the other outputs unchanged to rounding.
+    query_mask : boolean array, shape (..., N), optional
+        False = padding: a row of zeros, whatever the query holds, and no gradient from or to it. By default
+        `key_mask` where N = M, as in self-attention: pass all True where other queries are as many.
     is_causal : bool, default False
         Not there: a draw comes from a softmax over the keys.
     enable_gqa : bool, default False
@@ -103,8 +107,16 @@ def ra(
     True
     """
     refuse_causal("ra", is_causal)
+    also = [(noise, 3), (components, 2)]
     x = prepare(
-        q, k, v, scale=scale, key_mask=key_mask, enable_gqa=enable_gqa, also=[(noise, 3), (components, 2)]
+        q,
+        k,
+        v,
+        scale=scale,
+        key_mask=key_mask,
+        query_mask=query_mask,
+        enable_gqa=enable_gqa,
+        also=also,
     )
     count = resolve_count("num_samples", num_samples, 1, noise=(noise, -3), components=(components, -2))
     n, d = x.q.shape[-2:]

@@ -19,7 +19,6 @@ from ._inputs import (
     check_flags,
     check_option,
     dot,
-    hide,
     namespace,
     placement,
     prepare,
@@ -75,6 +74,7 @@ def rfa(
     noise: Array | None = None,
     scale: float | None = None,
     key_mask: Array | None = None,
+    query_mask: Array | None = None,
     is_causal: bool = False,
     return_state: bool = False,
     enable_gqa: bool = False,
@@ -113,6 +113,9 @@ def rfa(
     key_mask : boolean array, shape (..., M), optional
         True = attend. What lies under False is never read, whatever it holds; any amount of it
         leaves the other outputs unchanged to rounding.
+    query_mask : boolean array, shape (..., N), optional
+        False = padding: a row of zeros, whatever the query holds, and no gradient from or to it. By default
+        `key_mask` where N = M, as in self-attention: pass all True where other queries are as many.
     is_causal : bool, default False
         Query n sees the keys up to n; N = M, positive features. Of the pairs within 64 tokens, those
         whose kernel is 87 nats below what their norms allow are taken at that distance: with norms of
@@ -180,7 +183,16 @@ def rfa(
     check_option("features", features, ("positive", "optimal", "trigonometric"))
     check_option("draws", draws, ("iid", "orthogonal", "simplex", "antithetic", "qmc"))
     check_flags(return_state=return_state, precondition=precondition)
-    x = prepare(q, k, v, scale=scale, key_mask=key_mask, enable_gqa=enable_gqa, also=[(noise, 2)])
+    x = prepare(
+        q,
+        k,
+        v,
+        scale=scale,
+        key_mask=key_mask,
+        query_mask=query_mask,
+        enable_gqa=enable_gqa,
+        also=[(noise, 2)],
+    )
     check_causal(x, is_causal)
     if return_state and not is_causal:
         raise ValueError("return_state: expected is_causal=True with it")
@@ -330,16 +342,17 @@ def _of_first(log_xi: Array, before: Average) -> Array:
 
 
 def _means(x: Inputs, of: Callable[[Array], Array]) -> tuple[Array, Array]:
-    """Of a function of the queries and of the keys that are there: (..., 1, X) each."""
-    xp, masks = x.xp, (x.key_mask if x.q.shape[-2] == x.k.shape[-2] else None, x.key_mask)
+    """Return the means of a function of the queries and of the keys that are there: (..., 1, X) each."""
+    xp = x.xp
 
     def mean(y: Array, mask: Array | None) -> Array:
         if mask is None:
             return xp.mean(of(y), axis=-2, keepdims=True)
         count = xp.sum(xp.astype(mask, y.dtype), axis=-1)[..., None, None]
-        return xp.sum(of(hide(y, mask)), axis=-2, keepdims=True) / nonzero(count)
+        # Padding is zeros, and so is the function of it.
+        return xp.sum(of(y), axis=-2, keepdims=True) / nonzero(count)
 
-    return mean(x.q, masks[0]), mean(x.k, masks[1])
+    return mean(x.q, x.query_mask), mean(x.k, x.key_mask)
 
 
 def _preconditioned(x: Inputs) -> Inputs:

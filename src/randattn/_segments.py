@@ -242,10 +242,10 @@ def blocks_of_queries(x: Inputs, keys: Blocks) -> Blocks:
     return blocks((n,), "segments" if n >= count else "cells", (count,))
 
 
-def pooling_ranks(landmarks: Any, noise: Any, query_mask: Any) -> list[tuple[Any, int]]:
+def pooling_ranks(landmarks: Any, noise: Any) -> list[tuple[Any, int]]:
     """The further arrays of an estimator that pools, with the number of their trailing axes."""
     pair = landmarks if isinstance(landmarks, tuple | list) else ()
-    return [(noise, 2), (query_mask, 1), *[(array, 2) for array in pair]]
+    return [(noise, 2), *[(array, 2) for array in pair]]
 
 
 def given_landmarks(x: Inputs, landmarks: Any, count: int) -> tuple[Array, Array]:
@@ -265,14 +265,6 @@ def given_landmarks(x: Inputs, landmarks: Any, count: int) -> tuple[Array, Array
         q=(x.q, 2), k=(x.k, 2), v=(x.v, 2), **{n: (a, 2) for n, a in zip(names, pair, strict=True)}
     )
     return pair[0], pair[1]
-
-
-def resolve_query_mask(x: Inputs, query_mask: Array | None) -> Array | None:
-    """The queries that take part in pooling; those of the key mask where N = M."""
-    n, m = x.q.shape[-2], x.k.shape[-2]
-    if query_mask is None:
-        return x.key_mask if n == m else None
-    return x.match_mask("query_mask", query_mask, n)
 
 
 def check_grid(grid: Any, n: int, m: int) -> Sizes:

@@ -22,6 +22,7 @@ def softmax_attention(
     *,
     scale: float | None = None,
     key_mask: Array | None = None,
+    query_mask: Array | None = None,
     is_causal: bool = False,
     enable_gqa: bool = False,
 ) -> Array:
@@ -39,6 +40,9 @@ def softmax_attention(
         Factor of the logits, by default ``D ** -0.5``.
     key_mask : boolean array, shape (..., M), optional
         True = attend. What lies under False is never read, whatever it holds.
+    query_mask : boolean array, shape (..., N), optional
+        False = padding: a row of zeros, whatever the query holds, and no gradient from or to it. By default
+        `key_mask` where N = M, as in self-attention: pass all True where other queries are as many.
     is_causal : bool, default False
         Query n sees the keys up to n; N = M.
     enable_gqa : bool, default False
@@ -71,6 +75,6 @@ def softmax_attention(
     >>> softmax_attention(q, k, v).shape
     (2, 5, 4)
     """
-    x = prepare(q, k, v, scale=scale, key_mask=key_mask, enable_gqa=enable_gqa)
+    x = prepare(q, k, v, scale=scale, key_mask=key_mask, query_mask=query_mask, enable_gqa=enable_gqa)
     check_causal(x, is_causal)
     return x.finish(conclude(x.q, Keys(x.k, x.v, x.key_bias), scale=x.scale, is_causal=is_causal))

@@ -82,7 +82,9 @@ def test_estimators_and_padding(estimator, options):
     tokens = np.where(KEEP, RNG.integers(1, 30, (2, N)), 0)
     x = embedded(tokens)
     by_mask = keras.ops.convert_to_numpy(layer(x, x))
-    named = keras.ops.convert_to_numpy(layer(*[keras.ops.convert_to_numpy(x)] * 2, value_mask=KEEP))
+    named = keras.ops.convert_to_numpy(
+        layer(*[keras.ops.convert_to_numpy(x)] * 2, value_mask=KEEP, query_mask=KEEP)
+    )
     close(by_mask[KEEP], named[KEEP])
     unmasked = keras.ops.convert_to_numpy(layer(*[keras.ops.convert_to_numpy(x)] * 2))
     assert np.abs(unmasked - named).max() > 1e-4

@@ -109,7 +109,38 @@ def test_as_pytorchs_own_layer():
         x, y = torch.tensor(X), torch.tensor(X[:, :11])
         torch.testing.assert_close(one(y, x), theirs(y, x, x)[0])
         exact = theirs(x, x, x, key_padding_mask=torch.tensor(~KEEP))[0]
-        torch.testing.assert_close(one(x, key_mask=torch.tensor(KEEP)), exact)
+        torch.testing.assert_close(one(x, key_mask=torch.tensor(KEEP))[KEEP], exact[KEEP])
+        other = torch.tensor(X[::-1].copy())
+        exact = theirs(other, x, x, key_padding_mask=torch.tensor(~KEEP))[0]
+        # As many queries as keys, and another mask.
+        torch.testing.assert_close(one(other, x, key_mask=torch.tensor(KEEP)), exact)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_junk_in_padding(name):
+    """Neither results nor gradients, of the weights either, depend on the padding of tokens."""
+    one, other = both(name)
+    weights = np.random.default_rng(1).standard_normal((2, N, F)).astype(np.float32) * KEEP[..., None]
+    options = {} if name == "softmax" else {"rng": 3}
+
+    def loss(other, x):
+        if isinstance(x, torch.Tensor):
+            return (one(x, key_mask=torch.tensor(KEEP), **options) * torch.tensor(weights)).sum()
+        return jnp.sum(other(x, key_mask=jnp.asarray(KEEP), **options) * weights)
+
+    def gradients(junk):
+        x = np.where(KEEP[..., None], X, junk).astype(np.float32)
+        leaf = torch.tensor(x, requires_grad=True)
+        ours = torch.autograd.grad(loss(None, leaf), [leaf, *one.parameters()], allow_unused=True)
+        theirs = nnx.grad(loss, argnums=(0, 1))(other, jnp.asarray(x))
+        return [g for g in ours if g is not None], jax.tree.leaves(theirs)
+
+    clean, junk = gradients(0.0), gradients(np.nan)
+    for expected, found in zip(clean, junk, strict=True):
+        assert len(found) == len(expected) > 3
+        for x, y in zip(expected, found, strict=True):
+            np.testing.assert_allclose(y, x, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(np.asarray(junk[0][0])[~KEEP], 0)
 
 
 def test_learned_landmarks_and_bias_by_the_library():

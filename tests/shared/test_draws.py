@@ -146,6 +146,7 @@ def test_components_choose_by_inversion_also_at_the_borders(lib):
             noise=lib.asarray(noise),
             components=lib.asarray(np.full((1, N), u)),
             key_mask=lib.asarray(mask),
+            query_mask=lib.asarray(np.ones(N, dtype=bool)),
             scale=1.0,
         )
         w = q + k[chosen]

@@ -120,11 +120,11 @@ def test_no_mask_on_queries_takes_keys_away(lib):
     """A landmark whose queries are all masked still stands for its keys."""
     q, k, v = inputs(m=N)
     half = np.arange(N) < N // 2
-    for queries, keys in ((np.zeros(N, dtype=bool), np.ones(N, dtype=bool)), (half, ~half)):
-        masks = {"query_mask": lib.asarray(queries), "key_mask": lib.asarray(keys)}
-        exact = lib.numpy(softmax_attention(*lib.arrays(q, k, v), key_mask=masks["key_mask"]))
+    for keys in (np.ones(N, dtype=bool), ~half):
+        masks = {"query_mask": lib.asarray(half), "key_mask": lib.asarray(keys)}
+        exact = lib.numpy(softmax_attention(*lib.arrays(q, k, v), **masks))[..., half, :]
         for estimator in (lara, partial(lara, weighting="balance"), partial(eva, window=0)):
-            out = lib.numpy(estimator(*lib.arrays(q, k, v), rng=0, **masks))
+            out = lib.numpy(estimator(*lib.arrays(q, k, v), rng=0, **masks))[..., half, :]
             assert np.linalg.norm(out - exact) < np.linalg.norm(exact)
 
 

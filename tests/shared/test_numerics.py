@@ -5,7 +5,7 @@ import warnings
 import numpy as np
 import pytest
 
-from tests.calls import attend, lara, merge, rfa, softmax_attention
+from tests.calls import attend, merge, rfa
 from tests.shared.estimators import ESTIMATORS
 
 N, D, E = 12, 4, 3
@@ -86,19 +86,19 @@ def test_no_key_left_gives_zeros_in_silence(lib, name):
 def test_one_key_left_is_its_value(lib, name):
     q, k, v = inputs()
     mask = np.arange(N) == 7
-    out = lib.numpy(ESTIMATORS[name](*lib.arrays(q, k, v), key_mask=lib.asarray(mask)))
+    masks = {"key_mask": lib.asarray(mask), "query_mask": lib.asarray(np.ones(N, dtype=bool))}
+    out = lib.numpy(ESTIMATORS[name](*lib.arrays(q, k, v), **masks))
     first = 7 if "causal" in name else 0
     np.testing.assert_allclose(out[:, first:], np.broadcast_to(v[:, 7:8], out[:, first:].shape), rtol=1e-10)
     assert np.all(out[:, :first] == 0)
 
 
-@pytest.mark.parametrize("name", ["softmax", "rfa positive", "ra", "lara landmarks", "lara balance"])
+@pytest.mark.parametrize("name", ["softmax", "rfa positive", "ra"])
 def test_a_nan_query_spoils_its_own_row_alone(lib, name):
-    """Where the query mask keeps it out of what is pooled."""
+    """Where it is no padding, so that it is read, and nothing is pooled."""
     q, k, v = inputs()
     q[:, 3] = np.nan
-    options = {"query_mask": lib.asarray(np.arange(N) != 3)} if name.startswith("lara") else {}
-    out = lib.numpy(ESTIMATORS[name](*lib.arrays(q, k, v), **options))
+    out = lib.numpy(ESTIMATORS[name](*lib.arrays(q, k, v)))
     others = np.delete(np.arange(N), 3)
     assert np.all(np.isfinite(out[:, others]))
     assert np.all(np.isnan(out[:, 3]))
@@ -129,26 +129,9 @@ def test_trigonometric_range_is_that_of_the_keys_attended_to(lib):
     q, k, v = inputs()
     mask = np.arange(N) < 4
     v[:, 4:] = 1e6
-    out = lib.numpy(
-        rfa(
-            *lib.arrays(5 * q, 5 * k, v),
-            num_samples=2,
-            features="trigonometric",
-            rng=0,
-            key_mask=lib.asarray(mask),
-        )
-    )
+    masks = {"key_mask": lib.asarray(mask), "query_mask": lib.asarray(np.ones(N, dtype=bool))}
+    arrays = lib.arrays(5 * q, 5 * k, v)
+    out = lib.numpy(rfa(*arrays, num_samples=2, features="trigonometric", rng=0, **masks))
     kept = v[:, :4]
     assert np.all(out >= kept.min(axis=1, keepdims=True))
     assert np.all(out <= kept.max(axis=1, keepdims=True))
-
-
-def test_masked_queries_still_get_answers(lib):
-    """The query mask is about pooling: N = M does not make a key mask one of the outputs."""
-    q, k, v = inputs()
-    mask = np.arange(N) < 6
-    out = lib.numpy(lara(*lib.arrays(q, k, v), num_landmarks=4, rng=0, key_mask=lib.asarray(mask)))
-    assert np.all(np.isfinite(out))
-    exact = lib.numpy(softmax_attention(*lib.arrays(q, k, v), key_mask=lib.asarray(mask)))
-    assert np.all(np.abs(out).max(axis=-1) > 0)
-    assert np.linalg.norm(out - exact) < np.linalg.norm(exact)

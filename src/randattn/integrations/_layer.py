@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from randattn import _eva_choice, _lara, eva, lara, ra, rfa, softmax_attention
-from randattn._inputs import namespace, prepare
+from randattn._inputs import hide, namespace, prepare
 from randattn._plans import blocks
 from randattn._segments import blocks_of_queries, check_grid, pool
 
@@ -66,14 +66,39 @@ def merge_heads(x: Array) -> Array:
     return xp.reshape(x, (*x.shape[:-2], x.shape[-2] * x.shape[-1]))
 
 
+def masks_of(
+    x: Array, context: Array | None, key_mask: Array | None, query_mask: Array | None
+) -> tuple[Array, Array, dict[str, Any]]:
+    """Return the tokens (..., N, F) and (..., M, F) with zeros for padding, and the masks of all heads.
+
+    The weights' gradients are products with the tokens, where NaN times zero would be NaN.
+    """
+    if context is None:
+        context, query_mask = x, key_mask if query_mask is None else query_mask
+    masks = {
+        name: None if mask is None else mask[..., None, :]
+        for name, mask in (("key_mask", key_mask), ("query_mask", query_mask))
+    }
+    return hide(x, query_mask), hide(context, key_mask), masks
+
+
 def pooled(
-    estimator: str, q: Array, k: Array, options: dict[str, Any], key_mask: Array | None, *, is_causal: bool
+    estimator: str,
+    q: Array,
+    k: Array,
+    options: dict[str, Any],
+    *,
+    is_causal: bool,
+    key_mask: Array | None,
+    query_mask: Array | None,
 ) -> tuple[Array, Array]:
-    """The means of queries and keys (..., H, C, D) that the estimator's own landmarks would be."""
-    x = prepare(q, k, k, scale=None, key_mask=key_mask, enable_gqa=False)
-    grid, mask = options.get("grid"), x.key_mask if q.shape[-2] == k.shape[-2] else None
+    """Return the means of queries and keys (..., H, C, D) that the estimator's own landmarks would be."""
+    x = prepare(
+        q, k, k, scale=None, key_mask=key_mask, query_mask=query_mask, is_self=False, enable_gqa=False
+    )
+    grid = options.get("grid")
     if estimator == "lara":
-        qt, kt, _ = _lara.landmarks_of(x, options.get("num_landmarks"), None, None, mask, grid)
+        qt, kt, _ = _lara.landmarks_of(x, options.get("num_landmarks"), None, None, grid)
         return qt, kt
     tokens = check_grid(grid, q.shape[-2], k.shape[-2])
     counts = options.get("num_groups"), options.get("group_size")
@@ -82,7 +107,7 @@ def pooled(
         groups = blocks(tokens, "tiles", sizes)
     else:
         groups = blocks(tokens, *_eva_choice.check_groups(tokens, *counts, None, None))
-    (qt, _), (kt, _) = pool(x.q, blocks_of_queries(x, groups), mask), pool(x.k, groups, x.key_mask)
+    (qt, _), (kt, _) = pool(x.q, blocks_of_queries(x, groups), x.query_mask), pool(x.k, groups, x.key_mask)
     return qt, kt
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from randattn import eva, softmax_attention
+from randattn._inputs import namespace, placement
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,11 +38,15 @@ def estimate(
     is_causal: bool,
     **ours: Any,
 ) -> Array:
-    """The estimator on heads-first arrays, with the caller's options and `ours`."""
+    """Return the estimate of heads-first arrays, with the caller's options and `ours`."""
     n, m = q.shape[-2], k.shape[-2]
     for name in ours:
         if options.get(name) is not None:
             raise TypeError(f"{name}: expected of the call, not among the estimator's options")
+    has_query_mask = options.get("query_mask") is not None or ours.get("query_mask") is not None
+    if n == m and not (has_query_mask or is_causal) and ours.get("key_mask") is not None:
+        # As many queries may be of another sequence: by the keys' mask they would get zeros.
+        ours["query_mask"] = namespace(q).ones((n,), dtype=namespace(q).bool, device=placement(q))
     if n != m and options.get("window_bias") is not None:
         raise NotImplementedError(f"window_bias: expected as many keys as queries ({n}), got {m}")
     options = {name: value for name, value in options.items() if name not in ours}

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ._layer import ESTIMATORS, buckets, check_layer, merge_heads, pooled, split_heads
+from ._layer import ESTIMATORS, buckets, check_layer, masks_of, merge_heads, pooled, split_heads
 from ._layout import estimate, key_mask_of
 
 if TYPE_CHECKING:
@@ -194,28 +194,34 @@ class Attention(nnx.Module):
         self.places = nnx.static((options.get("window", 64), num_buckets, max_distance))
 
     def __call__(
-        self, x: jax.Array, context: jax.Array | None = None, *, key_mask: jax.Array | None = None, **own: Any
+        self,
+        x: jax.Array,
+        context: jax.Array | None = None,
+        *,
+        key_mask: jax.Array | None = None,
+        query_mask: jax.Array | None = None,
+        **own: Any,
     ) -> jax.Array:
         """Attend from `x` (..., N, F) to `context` (..., M, F), by default to itself.
 
-        `key_mask` (..., M) is True where there is a key; further options are the estimator's.
+        `key_mask` (..., M) is True where there is a key, `query_mask` (..., N) where there is a query: without
+        a context `key_mask`, else everywhere, by default. Further options are the estimator's.
         """
-        context = x if context is None else context
+        x, context, masks = masks_of(x, context, key_mask, query_mask)
         q, k, v = (
             split_heads(project(y), self.num_heads)
             for project, y in ((self.query, x), (self.key, context), (self.value, context))
         )
-        mask = None if key_mask is None else key_mask[..., None, :]
         options = {**self._draws(own), **self.options, **own}
         if self.query_landmark is not None and self.key_landmark is not None:
-            qt, kt = pooled(self.estimator, q, k, options, mask, is_causal=self.is_causal)
+            qt, kt = pooled(self.estimator, q, k, options, is_causal=self.is_causal, **masks)
             options["landmarks"] = (self.query_landmark(qt), self.key_landmark(kt))
             for name in ("num_landmarks", "num_groups"):
                 options.pop(name, None)
         if self.relative_bias is not None:
             places = jnp.asarray(buckets(*self.places, is_causal=self.is_causal))
             options["window_bias"] = jnp.moveaxis(self.relative_bias(places), -1, 0)
-        out = estimate(ESTIMATORS[self.estimator], options, q, k, v, is_causal=self.is_causal, key_mask=mask)
+        out = estimate(ESTIMATORS[self.estimator], options, q, k, v, is_causal=self.is_causal, **masks)
         return self.out(merge_heads(out))
 
     def _draws(self, own: dict[str, Any]) -> dict[str, Any]:

@@ -89,7 +89,7 @@ class _Estimated:
         masks = {
             name: mask[:, None, :]
             for name, mask in (("key_mask", attention_mask.keys), ("query_mask", attention_mask.queries))
-            if mask is not None and (name == "key_mask" or self.estimator in ("lara", "eva"))
+            if mask is not None
         }
         out = self._estimate((*masks,), attention_mask.is_causal)(q, k, v, *masks.values())
         return keras.ops.swapaxes(out, 1, 2), None

@@ -9,7 +9,7 @@ from torch import nn
 
 from randattn import eva
 
-from ._layer import ESTIMATORS, buckets, check_layer, merge_heads, pooled, split_heads
+from ._layer import ESTIMATORS, buckets, check_layer, masks_of, merge_heads, pooled, split_heads
 from ._layout import estimate, key_mask_of
 
 if TYPE_CHECKING:
@@ -40,7 +40,8 @@ def scaled_dot_product_attention(
     value : Tensor, shape (..., H, M, E)
         Values.
     attn_mask : Tensor of bool, shape (..., 1, M), optional
-        True = attend; the same for all queries.
+        True = attend; the same for all queries, of which none is padding unless a `query_mask` is among the
+        options (..., N).
     dropout_p : float, default 0.0
         Zero alone: no weights are there to drop.
     is_causal : bool, default False
@@ -197,27 +198,28 @@ class Attention(nn.Module):
         context: torch.Tensor | None = None,
         *,
         key_mask: torch.Tensor | None = None,
+        query_mask: torch.Tensor | None = None,
         **own: Any,
     ) -> torch.Tensor:
         """Attend from `x` (..., N, F) to `context` (..., M, F), by default to itself.
 
-        `key_mask` (..., M) is True where there is a key; further options are the estimator's.
+        `key_mask` (..., M) is True where there is a key, `query_mask` (..., N) where there is a query: without
+        a context `key_mask`, else everywhere, by default. Further options are the estimator's.
         """
-        context = x if context is None else context
+        x, context, masks = masks_of(x, context, key_mask, query_mask)
         q, k, v = (
             split_heads(project(y), self.num_heads)
             for project, y in ((self.query, x), (self.key, context), (self.value, context))
         )
-        mask = None if key_mask is None else key_mask[..., None, :]
         options = {**self._draws(x.device, own), **self.options, **own}
         if self.query_landmark is not None and self.key_landmark is not None:
-            qt, kt = pooled(self.estimator, q, k, options, mask, is_causal=self.is_causal)
+            qt, kt = pooled(self.estimator, q, k, options, is_causal=self.is_causal, **masks)
             options["landmarks"] = (self.query_landmark(qt.to(q.dtype)), self.key_landmark(kt.to(k.dtype)))
             for name in ("num_landmarks", "num_groups"):
                 options.pop(name, None)
         if self.relative_bias is not None:
             options["window_bias"] = self.relative_bias(self.places).movedim(-1, 0)
-        out = estimate(ESTIMATORS[self.estimator], options, q, k, v, is_causal=self.is_causal, key_mask=mask)
+        out = estimate(ESTIMATORS[self.estimator], options, q, k, v, is_causal=self.is_causal, **masks)
         return self.out(merge_heads(out))
 
     def _draws(self, device: torch.device, own: dict[str, Any]) -> dict[str, Any]:
