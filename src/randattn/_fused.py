@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import array_api_compat as compat
 
 from . import _attend, _inplace
-from ._inputs import namespace, placement
+from ._inputs import namespace, out_of_range, placement
 from ._writing import Writing
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def undisturbed(function: F) -> F:
     """Leave what a caller's context does to operations.
 
     PyTorch's autocast would take the products in half precision, and the logits with them; on a JAX mesh
-    with explicit axes every layout inside would have to be said.
+    with explicit axes every layout inside would have to be said; NumPy would warn of what overflows.
     """
 
     @functools.wraps(function)
@@ -54,9 +54,24 @@ def undisturbed(function: F) -> F:
             from . import _fused_jax_mesh
 
             return _fused_jax_mesh.laid_by_compiler(function, q, *args, **options)
+        if compat.is_numpy_array(q):
+            return _without_overflow(function, q, *args, **options)
         return function(q, *args, **options)
 
     return cast("F", call)
+
+
+def _without_overflow(function: Callable[..., Any], q: Any, *args: Any, **options: Any) -> Any:
+    """Raise one error where NumPy would warn of each operation that overflows, and results would be NaN."""
+    numpy = sys.modules["numpy"]
+    if numpy.geterr()["over"] == "ignore":
+        return function(q, *args, **options)
+    try:
+        with numpy.errstate(over="raise"):
+            return function(q, *args, **options)
+    except FloatingPointError:
+        error = out_of_range(dict(zip("qkv", (q, *args), strict=False)))
+    raise error
 
 
 def in_full_precision(x: Any) -> Any:

@@ -18,6 +18,14 @@ if TYPE_CHECKING:
 
 # Looked up by type: `array_namespace` asks every library in turn, on every call.
 _namespaces: dict[type, Namespace] = {}
+# Kinds of PyTorch's tensors, by the property that tells them: few operations take them. And the way out.
+_NOT_DENSE = {
+    "is_nested": "a nested one: pass .to_padded_tensor(0.0) and a key_mask",
+    "is_quantized": "a quantized one: pass .dequantize()",
+    "is_sparse": "a sparse one: pass .to_dense()",
+    "is_mkldnn": "an MKL-DNN one: pass .to_dense()",
+}
+_MASKED = ("numpy.ma", "torch.masked")
 
 
 def is_array(x: Any) -> bool:
@@ -215,9 +223,8 @@ def check_arrays(**arrays: Array) -> None:
 
 
 def check_like(name: str, x: Any, like: Array, like_name: str = "q") -> None:
-    """An array of the same library and device as another."""
-    if "numpy.ma" in type(x).__module__:
-        raise TypeError(f"{name}: expected a plain array; of a masked one pass .filled() and a key_mask")
+    """Raise where this is no dense array of the same library and device as another."""
+    check_dense(name, x)
     if not is_array(x):
         raise TypeError(f"{name}: expected an array (NumPy, PyTorch, JAX, CuPy, ...), got {_type_name(x)}")
     if namespace(x) is not namespace(like):
@@ -237,6 +244,30 @@ def check_like(name: str, x: Any, like: Array, like_name: str = "q") -> None:
     # Arrays laid out differently over the same devices mix well.
     if getattr(here, "device_set", here) != getattr(there, "device_set", there):
         raise ValueError(f"{name}: expected an array on the device of {like_name}, {there}, got {here}")
+
+
+def check_dense(name: str, x: Any) -> None:
+    """Raise where this is an array of a kind that its own library computes little with."""
+    kind = None
+    if type(x) not in _namespaces and type(x).__module__.startswith(_MASKED):
+        kind = "a masked one: pass its data, and a key_mask"
+    elif hasattr(x, "is_nested") and (x.is_nested or x.is_quantized or str(x.layout) != "torch.strided"):
+        found = (kind for flag, kind in _NOT_DENSE.items() if getattr(x, flag))
+        # Tensors of compressed rows or columns have none of these flags.
+        kind = next(found, _NOT_DENSE["is_sparse"])
+    if kind is not None:
+        raise TypeError(f"{name}: expected a dense array, got {kind}")
+
+
+def out_of_range(arrays: dict[str, Array]) -> ValueError:
+    """Make the error of inputs that overflow, which names the first array with an entry that does."""
+    for name, x in arrays.items():
+        xp, limit = namespace(x), math.sqrt(namespace(x).finfo(x.dtype).max / x.shape[-1])
+        largest = float(xp.max(xp.abs(x)))
+        if not largest <= limit:
+            held = f"whose squared norm {x.dtype} holds"
+            return ValueError(f"{name}: expected entries up to {limit:.0e}, {held}, got {largest:.0e}")
+    return ValueError("q: expected logits and sums that its dtype holds, got some that overflow")
 
 
 def check_floating(name: str, x: Array) -> None:

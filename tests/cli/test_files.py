@@ -255,8 +255,14 @@ def test_too_large_for_float32(refuse: Callable[..., str], arrays: Arrays) -> No
     assert "q: holds values too large for float32" in refuse(to_npz(arrays), "inputs.npz")
 
 
+def test_squared_norms_too_large_for_float32(refuse: Callable[..., str], arrays: Arrays) -> None:
+    arrays["k"] = arrays["k"] * np.float32(1e20)
+    assert "k: holds values whose squared norms are too large" in refuse(to_npz(arrays), "inputs.npz")
+
+
 def test_logits_too_large_for_float32(refuse: Callable[..., str], arrays: Arrays) -> None:
-    arrays["q"], arrays["k"] = arrays["q"] * 1e25, arrays["k"] * 1e25
+    arrays["q"], arrays["k"] = arrays["q"] * 1e17, arrays["k"] * 1e17
+    arrays["scale"] = np.array(1e6)
     assert "exact attention overflows in float32" in refuse(to_npz(arrays), "inputs.npz")
 
 

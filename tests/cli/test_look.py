@@ -138,6 +138,12 @@ def test_refusals(command: Any, arguments: tuple[str, ...], says: str) -> None:
 
 
 def test_what_has_no_error_is_refused(command: Any, arrays: dict[str, np.ndarray], save: Any) -> None:
-    result = command("--input", save({**arrays, "v": 0 * arrays["v"]}))
-    assert result.code == 2
-    assert "exact attention is zero" in result.err
+    for changed, says in (
+        ({"v": 0 * arrays["v"]}, "exact attention is zero"),
+        ({"scale": np.float32(1e38)}, "exact attention overflows"),
+        ({"q": arrays["q"] * np.float32(1e20)}, "q: holds values whose squared norms are too large"),
+    ):
+        result = command("--input", save({**arrays, **changed}))
+        assert result.code == 2
+        assert says in result.err
+        assert result.err.count("\n") == 1

@@ -1,6 +1,7 @@
 """Bad input: an error that names the argument, what came and what was expected."""
 
 import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -357,10 +358,62 @@ def test_flags(lib):
 @pytest.mark.only("numpy")
 def test_masked_arrays(lib):
     q, k, v = inputs()
-    with refuses(TypeError, "k", "filled", "key_mask"):
+    with refuses(TypeError, "k", "dense", "masked", "key_mask"):
         softmax_attention(q, np.ma.masked_greater(k, 0), v)
-    with refuses(TypeError, "key_mask", "filled"):
+    with refuses(TypeError, "key_mask", "dense", "masked"):
         softmax_attention(q, k, v, key_mask=np.ma.masked_array(np.ones(M, dtype=bool)))
+
+
+def tensors_that_are_not_dense():
+    """Make a PyTorch tensor of each kind, of a batch of sequences or of one."""
+    import torch
+
+    x = torch.ones(2, M, D)
+    jagged = [x[0], x[1, :-1]]
+    return {
+        "sparse": x.to_sparse(),
+        "sparse rows": x[0].to_sparse_csr(),
+        "sparse columns": x[0].to_sparse_csc(),
+        "nested": torch.nested.nested_tensor(jagged),
+        "nested, jagged": torch.nested.nested_tensor(jagged, layout=torch.jagged),
+        "MKL-DNN": x.to_mkldnn(),
+        "quantized": torch.quantize_per_tensor(x, 0.1, 0, torch.qint8),
+        "masked": torch.masked.masked_tensor(x, x > 0),
+    }
+
+
+# What PyTorch says of the kinds themselves: prototypes, beta, deprecated.
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+@pytest.mark.only("torch")
+def test_tensors_that_are_not_dense(lib, estimator):
+    """By name, before an operation of PyTorch's fails within; as keys, and as all arrays."""
+    for kind, bad in tensors_that_are_not_dense().items():
+        q, _, v = lib.arrays(*(x if bad.ndim == 3 else x[0] for x in inputs()), dtype="float32")
+        with refuses(TypeError, "k", "dense", kind.split()[0].rstrip(",")):
+            estimator(q, bad, v)
+        with refuses(TypeError, "q", "dense", kind.split()[0].rstrip(",")):
+            estimator(bad, bad, bad)
+
+
+@pytest.mark.only("numpy")
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_entries_whose_squares_overflow(lib, dtype):
+    """One error instead of a warning for each operation, also where warnings are errors."""
+    large = 1e20 if dtype == "float32" else 1e200
+    for name, functions in {
+        "q": (lara, partial(lara, weighting="balance")),
+        "k": (partial(rfa, rng=0), partial(ra, rng=0), lara, partial(eva, num_groups=4, window=0)),
+    }.items():
+        arrays = dict(zip("qkv", lib.arrays(*inputs(), dtype=dtype), strict=True))
+        arrays[name] = arrays[name].copy()
+        arrays[name][0, 3] = large
+        for function in functions:
+            with refuses(ValueError, name, "expected entries up to", dtype):
+                function(*arrays.values())
+        # Their products with others are within the range.
+        assert np.all(np.isfinite(softmax_attention(*arrays.values())))
+        with np.errstate(all="ignore"):
+            assert not np.all(np.isfinite(functions[-1](*arrays.values())))
 
 
 def test_tuples_count_on_grids_alone(lib):

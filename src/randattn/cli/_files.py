@@ -163,6 +163,10 @@ def _single(which: str, x: np.ndarray) -> np.ndarray:
         single = np.ascontiguousarray(x, dtype=np.float32)
     if not np.isfinite(single).all():
         raise _Unfit(f"{which}: holds values too large for float32")
+    with np.errstate(over="ignore"):
+        squares = np.vecdot(single, single)
+    if which != "v" and not np.isfinite(squares).all():
+        raise _Unfit(f"{which}: holds values whose squared norms are too large for float32")
     return single
 
 

@@ -203,8 +203,8 @@ class Attention(nn.Module):
     ) -> torch.Tensor:
         """Attend from `x` (..., N, F) to `context` (..., M, F), by default to itself.
 
-        `key_mask` (..., M) is True where there is a key, `query_mask` (..., N) where there is a query: without
-        a context `key_mask`, else everywhere, by default. Further options are the estimator's.
+        `key_mask` (..., M) is True where there is a key, `query_mask` (..., N) where a query is. Without a
+        context one mask is both. Further options are the estimator's.
         """
         x, context, masks = masks_of(x, context, key_mask, query_mask)
         q, k, v = (
