@@ -168,6 +168,39 @@ def test_buckets_are_t5s(is_causal):
     np.testing.assert_array_equal(buckets(200, 32, 128, is_causal=is_causal), theirs)
 
 
+@pytest.mark.parametrize("name", ["softmax", "rfa", "ra", "lara learned", "eva learned", "lara causal"])
+def test_derivatives_of_each_order(name):
+    """In both frameworks, along a direction, of each order those of the order before by differences."""
+    draws = {} if name == "softmax" else {"rng": 0}
+    one, other = both(name, options={**CASES[name].get("options", {}), **draws})
+    one = one.double()
+    x, along = np.random.default_rng(2).standard_normal((2, 2, N, F))
+    weights = np.random.default_rng(3).standard_normal((2, N, F))
+
+    def by_autograd(x, order):
+        leaf = torch.tensor(x, requires_grad=True)
+        value = (one(leaf).sin() * torch.tensor(weights)).sum()
+        for _ in range(order):
+            (slope,) = torch.autograd.grad(value, leaf, create_graph=True)
+            value = (slope * torch.tensor(along)).sum()
+        return value.item()
+
+    step = 1e-5
+    for order in (1, 2, 3):
+        ends = [by_autograd(x + sign * step * along, order - 1) for sign in (1, -1)]
+        assert by_autograd(x, order) == pytest.approx((ends[0] - ends[1]) / (2 * step), rel=1e-5, abs=1e-5)
+
+    def by_jax(x, order):
+        value = lambda x: jnp.sum(jnp.sin(other(x)) * weights)  # noqa: E731
+        for _ in range(order):
+            value = lambda x, value=value: jnp.sum(jax.grad(value)(x) * along)  # noqa: E731
+        return float(jax.jit(value)(jnp.asarray(x, jnp.float32)))
+
+    # In single precision, where differences would say little.
+    for order in (1, 2):
+        assert by_jax(x, order) == pytest.approx(by_autograd(x, order), rel=1e-3, abs=1e-2)
+
+
 @pytest.mark.parametrize("name", ["rfa", "ra", "lara", "eva learned"])
 def test_training_draws_anew(name):
     one, other = both(name)
