@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import operator
+import reprlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -305,7 +306,7 @@ def check_flags(**flags: Any) -> None:
     for name, value in flags.items():
         # NumPy's own boolean is told by its name: NumPy may not be there.
         if not isinstance(value, bool) and type(value).__name__ not in ("bool_", "bool"):
-            raise TypeError(f"{name}: expected True or False, got {value!r}")
+            raise TypeError(f"{name}: expected True or False, got {shown(value)}")
 
 
 def check_count(name: str, value: Any, minimum: int = 1) -> int:
@@ -329,7 +330,7 @@ def resolve_count(name: str, value: Any, default: int, **given: tuple[Array | No
 
 def check_option(name: str, value: Any, options: Sequence[str]) -> None:
     if not isinstance(value, str) or value not in options:
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, options))}, got {value!r}")
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, options))}, got {shown(value)}")
 
 
 def check_causal(x: Inputs, is_causal: bool) -> None:
@@ -385,6 +386,20 @@ def _split_heads(name: str, x: Array, trailing: int, heads: int) -> Array:
         raise ValueError(f"{name}: expected 1 or a multiple of {heads} heads, got shape {tuple(x.shape)}")
     inner = (1, 1) if size == 1 else (heads, size // heads)
     return namespace(x).reshape(x, (*outer, *inner, *rest))
+
+
+def shown(value: Any) -> str:
+    """Describe a value for an error, in a few words: an array by its kind and shape, never its numbers."""
+    if isinstance(value, (str, bytes, bool, int, float, complex, type(None))):
+        return reprlib.repr(value)
+    if isinstance(value, (tuple, list)):
+        parts = [shown(part) for part in value[:3]] + ["..."] * (len(value) > 3)
+        left, right = "()" if isinstance(value, tuple) else "[]"
+        return f"{left}{', '.join(parts)}{',' * (right == ')' and len(value) == 1)}{right}"
+    if callable(value) and hasattr(value, "__qualname__"):
+        return reprlib.repr(value.__qualname__).strip("'")
+    shape = getattr(value, "shape", None)
+    return _type_name(value) + (f" of shape {tuple(shape)}" if isinstance(shape, tuple) else "")
 
 
 def _type_name(x: Any) -> str:
