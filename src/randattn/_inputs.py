@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import numbers
 import operator
-import reprlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from array_api_compat import array_namespace, is_array_api_obj
+
+from ._shown import shown
+from ._shown import type_name as _type_name
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -297,7 +299,7 @@ def _checked_float(name: str, value: Any, least: float, expected: str) -> float:
     except OverflowError:
         number = math.inf
     if not least <= number < math.inf:
-        raise ValueError(f"{name}: expected {expected}, got {value}")
+        raise ValueError(f"{name}: expected {expected}, got {shown(value)}")
     return number
 
 
@@ -313,7 +315,7 @@ def check_count(name: str, value: Any, minimum: int = 1) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name}: expected an integer, got {_type_name(value)}")
     if value < minimum:
-        raise ValueError(f"{name}: expected at least {minimum}, got {value}")
+        raise ValueError(f"{name}: expected at least {minimum}, got {shown(value)}")
     return operator.index(value)
 
 
@@ -386,22 +388,3 @@ def _split_heads(name: str, x: Array, trailing: int, heads: int) -> Array:
         raise ValueError(f"{name}: expected 1 or a multiple of {heads} heads, got shape {tuple(x.shape)}")
     inner = (1, 1) if size == 1 else (heads, size // heads)
     return namespace(x).reshape(x, (*outer, *inner, *rest))
-
-
-def shown(value: Any) -> str:
-    """Describe a value for an error, in a few words: an array by its kind and shape, never its numbers."""
-    if isinstance(value, (str, bytes, bool, int, float, complex, type(None))):
-        return reprlib.repr(value)
-    if isinstance(value, (tuple, list)):
-        parts = [shown(part) for part in value[:3]] + ["..."] * (len(value) > 3)
-        left, right = "()" if isinstance(value, tuple) else "[]"
-        return f"{left}{', '.join(parts)}{',' * (right == ')' and len(value) == 1)}{right}"
-    if callable(value) and hasattr(value, "__qualname__"):
-        return reprlib.repr(value.__qualname__).strip("'")
-    shape = getattr(value, "shape", None)
-    return _type_name(value) + (f" of shape {tuple(shape)}" if isinstance(shape, tuple) else "")
-
-
-def _type_name(x: Any) -> str:
-    kind = type(x)
-    return f"{kind.__module__.split('.')[0]}.{kind.__qualname__}"

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from randattn import eva
+from randattn._shown import shown
 
 from ._layer import ESTIMATORS, buckets, check_layer, merge_heads, pooled, split_heads
 from ._layout import estimate, key_mask_of
@@ -73,7 +74,9 @@ def scaled_dot_product_attention(
     torch.Size([2, 8, 100, 16])
     """
     if dropout_p:
-        raise NotImplementedError(f"dropout_p: expected 0, got {dropout_p}: no weights are there to drop")
+        raise NotImplementedError(
+            f"dropout_p: expected 0, got {shown(dropout_p)}: no weights are there to drop"
+        )
     return estimate(
         estimator,
         options,

@@ -21,7 +21,8 @@ from transformers.masking_utils import (
 )
 
 from randattn import eva, lara, ra, rfa, softmax_attention
-from randattn._inputs import check_option, shown
+from randattn._inputs import check_option
+from randattn._shown import shown
 
 from ._layout import estimate
 
@@ -143,7 +144,8 @@ def _mask(
     is_causal = mask_function is causal_mask_function
     # The same for all queries: one row is enough.
     is_full = mask_function is bidirectional_mask_function
-    make = sdpa_mask if _has_sdpa(type(config)) else eager_mask
+    kind: Any = type(config)
+    make = sdpa_mask if _has_sdpa(kind) else eager_mask
     made = make(
         batch_size=batch_size,
         q_length=1 if is_full else q_length,
@@ -233,7 +235,8 @@ def _attention(
         )
     if dropout:
         raise NotImplementedError(
-            f"dropout: expected 0, got {dropout}: set the attention dropout of the model's configuration to 0"
+            f"dropout: expected 0, got {shown(dropout)}: "
+            "set the attention dropout of the model's configuration to 0"
         )
     keys = None
     if attention_mask is not None and marks is not None:

@@ -1,0 +1,146 @@
+"""Tiny models of transformers' own lists, with random weights: a family for each class of models."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from transformers import CONFIG_MAPPING
+from transformers.models.auto import modeling_auto
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+LISTS = {
+    "causal": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "masked": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    "seq2seq": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+}
+VOCABULARY, HEADS, WIDTH = 64, 4, 32
+# What configurations call their sizes. A size that a configuration has not is left out.
+SIZES: dict[str, Any] = {
+    name: value
+    for names, value in (
+        (
+            "hidden_size d_model n_embd dim embedding_size input_embedding_size output_embedding_size "
+            "word_embed_proj_dim attention_hidden_size lru_width emb_dim",
+            WIDTH,
+        ),
+        (
+            "intermediate_size encoder_ffn_dim decoder_ffn_dim ffn_dim d_ff d_inner n_inner "
+            "moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size hidden_dim "
+            "dense_intermediate_size intermediate_size_mlp expert_ffn_hidden_size ffn_hidden_size "
+            "block_ff_dim pooler_hidden_size linear_intermediate_size",
+            48,
+        ),
+        (
+            "num_hidden_layers encoder_layers decoder_layers n_layer n_layers num_layers num_decoder_layers "
+            "num_encoder_layers num_sparse_encoder_layers",
+            2,
+        ),
+        (
+            "num_attention_heads encoder_attention_heads decoder_attention_heads n_head n_heads num_heads "
+            "num_encoder_attention_heads num_decoder_attention_heads",
+            4,
+        ),
+        ("num_key_value_heads num_kv_heads num_query_groups multi_query_group_num", 2),
+        ("head_dim d_kv kv_channels attention_head_dim v_head_dim qk_nope_head_dim qk_rope_head_dim", 8),
+        ("q_lora_rank kv_lora_rank", 16),
+        ("num_experts n_routed_experts num_local_experts moe_num_experts", 4),
+        ("num_experts_per_tok num_experts_per_token moe_topk topk_group n_group", 2),
+        ("vocab_size vocab_size_per_layer_input decoder_vocab_size entity_vocab_size", VOCABULARY),
+        ("max_position_embeddings n_positions max_seq_len n_ctx", 128),
+        ("max_source_positions max_target_positions", 128),
+        (
+            "dropout attention_dropout activation_dropout hidden_dropout_prob attention_probs_dropout_prob "
+            "attn_pdrop embd_pdrop resid_pdrop hidden_dropout dropout_rate encoder_layerdrop layerdrop "
+            "decoder_layerdrop classifier_dropout classifier_dropout_prob embedding_dropout "
+            "attention_dropout_prob mlp_dropout residual_dropout router_jitter_noise input_jitter_noise "
+            "ffn_dropout dropout_p",
+            0.0,
+        ),
+        ("sliding_window local_attention window_size attention_chunk_size", 6),
+        ("rotary_dim", 4),
+    )
+    for name in names.split()
+}
+# Of these None is no answer.
+_NEEDED = ("head_dim", "num_key_value_heads")
+# What configurations call the kinds of their layers.
+_KINDS = ("layer_types", "layers_block_type", "block_types")
+# What makes a family small that these names do not.
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "xmod": {"default_language": "en_XX"},
+}
+
+
+def tiny(config: Any) -> dict[str, Any]:
+    """The arguments that make a configuration of this kind small."""
+    had = config.to_dict()
+    found = {}
+    for name in (*had, *config.attribute_map):
+        value = had.get(name, getattr(config, name, None) if name in config.attribute_map else None)
+        if name.endswith(("_token_id", "_token_index")) and isinstance(value, int) and value >= VOCABULARY:
+            # The last of a vocabulary that is small now.
+            found[name] = VOCABULARY - 1
+        elif name in SIZES and (name in _NEEDED or isinstance(value, (int, float))):
+            found[name] = SIZES[name]
+    if "kv_lora_rank" in had:
+        found["num_key_value_heads"] = found["num_attention_heads"]
+    for name, own in config.attribute_map.items():
+        if own in found:
+            found.pop(name, None)
+    found |= _layers(had)
+    for name in config.sub_configs:
+        sub = getattr(config, name, None)
+        if hasattr(sub, "to_dict"):
+            found[name] = {**tiny(sub), "model_type": sub.model_type}
+    return found
+
+
+def _layers(had: dict[str, Any]) -> dict[str, Any]:
+    """A layer of each kind, or two, and of lists by layer what belongs to these."""
+    count = had.get("num_hidden_layers")
+    kinds = next(
+        (had[name] for name in _KINDS if isinstance(had.get(name), (list, tuple)) and had[name]), None
+    )
+    if not isinstance(count, int) or count < 2:
+        return {}
+    chosen = [0, 1]
+    if kinds is not None and len(kinds) == count and len(set(kinds)) > 1:
+        chosen = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
+    found: dict[str, Any] = {"num_hidden_layers": len(chosen)}
+    for name, value in had.items():
+        if isinstance(value, (list, tuple)) and len(value) == count:
+            found[name] = [SIZES.get(name, value[index]) for index in chosen]
+    return found
+
+
+def families() -> Iterator[tuple[str, str, str]]:
+    """Each model class once: its list, its type of configuration, its name."""
+    seen = set()
+    for kind, names in LISTS.items():
+        for model_type, classes in names.items():
+            name = classes[0] if isinstance(classes, tuple) else classes
+            if (kind, name) not in seen and model_type in CONFIG_MAPPING:
+                seen.add((kind, name))
+                yield kind, model_type, name
+
+
+def build(kind: str, model_type: str, name: str) -> Any:
+    """A model of the family in float64, with weights that let attention matter."""
+    make = CONFIG_MAPPING[model_type]
+    arguments = {**tiny(make()), **OVERRIDES.get(model_type, {})}
+    if kind == "causal" and "is_decoder" in make().to_dict():
+        arguments |= {"is_decoder": True}
+    torch.manual_seed(0)
+    model = getattr(transformers, name)._from_config(make(**arguments), attn_implementation="eager")
+    if model._can_set_experts_implementation():
+        # The grouped products have no float64.
+        model.set_experts_implementation("eager")
+    for parameter in model.parameters():
+        parameter.data *= 4 if parameter.ndim == 2 else 1
+    model.generation_config.eos_token_id = None
+    return model.double().eval()
