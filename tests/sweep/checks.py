@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AttentionInterface, StaticCache
+from transformers import AttentionInterface
 
 from randattn import softmax_attention
 from randattn.integrations import transformers as ours
@@ -117,7 +117,7 @@ def pieces(model: Any) -> list[torch.Tensor]:
     whole = given[name]
     cuts = (0, whole.shape[1] // 2, whole.shape[1] - 1, whole.shape[1])
     with torch.no_grad():
-        for start, stop in zip(cuts, cuts[1:], strict=False):
+        for start, stop in itertools.pairwise(cuts):
             given[name] = whole[:, start:stop]
             if name == "input_ids":
                 given["attention_mask"] = MASK[:, :stop]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,61 +17,57 @@ LISTS = {
     "masked": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     "seq2seq": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 }
-VOCABULARY, HEADS, WIDTH = 64, 4, 32
+VOCABULARY, WIDTH = 64, 32
 # What configurations call their sizes. A size that a configuration has not is left out.
-SIZES: dict[str, Any] = {
-    name: value
-    for names, value in (
-        (
-            "hidden_size d_model n_embd dim embedding_size input_embedding_size output_embedding_size "
-            "word_embed_proj_dim attention_hidden_size lru_width emb_dim",
-            WIDTH,
-        ),
-        (
-            "intermediate_size encoder_ffn_dim decoder_ffn_dim ffn_dim d_ff d_inner n_inner "
-            "moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size hidden_dim "
-            "dense_intermediate_size intermediate_size_mlp expert_ffn_hidden_size ffn_hidden_size "
-            "block_ff_dim pooler_hidden_size linear_intermediate_size",
-            48,
-        ),
-        (
-            "num_hidden_layers encoder_layers decoder_layers n_layer n_layers num_layers num_decoder_layers "
-            "num_encoder_layers num_sparse_encoder_layers",
-            2,
-        ),
-        (
-            "num_attention_heads encoder_attention_heads decoder_attention_heads n_head n_heads num_heads "
-            "num_encoder_attention_heads num_decoder_attention_heads",
-            4,
-        ),
-        ("num_key_value_heads num_kv_heads num_query_groups multi_query_group_num", 2),
-        ("head_dim d_kv kv_channels attention_head_dim v_head_dim qk_nope_head_dim qk_rope_head_dim", 8),
-        ("q_lora_rank kv_lora_rank", 16),
-        ("num_experts n_routed_experts num_local_experts moe_num_experts", 4),
-        ("num_experts_per_tok num_experts_per_token moe_topk topk_group n_group", 2),
-        ("vocab_size vocab_size_per_layer_input decoder_vocab_size entity_vocab_size", VOCABULARY),
-        ("max_position_embeddings n_positions max_seq_len n_ctx", 128),
-        ("max_source_positions max_target_positions", 128),
-        (
-            "dropout attention_dropout activation_dropout hidden_dropout_prob attention_probs_dropout_prob "
-            "attn_pdrop embd_pdrop resid_pdrop hidden_dropout dropout_rate encoder_layerdrop layerdrop "
-            "decoder_layerdrop classifier_dropout classifier_dropout_prob embedding_dropout "
-            "attention_dropout_prob mlp_dropout residual_dropout router_jitter_noise input_jitter_noise "
-            "ffn_dropout dropout_p",
-            0.0,
-        ),
-        ("sliding_window local_attention window_size attention_chunk_size", 6),
-        ("rotary_dim", 4),
-    )
-    for name in names.split()
+_NAMES = {
+    WIDTH: """hidden_size d_model n_embd dim embedding_size input_embedding_size output_embedding_size
+        word_embed_proj_dim attention_hidden_size lru_width emb_dim""",
+    48: """intermediate_size encoder_ffn_dim decoder_ffn_dim ffn_dim d_ff d_inner n_inner
+        moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size hidden_dim
+        dense_intermediate_size intermediate_size_mlp expert_ffn_hidden_size ffn_hidden_size
+        block_ff_dim pooler_hidden_size linear_intermediate_size""",
+    2: """num_hidden_layers encoder_layers decoder_layers n_layer n_layers num_layers num_decoder_layers
+        num_encoder_layers num_sparse_encoder_layers
+        num_key_value_heads num_kv_heads num_query_groups multi_query_group_num
+        num_experts_per_tok num_experts_per_token moe_topk topk_group n_group""",
+    4: """num_attention_heads encoder_attention_heads decoder_attention_heads n_head n_heads num_heads
+        num_encoder_attention_heads num_decoder_attention_heads
+        num_experts n_routed_experts num_local_experts moe_num_experts rotary_dim""",
+    6: "sliding_window local_attention window_size attention_chunk_size",
+    8: "head_dim d_kv kv_channels attention_head_dim v_head_dim qk_nope_head_dim qk_rope_head_dim",
+    16: "q_lora_rank kv_lora_rank",
+    VOCABULARY: "vocab_size vocab_size_per_layer_input decoder_vocab_size entity_vocab_size",
+    128: """max_position_embeddings n_positions max_seq_len n_ctx
+        max_source_positions max_target_positions""",
+    0.0: """dropout attention_dropout activation_dropout hidden_dropout_prob attention_probs_dropout_prob
+        attn_pdrop embd_pdrop resid_pdrop hidden_dropout dropout_rate encoder_layerdrop layerdrop
+        decoder_layerdrop classifier_dropout classifier_dropout_prob embedding_dropout
+        attention_dropout_prob mlp_dropout residual_dropout router_jitter_noise input_jitter_noise
+        ffn_dropout dropout_p""",
 }
+SIZES: dict[str, Any] = {name: value for value, names in _NAMES.items() for name in names.split()}
 # Of these None is no answer.
 _NEEDED = ("head_dim", "num_key_value_heads")
 # What configurations call the kinds of their layers.
 _KINDS = ("layer_types", "layers_block_type", "block_types")
 # What makes a family small that these names do not.
 OVERRIDES: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 4, "mamba_d_head": 16},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": 4},
+    "esmc": {"num_key_value_heads": 4},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 6},
+    "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_head": 16, "layer_types": ["mamba", "attention"]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "luke": {"entity_emb_size": 32},
+    "mpt": {"attn_pdrop": 0},
+    "reformer": {"is_decoder": True, "axial_pos_embds_dim": [8, 24]},
+    "t5": {"decoder_start_token_id": 0},
     "xmod": {"default_language": "en_XX"},
+    "youtu": {"num_key_value_heads": 4},
+    "zamba": {"layers_block_type": ["linear_attention", "hybrid"]},
+    "zaya": {"num_experts_per_tok": 1},
 }
 
 
@@ -142,5 +137,6 @@ def build(kind: str, model_type: str, name: str) -> Any:
         model.set_experts_implementation("eager")
     for parameter in model.parameters():
         parameter.data *= 4 if parameter.ndim == 2 else 1
-    model.generation_config.eos_token_id = None
+    if hasattr(model, "generation_config"):
+        model.generation_config.eos_token_id = None
     return model.double().eval()

@@ -77,7 +77,7 @@ def scaled_dot_product_attention(
         raise NotImplementedError(
             f"dropout_p: expected 0, got {shown(dropout_p)}: no weights are there to drop"
         )
-    return estimate(
+    out = estimate(
         estimator,
         options,
         query,
@@ -88,6 +88,10 @@ def scaled_dot_product_attention(
         scale=scale,
         enable_gqa=enable_gqa,
     )
+    if query.ndim > 2 and query.stride(-3) < query.stride(-2):
+        # Heads that lie inside of tokens do so in PyTorch's result, where programs view them as one axis.
+        out = out.transpose(-3, -2).contiguous().transpose(-3, -2)
+    return out
 
 
 class Attention(nn.Module):
