@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
 import torch
 import transformers
 from transformers import CONFIG_MAPPING
 from transformers.models.auto import modeling_auto
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 LISTS = {
     "causal": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -28,13 +26,14 @@ _NAMES = {
         block_ff_dim pooler_hidden_size linear_intermediate_size""",
     2: """num_hidden_layers encoder_layers decoder_layers n_layer n_layers num_layers num_decoder_layers
         num_encoder_layers num_sparse_encoder_layers
-        num_key_value_heads num_kv_heads num_query_groups multi_query_group_num
+        num_key_value_heads swa_num_key_value_heads num_kv_heads num_query_groups multi_query_group_num
         num_experts_per_tok num_experts_per_token moe_topk topk_group n_group""",
     4: """num_attention_heads encoder_attention_heads decoder_attention_heads n_head n_heads num_heads
-        num_encoder_attention_heads num_decoder_attention_heads
+        num_encoder_attention_heads num_decoder_attention_heads swa_num_attention_heads zero_expert_num
         num_experts n_routed_experts num_local_experts moe_num_experts rotary_dim""",
     6: "sliding_window local_attention window_size attention_chunk_size",
-    8: "head_dim d_kv kv_channels attention_head_dim v_head_dim qk_nope_head_dim qk_rope_head_dim",
+    8: """head_dim d_kv kv_channels attention_head_dim v_head_dim qk_nope_head_dim qk_rope_head_dim
+        swa_head_dim mamba_d_state ssm_state_size state_size chunk_size mamba_chunk_size""",
     16: "q_lora_rank kv_lora_rank",
     VOCABULARY: "vocab_size vocab_size_per_layer_input decoder_vocab_size entity_vocab_size",
     128: """max_position_embeddings n_positions max_seq_len n_ctx
@@ -54,21 +53,25 @@ _KINDS = ("layer_types", "layers_block_type", "block_types")
 OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 4, "mamba_d_head": 16},
     "deepseek_v2": {"num_experts_per_tok": 2},
-    "dots1": {"n_routed_experts": 4},
     "esmc": {"num_key_value_heads": 4},
-    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 6},
+    "falcon_h1": {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_head": 16, "layer_types": ["mamba", "attention"]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
-    "luke": {"entity_emb_size": 32},
     "mpt": {"attn_pdrop": 0},
-    "reformer": {"is_decoder": True, "axial_pos_embds_dim": [8, 24]},
-    "t5": {"decoder_start_token_id": 0},
+    "nemotron_h": {
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 8,
+        "n_groups": 1,
+        "moe_shared_expert_intermediate_size": 48,
+    },
     "xmod": {"default_language": "en_XX"},
     "youtu": {"num_key_value_heads": 4},
-    "zamba": {"layers_block_type": ["linear_attention", "hybrid"]},
     "zaya": {"num_experts_per_tok": 1},
 }
+# More numbers in a model are not made.
+MOST_NUMBERS = 5_000_000
 
 
 def tiny(config: Any) -> dict[str, Any]:
@@ -113,25 +116,41 @@ def _layers(had: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def families() -> Iterator[tuple[str, str, str]]:
+def families() -> list[tuple[str, str, str]]:
     """Each model class once: its list, its type of configuration, its name."""
-    seen = set()
+    found = {}
     for kind, names in LISTS.items():
         for model_type, classes in names.items():
             name = classes[0] if isinstance(classes, tuple) else classes
-            if (kind, name) not in seen and model_type in CONFIG_MAPPING:
-                seen.add((kind, name))
-                yield kind, model_type, name
+            if model_type in CONFIG_MAPPING:
+                found.setdefault((kind, name), model_type)
+    return [(kind, model_type, name) for (kind, name), model_type in found.items()]
+
+
+class BuildError(Exception):
+    """These rules make no small model of a family."""
+
+
+def _made(kind: str, model_type: str, name: str) -> Any:
+    make = CONFIG_MAPPING[model_type]
+    arguments = {**tiny(make()), **OVERRIDES.get(model_type, {})}
+    if kind == "causal" and "is_decoder" in make().to_dict():
+        arguments["is_decoder"] = True
+    model = partial(getattr(transformers, name)._from_config, attn_implementation="eager")
+    with torch.device("meta"):
+        numbers = sum(parameter.numel() for parameter in model(make(**arguments)).parameters())
+    if numbers > MOST_NUMBERS:
+        raise ValueError(f"{numbers} numbers")
+    torch.manual_seed(0)
+    return model(make(**arguments))
 
 
 def build(kind: str, model_type: str, name: str) -> Any:
     """A model of the family in float64, with weights that let attention matter."""
-    make = CONFIG_MAPPING[model_type]
-    arguments = {**tiny(make()), **OVERRIDES.get(model_type, {})}
-    if kind == "causal" and "is_decoder" in make().to_dict():
-        arguments |= {"is_decoder": True}
-    torch.manual_seed(0)
-    model = getattr(transformers, name)._from_config(make(**arguments), attn_implementation="eager")
+    try:
+        model = _made(kind, model_type, name)
+    except Exception as error:
+        raise BuildError(f"{type(error).__name__}: {error}") from error
     if model._can_set_experts_implementation():
         # The grouped products have no float64.
         model.set_experts_implementation("eager")
@@ -139,4 +158,6 @@ def build(kind: str, model_type: str, name: str) -> Any:
         parameter.data *= 4 if parameter.ndim == 2 else 1
     if hasattr(model, "generation_config"):
         model.generation_config.eos_token_id = None
+        if model.config.is_encoder_decoder:
+            model.generation_config.decoder_start_token_id = 0
     return model.double().eval()
