@@ -59,7 +59,7 @@ ON_THE_CPU = {
 
 nox.needs_version = ">=2024.4.15"
 nox.options.default_venv_backend = "virtualenv"
-# All that a machine can, but `mutants`, which tests the tests, and `models-sweep`, which tests transformers' models.
+# All that a machine can, but `mutants`, which tests the tests, and `models-sweep`, which tests models.
 nox.options.sessions = [
     "lint",
     "typecheck",

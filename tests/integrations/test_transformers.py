@@ -210,6 +210,26 @@ def test_gradients():
             torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpoints(use_reentrant):
+    """What is computed again is what was computed: estimates, not what falls back."""
+    calls = []
+
+    def counted(*arrays, **options):
+        calls.append(options)
+        return softmax_attention(*arrays, **options)
+
+    register("exact", counted, fallback="exact")
+    sizes = {**SIZES, "num_attention_heads": 4}
+    model = BertModel(BertConfig(**sizes, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)).train()
+    model.set_attn_implementation("exact")
+    model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    # Reentrant checkpoints are skipped where no input has a gradient.
+    model.enable_input_require_grads()
+    hidden(model, MASK)[MASK].square().sum().backward()
+    assert len(calls) == 4
+
+
 def test_layers_draw_for_themselves():
     """And a model draws the same each time."""
     seen = []

@@ -130,12 +130,12 @@ def pieces(model: Any) -> list[torch.Tensor]:
 def training(model: Any) -> list[torch.Tensor]:
     """Gradients, with what is between layers computed again."""
     model.train()
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     model.zero_grad()
     try:
         real(model, logits_of(model(**inputs_of(model), use_cache=False))).square().mean().backward()
     finally:
-        model.gradient_checkpointing_disable()
+        model.activation_checkpointing_disable()
         model.eval()
     return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
 

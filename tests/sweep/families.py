@@ -35,7 +35,8 @@ _NAMES = {
     8: """head_dim d_kv kv_channels attention_head_dim v_head_dim qk_nope_head_dim qk_rope_head_dim
         swa_head_dim mamba_d_state ssm_state_size state_size chunk_size mamba_chunk_size""",
     16: "q_lora_rank kv_lora_rank",
-    VOCABULARY: "vocab_size vocab_size_per_layer_input decoder_vocab_size entity_vocab_size",
+    VOCABULARY: """vocab_size vocab_size_per_layer_input decoder_vocab_size entity_vocab_size
+        pronunciation_vocab_size shape_vocab_size""",
     128: """max_position_embeddings n_positions max_seq_len n_ctx
         max_source_positions max_target_positions""",
     0.0: """dropout attention_dropout activation_dropout hidden_dropout_prob attention_probs_dropout_prob
@@ -46,7 +47,7 @@ _NAMES = {
 }
 SIZES: dict[str, Any] = {name: value for value, names in _NAMES.items() for name in names.split()}
 # Of these None is no answer.
-_NEEDED = ("head_dim", "num_key_value_heads")
+_NEEDED = ("head_dim", "num_key_value_heads", "vocab_size")
 # What configurations call the kinds of their layers.
 _KINDS = ("layer_types", "layers_block_type", "block_types")
 # What makes a family small that these names do not.
@@ -116,22 +117,22 @@ def _layers(had: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def families() -> list[tuple[str, str, str]]:
-    """Each model class once: its list, its type of configuration, its name."""
-    found = {}
+def families() -> list[tuple[str, str, tuple[str, ...]]]:
+    """Each model class once: its list, its name, the types of configuration that it has."""
+    found: dict[tuple[str, str], list[str]] = {}
     for kind, names in LISTS.items():
         for model_type, classes in names.items():
             name = classes[0] if isinstance(classes, tuple) else classes
             if model_type in CONFIG_MAPPING:
-                found.setdefault((kind, name), model_type)
-    return [(kind, model_type, name) for (kind, name), model_type in found.items()]
+                found.setdefault((kind, name), []).append(model_type)
+    return [(kind, name, tuple(types)) for (kind, name), types in found.items()]
 
 
 class BuildError(Exception):
     """These rules make no small model of a family."""
 
 
-def _made(kind: str, model_type: str, name: str) -> Any:
+def _made(kind: str, name: str, model_type: str) -> Any:
     make = CONFIG_MAPPING[model_type]
     arguments = {**tiny(make()), **OVERRIDES.get(model_type, {})}
     if kind == "causal" and "is_decoder" in make().to_dict():
@@ -145,12 +146,17 @@ def _made(kind: str, model_type: str, name: str) -> Any:
     return model(make(**arguments))
 
 
-def build(kind: str, model_type: str, name: str) -> Any:
+def build(kind: str, name: str, types: tuple[str, ...]) -> Any:
     """A model of the family in float64, with weights that let attention matter."""
-    try:
-        model = _made(kind, model_type, name)
-    except Exception as error:
-        raise BuildError(f"{type(error).__name__}: {error}") from error
+    model, errors = None, []
+    for model_type in types:
+        try:
+            model = _made(kind, name, model_type)
+            break
+        except Exception as error:  # noqa: BLE001
+            errors.append(f"{type(error).__name__}: {error}".partition("\n")[0])
+    if model is None:
+        raise BuildError(errors[0])
     if model._can_set_experts_implementation():
         # The grouped products have no float64.
         model.set_experts_implementation("eager")

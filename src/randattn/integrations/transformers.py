@@ -105,12 +105,31 @@ def register(
 
 
 class _Marks(NamedTuple):
-    """What a mask of ours says of itself, as its attribute `randattn`."""
+    """What a mask of ours says of itself, as the attribute `randattn` of it and of its memory."""
 
     is_causal: bool
     is_padded: bool
     is_other: bool  # than causal or full with padding
     start: int  # the place of the first of several queries among the keys
+
+
+def _mark(mask: torch.Tensor, marks: _Marks) -> None:
+    mask.randattn = marks
+    if not torch.compiler.is_compiling():
+        mask.untyped_storage().randattn = (_layout(mask), marks)
+
+
+def _marks_of(mask: torch.Tensor | None) -> _Marks | None:
+    marks: _Marks | None = getattr(mask, "randattn", None)
+    if mask is None or marks is not None or torch.compiler.is_compiling():
+        return marks
+    # Reentrant checkpoints detach the mask before they call again: it is another tensor of the same memory.
+    layout, marks = getattr(mask.untyped_storage(), "randattn", (None, None))
+    return marks if layout == _layout(mask) else None
+
+
+def _layout(mask: torch.Tensor) -> tuple[Any, ...]:
+    return mask.shape, mask.stride(), mask.storage_offset()
 
 
 @cache
@@ -162,13 +181,14 @@ def _mask(
     if is_full:
         made = made.expand(batch_size, -1, q_length, -1)
     several = is_causal and q_length > 1
-    made.randattn = _Marks(
+    marks = _Marks(
         is_causal,
         # A static cache has places that are not written yet.
         is_padded=attention_mask is not None or (is_causal and q_length == 1),
         is_other=not (is_causal or is_full),
         start=int(q_offset) - int(kv_offset) if several else 0,
     )
+    _mark(made, marks)
     return made
 
 
@@ -215,7 +235,7 @@ def _attention(
             )
     if keywords.get("output_attentions"):
         raise NotImplementedError("output_attentions: expected False: there are no weights to give")
-    marks: _Marks | None = getattr(attention_mask, "randattn", None)
+    marks = _marks_of(attention_mask)
     if attention_mask is None and is_causal is None:
         if not hasattr(module, "is_causal"):
             raise NotImplementedError(f"is_causal: {type(module).__name__} does not say which it is")
