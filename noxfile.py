@@ -59,7 +59,7 @@ ON_THE_CPU = {
 
 nox.needs_version = ">=2024.4.15"
 nox.options.default_venv_backend = "virtualenv"
-# All that a machine can, but `mutants`, which tests the tests.
+# All that a machine can, but `mutants`, which tests the tests, and `models-sweep`, which tests models.
 nox.options.sessions = [
     "lint",
     "typecheck",
@@ -146,6 +146,14 @@ def tests_integrations(session: nox.Session) -> None:
             session.install(*PINNED, "tensorflow-cpu")
         session.env["KERAS_BACKEND"] = backend
         run_pytest(session, keras)
+
+
+@nox.session(name="models-sweep")
+def models_sweep(session: nox.Session) -> None:
+    """Run every family of transformers' language models by "randattn_softmax", against its own attention."""
+    session.env.update(ON_THE_CPU)
+    session.install(*PINNED, "-e", ".", *TOOLS, "torch", "transformers")
+    run_pytest(session, "tests/sweep")
 
 
 @nox.session

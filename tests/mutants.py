@@ -33,6 +33,7 @@ MUTANTS = [
         "bias, x.scale).biased()",
         "bias).biased()",
     ),
+    Mutant("errors print whole lists", "_shown.py", "map(shown, value[:_MOST_PARTS])", "map(shown, value)"),
     Mutant("RA draws no noise", "_ra.py", "_sample_keys(x, q, u)) + eps", "_sample_keys(x, q, u))"),
     Mutant("RA chooses keys without mass", "_ra.py", "passed < total", "passed <= total"),
     Mutant(

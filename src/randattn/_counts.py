@@ -12,6 +12,7 @@ from ._inputs import check_count
 from ._lara import lara
 from ._ra import ra
 from ._rfa import rfa
+from ._shown import shown
 from ._softmax import softmax_attention
 from ._tree import ROUNDS, STRIDE, stride_of
 
@@ -82,13 +83,13 @@ def multiply_adds(
     }
     if estimator not in counts:
         raise TypeError(
-            f"estimator: expected one of {', '.join(f.__name__ for f in counts)}, got {estimator!r}"
+            f"estimator: expected one of {', '.join(f.__name__ for f in counts)}, got {shown(estimator)}"
         )
     sizes = [check_count(name, size) for name, size in zip("nmde", (n, m, d, e), strict=True)]
     known = inspect.signature(estimator).parameters
     for name in options:
         if name not in known or known[name].kind is not inspect.Parameter.KEYWORD_ONLY:
-            raise TypeError(f"{estimator.__name__} has no option {name!r}")
+            raise TypeError(f"{estimator.__name__} has no option {shown(name)}")
     if options.get("is_causal"):
         raise NotImplementedError("is_causal: causal calls are not counted")
     filled = {

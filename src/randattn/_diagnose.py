@@ -29,6 +29,7 @@ from ._inputs import (
 from ._lara import lara
 from ._ra import ra
 from ._rfa import rfa
+from ._shown import shown
 from ._softmax import softmax_attention
 
 if TYPE_CHECKING:
@@ -178,7 +179,7 @@ def diagnose(
         options = {**estimator.keywords, **options}
         estimator = estimator.func
     if not callable(estimator):
-        raise TypeError(f"estimator: expected a function of q, k and v, got {estimator!r}")
+        raise TypeError(f"estimator: expected a function of q, k and v, got {shown(estimator)}")
     check_arrays(q=q, k=k, v=v)
     if chunked(q) is not None:
         raise TypeError("q: expected arrays in memory, got Dask's: compute() a part of them first")
@@ -267,7 +268,7 @@ def _index(queries: Sequence[int] | None, n: int, pairs: int) -> tuple[int, ...]
         return tuple(sorted({number * n // _FEW_QUERIES for number in range(_FEW_QUERIES)}))
     index = tuple(check_count("queries", number, minimum=0) for number in queries)
     if not index or max(index) >= n:
-        raise ValueError(f"queries: expected some in range({n}), got {list(index)}")
+        raise ValueError(f"queries: expected some in range({n}), got {shown(index)}")
     return index
 
 

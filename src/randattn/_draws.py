@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import array_api_compat as compat
 
 from ._inputs import broadcast_shapes, check_broadcast, is_array
+from ._shown import shown
 from ._static import plain, static
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ def _is_seed(rng: Any) -> bool:
     if not isinstance(rng, numbers.Integral) or isinstance(rng, bool):
         return False
     if rng < 0:
-        raise ValueError(f"rng: expected a seed of at least 0, got {rng}")
+        raise ValueError(f"rng: expected a seed of at least 0, got {shown(rng)}")
     return True
 
 

@@ -11,6 +11,7 @@ from ._fused import known
 from ._inputs import check_broadcast, check_count, check_like, check_option, check_real, resolve_count
 from ._plans import Blocks
 from ._segments import check_sizes
+from ._shown import shown
 
 if TYPE_CHECKING:
     from ._inputs import Inputs
@@ -140,7 +141,7 @@ def check_window(x: Inputs, window: int | Sizes, tokens: Sizes) -> Sizes | None:
     n, m = x.q.shape[-2], x.k.shape[-2]
     if n != m:
         raise ValueError(
-            f"window: expected 0 where there are not as many queries ({n}) as keys ({m}), got {window}"
+            f"window: expected 0 where there are not as many queries ({n}) as keys ({m}), got {shown(window)}"
         )
     return check_sizes("window", window, tokens)
 
@@ -151,7 +152,8 @@ def causal_sizes(
     """A window, and groups that are over where one begins; of a shorter sequence, too."""
     if window == 0 or len(tokens) != 1:
         raise ValueError(
-            f"is_causal: eva expects a window and tokens in a row, got window {window}, grid {grid}"
+            "is_causal: eva expects a window and tokens in a row, "
+            f"got window {shown(window)}, grid {shown(grid)}"
         )
     if num_groups is not None or not disjoint:
         raise ValueError("is_causal: expected group_size, not num_groups, and disjoint=True")

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from array_api_compat import array_namespace, is_array_api_obj
 
+from ._shown import shown
+from ._shown import type_name as _type_name
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -339,7 +342,7 @@ def _checked_float(name: str, value: Any, least: float, expected: str) -> float:
     except OverflowError:
         number = math.inf
     if not least <= number < math.inf:
-        raise ValueError(f"{name}: expected {expected}, got {value}")
+        raise ValueError(f"{name}: expected {expected}, got {shown(value)}")
     return number
 
 
@@ -348,14 +351,14 @@ def check_flags(**flags: Any) -> None:
     for name, value in flags.items():
         # NumPy's own boolean is told by its name: NumPy may not be there.
         if not isinstance(value, bool) and type(value).__name__ not in ("bool_", "bool"):
-            raise TypeError(f"{name}: expected True or False, got {value!r}")
+            raise TypeError(f"{name}: expected True or False, got {shown(value)}")
 
 
 def check_count(name: str, value: Any, minimum: int = 1) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name}: expected an integer, got {_type_name(value)}")
     if value < minimum:
-        raise ValueError(f"{name}: expected at least {minimum}, got {value}")
+        raise ValueError(f"{name}: expected at least {minimum}, got {shown(value)}")
     return operator.index(value)
 
 
@@ -372,7 +375,7 @@ def resolve_count(name: str, value: Any, default: int, **given: tuple[Array | No
 
 def check_option(name: str, value: Any, options: Sequence[str]) -> None:
     if not isinstance(value, str) or value not in options:
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, options))}, got {value!r}")
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, options))}, got {shown(value)}")
 
 
 def check_causal(x: Inputs, is_causal: bool) -> None:
@@ -428,8 +431,3 @@ def _split_heads(name: str, x: Array, trailing: int, heads: int) -> Array:
         raise ValueError(f"{name}: expected 1 or a multiple of {heads} heads, got shape {tuple(x.shape)}")
     inner = (1, 1) if size == 1 else (heads, size // heads)
     return namespace(x).reshape(x, (*outer, *inner, *rest))
-
-
-def _type_name(x: Any) -> str:
-    kind = type(x)
-    return f"{kind.__module__.split('.')[0]}.{kind.__qualname__}"

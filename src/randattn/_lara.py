@@ -34,6 +34,7 @@ from ._segments import (
     pool,
     pooling_ranks,
 )
+from ._shown import shown
 
 if TYPE_CHECKING:
     from ._inputs import Inputs
@@ -246,7 +247,7 @@ def _check_causal_options(is_causal: bool, window: Any, weighting: str, normaliz
             raise ValueError("window: lara has one where is_causal=True")
         return
     if isinstance(grid, tuple | list) and len(grid) > 1:
-        raise ValueError(f"is_causal: expected tokens in a row, got grid {grid}")
+        raise ValueError(f"is_causal: expected tokens in a row, got grid {shown(grid)}")
     if normalize == "queries":
         raise ValueError("is_causal: expected normalize='landmarks': a sum over queries has those to come")
     if weighting == "biased":

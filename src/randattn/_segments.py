@@ -13,6 +13,7 @@ from ._attend import Average, average_of_all, merge
 from ._fused import chunked, everywhere, lanes_of, mean_of_rows, regroup, take
 from ._inputs import check_broadcast, check_count, hide, log_mask, namespace, placement, with_rank
 from ._plans import blocks, divided, pieces
+from ._shown import shown
 from ._static import plain, static
 
 if TYPE_CHECKING:
@@ -272,10 +273,10 @@ def check_grid(grid: Any, n: int, m: int) -> Sizes:
     if grid is None:
         return plain((m,))
     if not isinstance(grid, tuple | list) or not 1 <= len(grid) <= 3:
-        raise ValueError(f"grid: expected a tuple of one, two or three sizes, got {grid!r}")
+        raise ValueError(f"grid: expected a tuple of one, two or three sizes, got {shown(grid)}")
     sizes = tuple(check_count("grid", size) for size in grid)
     if not math.prod(sizes) == n == m:
-        raise ValueError(f"grid: expected as many places as queries ({n}) and keys ({m}), got {sizes}")
+        raise ValueError(f"grid: expected as many places as queries ({n}) and keys ({m}), got {shown(sizes)}")
     return sizes
 
 
@@ -284,10 +285,12 @@ def check_sizes(name: str, value: Any, grid: Sizes) -> Sizes:
     if isinstance(value, numbers.Integral):
         return _factors(grid, check_count(name, value), name in ("window", "group_size"))
     if not isinstance(value, tuple | list):
-        raise TypeError(f"{name}: expected an integer or one for each axis of the grid, got {value!r}")
+        raise TypeError(f"{name}: expected an integer or one for each axis of the grid, got {shown(value)}")
     sizes = tuple(check_count(name, size) for size in value)
     if len(sizes) != len(grid) or any(size > n for size, n in zip(sizes, grid, strict=False)):
-        raise ValueError(f"{name}: expected a size for each axis that fits the grid {grid}, got {sizes}")
+        raise ValueError(
+            f"{name}: expected a size for each axis that fits the grid {grid}, got {shown(sizes)}"
+        )
     return sizes
 
 

@@ -37,6 +37,22 @@ def test_as_pytorchs_own(options):
     torch.testing.assert_close(scaled_dot_product_attention(Q, k, v, **options, window=20), exact)
 
 
+@pytest.mark.parametrize(
+    "estimator, options", [(softmax_attention, {}), (rfa, {"rng": 0}), (lara, {}), (eva, {})]
+)
+def test_views(estimator, options):
+    """What programs view of PyTorch's result, with heads that are split from tokens, and with heads first."""
+    split = Q.transpose(1, 2).contiguous().transpose(1, 2)
+    packed = torch.randn(2, 20, 3, 4, 8, generator=GENERATOR).permute(2, 0, 3, 1, 4)
+    ours = partial(scaled_dot_product_attention, estimator=estimator, **options)
+    for function in (functional.scaled_dot_product_attention, ours):
+        for q, k, v in ((split, split, split), packed):
+            assert function(q, k, v).transpose(1, 2).view(2, 20, 32).shape == (2, 20, 32)
+        assert function(Q, K, V).view(8, 20, 8).shape == (8, 20, 8)
+    if estimator is softmax_attention:
+        torch.testing.assert_close(ours(*packed), functional.scaled_dot_product_attention(*packed))
+
+
 def test_other_keys_than_queries():
     for estimator, options in ((eva, {"num_groups": 20}), (rfa, {"rng": 0}), (lara, {})):
         out = scaled_dot_product_attention(Q[..., :7, :], K, V, estimator=estimator, **options)

@@ -3,22 +3,40 @@
 from __future__ import annotations
 
 import importlib.util
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import (
+    AttentionMaskInterface,
     BartConfig,
     BartModel,
     BertConfig,
     BertModel,
+    BigBirdPegasusConfig,
+    BigBirdPegasusModel,
+    JetMoeConfig,
+    JetMoeModel,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralModel,
+    ModernBertConfig,
+    ModernBertModel,
+    Qwen2MoeConfig,
+    Qwen2MoeModel,
     SplinterConfig,
     SplinterModel,
     StaticCache,
+    T5Config,
+    T5Model,
+)
+from transformers.masking_utils import (
+    bidirectional_mask_function,
+    causal_mask_function,
+    eager_mask,
+    sdpa_mask,
 )
 
 from randattn import eva, rfa, softmax_attention
@@ -43,13 +61,16 @@ def bert(name="eager"):
     return model
 
 
-def llama(**options):
-    config = LlamaConfig(**SIZES, num_attention_heads=4, num_key_value_heads=2, **options)
-    model = LlamaForCausalLM(config).eval()
-    # As they begin, weights are so small that attention hardly matters.
+def larger(model):
+    """As models begin, weights are so small that attention hardly matters."""
     for parameter in model.parameters():
         parameter.data *= 6 if parameter.ndim == 2 else 1
-    return model
+    return model.eval()
+
+
+def llama(**options):
+    config = LlamaConfig(**SIZES, num_attention_heads=4, num_key_value_heads=2, **options)
+    return larger(LlamaForCausalLM(config))
 
 
 def hidden(model, mask=None, tokens=TOKENS):
@@ -189,6 +210,26 @@ def test_gradients():
             torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpoints(use_reentrant):
+    """What is computed again is what was computed: estimates, not what falls back."""
+    calls = []
+
+    def counted(*arrays, **options):
+        calls.append(options)
+        return softmax_attention(*arrays, **options)
+
+    register("exact", counted, fallback="exact")
+    sizes = {**SIZES, "num_attention_heads": 4}
+    model = BertModel(BertConfig(**sizes, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)).train()
+    model.set_attn_implementation("exact")
+    model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    # Reentrant checkpoints are skipped where no input has a gradient.
+    model.enable_input_require_grads()
+    hidden(model, MASK)[MASK].square().sum().backward()
+    assert len(calls) == 4
+
+
 def test_layers_draw_for_themselves():
     """And a model draws the same each time."""
     seen = []
@@ -239,6 +280,124 @@ def test_what_is_not_supported_is_refused():
             register(*arguments)
     with pytest.raises(TypeError, match="expected a name and an estimator"):
         register(window=3)
+
+
+def agrees(model, inputs, where=slice(None)):
+    """By "exact", registered with that fallback, a model gives what its own attention gives; count estimates."""
+    calls = []
+
+    def counted(*arrays, **options):
+        calls.append(options)
+        return softmax_attention(*arrays, **options)
+
+    register("exact", counted, fallback="exact")
+    model.set_attn_implementation("eager")
+    eager = model(**inputs)[0]
+    model.set_attn_implementation("exact")
+    torch.testing.assert_close(model(**inputs)[0][where], eager[where], atol=2e-5, rtol=1e-4)
+    return len(calls)
+
+
+def test_layers_that_slide_a_window_fall_back():
+    sizes = {**SIZES, "num_attention_heads": 4, "pad_token_id": PAD}
+    types = ["sliding_attention", "full_attention"]
+    bert = ModernBertConfig(**sizes, layer_types=types, local_attention=8, cls_token_id=1, sep_token_id=2)
+    assert agrees(larger(ModernBertModel(bert)), {"input_ids": TOKENS, "attention_mask": MASK}, MASK) == 1
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    config = Qwen2MoeConfig(
+        **sizes,
+        **experts,
+        num_key_value_heads=2,
+        shared_expert_intermediate_size=16,
+        use_sliding_window=True,
+        sliding_window=8,
+        layer_types=types,
+    )
+    mask, model = MASK.flip(1), larger(Qwen2MoeModel(config))
+    assert agrees(model, {"input_ids": TOKENS, "attention_mask": mask}, mask) == 1
+    model.set_attn_implementation("randattn_softmax")
+    with pytest.raises(NotImplementedError, match="sliding window.*fallback='exact'"):
+        hidden(model, mask)
+
+
+def test_position_biases_fall_back():
+    config = T5Config(d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=4, vocab_size=50, dropout_rate=0.0)
+    model = larger(T5Model(config))
+    inputs = {"input_ids": TOKENS, "attention_mask": MASK, "decoder_input_ids": TOKENS[:, :12]}
+    assert agrees(model, inputs) == 0
+    model.set_attn_implementation("randattn_softmax")
+    with pytest.raises(NotImplementedError, match="position_bias") as refused:
+        model(**inputs)
+    assert len(str(refused.value)) < 300
+    assert "tensor(" not in str(refused.value)
+
+
+def test_a_prompt_in_pieces_and_masks_of_the_callers_fall_back():
+    model, mask = llama(), MASK.flip(1)
+    register("exact", softmax_attention, fallback="exact")
+    seen = []
+    for name in ("eager", "exact"):
+        model.set_attn_implementation(name)
+        cache = model(input_ids=TOKENS[:, :25], attention_mask=mask[:, :25]).past_key_values
+        seen.append(model(input_ids=TOKENS[:, 25:], attention_mask=mask, past_key_values=cache)[0])
+    close(seen[1], seen[0], mask[:, 25:])
+    own = torch.zeros(3, 1, 40, 40).masked_fill(torch.ones(40, 40).triu(1).bool(), -1e9)
+    assert agrees(model, {"input_ids": TOKENS, "attention_mask": own}) == 0
+    with pytest.raises(ValueError, match="fallback: expected one of 'error', 'exact'"):
+        register(fallback="sdpa")
+
+
+def test_what_falls_back_may_drop_weights():
+    """PyTorch's function can, estimators cannot."""
+    config = MistralConfig(
+        **SIZES, num_attention_heads=4, num_key_value_heads=2, sliding_window=8, attention_dropout=0.5
+    )
+    model = larger(MistralModel(config)).train()
+    register("exact", softmax_attention, fallback="exact")
+    model.set_attn_implementation("exact")
+    assert (hidden(model) - hidden(model)).abs().max() > 1e-3
+
+
+def test_results_are_viewed():
+    """JetMoe does, where PyTorch's own implementation's are contiguous."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 50}
+    config = JetMoeConfig(**sizes, num_key_value_heads=2, kv_channels=8, num_local_experts=4)
+    mask = MASK.flip(1)
+    assert agrees(larger(JetMoeModel(config)), {"input_ids": TOKENS, "attention_mask": mask}, mask) == 2
+
+
+def test_parts_with_an_attention_of_their_own():
+    """BigBird-Pegasus's encoder adds the mask to its logits."""
+    config = BigBirdPegasusConfig(
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        vocab_size=50,
+        dropout=0.0,
+        attention_type="original_full",
+    )
+    model = larger(BigBirdPegasusModel(config))
+    inputs = {"input_ids": TOKENS, "attention_mask": MASK.flip(1).long(), "decoder_input_ids": TOKENS[:, :12]}
+    assert agrees(model, inputs) == 4
+
+
+@pytest.mark.parametrize("config", [LlamaConfig, BertConfig, BigBirdPegasusConfig])
+def test_masks_are_those_of_sdpa_and_of_eager(config):
+    """With marks beside them; those that are the same for all queries take the memory of one."""
+    mask = partial(AttentionMaskInterface()["randattn_softmax"], config=config(), allow_is_causal_skip=True)
+    make = eager_mask if config is BigBirdPegasusConfig else sdpa_mask
+    sizes = {"batch_size": 3, "q_length": 40, "kv_length": 40}
+    for function in (causal_mask_function, bidirectional_mask_function):
+        given = {**sizes, "mask_function": function, "attention_mask": MASK.flip(1)}
+        ours, theirs = mask(**given), make(**given)
+        torch.testing.assert_close(ours, theirs, atol=0, rtol=0)
+        assert ours.randattn.is_causal == (function is causal_mask_function)
+    assert ours.stride()[2] == 0
+    assert (mask(**sizes, mask_function=causal_mask_function) is None) == (make is sdpa_mask)
 
 
 def minilm():

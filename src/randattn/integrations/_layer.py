@@ -9,6 +9,7 @@ from randattn import _eva_choice, _lara, eva, lara, ra, rfa, softmax_attention
 from randattn._inputs import hide, namespace, prepare
 from randattn._plans import blocks
 from randattn._segments import blocks_of_queries, check_grid, pool
+from randattn._shown import shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,9 +37,9 @@ def check_layer(
 ) -> None:
     """What fits together."""
     if estimator not in ESTIMATORS:
-        raise ValueError(f"estimator: expected one of {', '.join(ESTIMATORS)}, got {estimator!r}")
+        raise ValueError(f"estimator: expected one of {', '.join(ESTIMATORS)}, got {shown(estimator)}")
     if features % num_heads:
-        raise ValueError(f"num_heads: expected a divisor of the {features} features, got {num_heads}")
+        raise ValueError(f"num_heads: expected a divisor of the {features} features, got {shown(num_heads)}")
     if learned_landmarks and estimator not in ("lara", "eva"):
         raise ValueError(f"learned_landmarks: lara and eva have landmarks, {estimator} has none")
     if relative_bias:

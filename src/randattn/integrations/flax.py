@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from randattn._shown import shown
+
 from ._layer import ESTIMATORS, buckets, check_layer, masks_of, merge_heads, pooled, split_heads
 from ._layout import estimate, key_mask_of
 
@@ -51,7 +53,7 @@ def attention_fn(estimator: Callable[..., jax.Array], /, **options: Any) -> Call
     (1, 50, 8)
     """
     if not callable(estimator):
-        raise TypeError(f"estimator: expected a function, got {estimator!r}")
+        raise TypeError(f"estimator: expected a function, got {shown(estimator)}")
 
     def attention(
         query: jax.Array,
@@ -72,7 +74,7 @@ def attention_fn(estimator: Callable[..., jax.Array], /, **options: Any) -> Call
             raise NotImplementedError("bias: expected None: estimators have no bias of pairs")
         if dropout_rate and not deterministic:
             raise NotImplementedError(
-                f"dropout_rate: expected 0, got {dropout_rate}: no weights are there to drop"
+                f"dropout_rate: expected 0, got {shown(dropout_rate)}: no weights are there to drop"
             )
         if module is not None:
             raise NotImplementedError("sow_weights: expected False: no weights are there to sow")

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import keras
 
+from randattn._shown import shown
+
 from ._layer import ESTIMATORS
 from ._layout import estimate
 
@@ -30,12 +32,12 @@ class _Estimated:
     def __init__(self, *args: Any, estimator: str = "eva", options: dict[str, Any] | None = None, **own: Any):
         super().__init__(*args, **own)
         if estimator not in ESTIMATORS:
-            raise ValueError(f"estimator: expected one of {', '.join(ESTIMATORS)}, got {estimator!r}")
+            raise ValueError(f"estimator: expected one of {', '.join(ESTIMATORS)}, got {shown(estimator)}")
         for name in ("dropout", "sliding_window"):
             value = getattr(self, f"_{name}", getattr(self, name, None))
             if value:
                 raise NotImplementedError(
-                    f"{name}: expected none, got {value}: estimators have no such thing"
+                    f"{name}: expected none, got {shown(value)}: estimators have no such thing"
                 )
         self.estimator, self.options = estimator, dict(options or {})
         self._programs: dict[Any, Callable[..., Array]] = {}

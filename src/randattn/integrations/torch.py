@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from randattn import eva
+from randattn._shown import shown
 
 from ._layer import ESTIMATORS, buckets, check_layer, masks_of, merge_heads, pooled, split_heads
 from ._layout import estimate, key_mask_of
@@ -74,8 +75,10 @@ def scaled_dot_product_attention(
     torch.Size([2, 8, 100, 16])
     """
     if dropout_p:
-        raise NotImplementedError(f"dropout_p: expected 0, got {dropout_p}: no weights are there to drop")
-    return estimate(
+        raise NotImplementedError(
+            f"dropout_p: expected 0, got {shown(dropout_p)}: no weights are there to drop"
+        )
+    out = estimate(
         estimator,
         options,
         query,
@@ -86,6 +89,10 @@ def scaled_dot_product_attention(
         scale=scale,
         enable_gqa=enable_gqa,
     )
+    if query.ndim > 2 and query.stride(-3) < query.stride(-2):
+        # Heads that lie inside of tokens do so in PyTorch's result, where programs view them as one axis.
+        out = out.transpose(-3, -2).contiguous().transpose(-3, -2)
+    return out
 
 
 class Attention(nn.Module):

@@ -7,22 +7,30 @@
 from __future__ import annotations
 
 import numbers
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+from transformers import MODEL_MAPPING, AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import (
+    bidirectional_mask_function,
+    causal_mask_function,
+    eager_mask,
+    sdpa_mask,
+)
 
 from randattn import eva, lara, ra, rfa, softmax_attention
+from randattn._inputs import check_option
+from randattn._shown import shown
 
 from ._layout import estimate
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-# What models pass that changes attention, and none of our functions takes.
-_CHANGES = ("sliding_window", "softcap", "position_bias", "s_aux", "cache", "head_mask")
+# What models pass that changes attention, and neither our functions nor PyTorch's take.
+_CHANGES = ("softcap", "s_aux", "sinks", "cache", "head_mask", "indices", "block_indices")
 NAMES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "randattn_softmax": (softmax_attention, {}),
     "randattn_rfa": (rfa, {"rng": 0}),
@@ -33,7 +41,14 @@ NAMES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
 }
 
 
-def register(name: str | None = None, estimator: Callable[..., Any] | None = None, /, **options: Any) -> None:
+def register(
+    name: str | None = None,
+    estimator: Callable[..., Any] | None = None,
+    /,
+    *,
+    fallback: str = "error",
+    **options: Any,
+) -> None:
     """Make estimators known to transformers, by names that models take as `attn_implementation`.
 
     Parameters
@@ -43,6 +58,8 @@ def register(name: str | None = None, estimator: Callable[..., Any] | None = Non
         "randattn_ra", "randattn_lara", "randattn_eva", and "randattn_eva_top" for chosen keys.
     estimator : function, optional
         `randattn.eva` or another, with a name.
+    fallback : {"error", "exact"}, default "error"
+        For calls that estimators do not take (Notes): an error, or exact attention in PyTorch's own function.
     **options
         As for the estimator, but for what the model says itself: scale, masks, heads, is_causal. An int
         `rng` is a seed, to which layers that know their number add it.
@@ -51,13 +68,17 @@ def register(name: str | None = None, estimator: Callable[..., Any] | None = Non
     ------
     TypeError
         A name without an estimator, or options without either.
+    ValueError
+        Another `fallback`.
 
     Notes
     -----
     Padding masks, grouped key heads and causal models are honoured. A single query, as in generation with a
     cache, attends exactly: that costs no more than an estimate. What is not supported is an error when the
-    model is called, never ignored: other masks (sliding windows, packed sequences, 4D masks), several new
-    tokens after cached ones, dropout of attention weights, soft caps, position biases, attention sinks.
+    model is called, never ignored. Layers that slide a window, position biases, other masks (packed
+    sequences, chunks, 4D masks of the caller's) and several new tokens after cached ones fall back, if
+    `fallback` says so, and the other layers are estimated. Soft caps, attention sinks, keys that the model
+    chooses itself, and dropout of weights that are estimated, are always errors.
 
     Examples
     --------
@@ -70,21 +91,58 @@ def register(name: str | None = None, estimator: Callable[..., Any] | None = Non
     >>> model.eval()(**model.dummy_inputs).last_hidden_state.shape
     torch.Size([3, 5, 16])
     """
+    check_option("fallback", fallback, ("error", "exact"))
     if name is None and estimator is None and not options:
         for each, (function, own) in NAMES.items():
-            register(each, function, **own)
+            register(each, function, fallback=fallback, **own)
         return
     if not isinstance(name, str) or not callable(estimator):
-        raise TypeError(f"register: expected a name and an estimator, got {name!r} and {estimator!r}")
-    AttentionInterface.register(name, partial(_attention, estimator, options))
+        raise TypeError(
+            f"register: expected a name and an estimator, got {shown(name)} and {shown(estimator)}"
+        )
+    AttentionInterface.register(name, partial(_attention, estimator, options, fallback))
     AttentionMaskInterface.register(name, _mask)
 
 
-class _Mask(NamedTuple):
-    """What a mask of ours says of itself, on a tensor (batch, 1, 1, keys), True = attend."""
+class _Marks(NamedTuple):
+    """What a mask of ours says of itself, as the attribute `randattn` of it and of its memory."""
 
     is_causal: bool
     is_padded: bool
+    is_other: bool  # than causal or full with padding
+    start: int  # the place of the first of several queries among the keys
+
+
+def _mark(mask: torch.Tensor, marks: _Marks) -> None:
+    mask.randattn = marks
+    if not torch.compiler.is_compiling():
+        mask.untyped_storage().randattn = (_layout(mask), marks)
+
+
+def _marks_of(mask: torch.Tensor | None) -> _Marks | None:
+    marks: _Marks | None = getattr(mask, "randattn", None)
+    if mask is None or marks is not None or torch.compiler.is_compiling():
+        return marks
+    # Reentrant checkpoints detach the mask before they call again: it is another tensor of the same memory.
+    layout, marks = getattr(mask.untyped_storage(), "randattn", (None, None))
+    return marks if layout == _layout(mask) else None
+
+
+def _layout(mask: torch.Tensor) -> tuple[Any, ...]:
+    return mask.shape, mask.stride(), mask.storage_offset()
+
+
+@cache
+def _has_sdpa(config: Any) -> bool:
+    """Tell whether this class of configurations has models that take the masks of "sdpa"."""
+    models = MODEL_MAPPING.get(config, None) or ()
+    models = models if isinstance(models, tuple) else (models,)
+    supports = [
+        (model._supports_attention_backend or model._supports_sdpa)  # noqa: SLF001
+        and model._can_set_attn_implementation()  # noqa: SLF001
+        for model in models
+    ]
+    return bool(supports) and all(supports)
 
 
 def _mask(
@@ -95,38 +153,70 @@ def _mask(
     kv_offset: int = 0,
     mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: torch.Tensor | None = None,
-    device: torch.device | str | None = None,
-    **_: Any,
-) -> torch.Tensor:
-    """The keys to attend to; of another pattern an error."""
-    if mask_function not in (causal_mask_function, bidirectional_mask_function):
-        raise NotImplementedError(
-            "attention_mask: expected a causal or a full one with padding, got another pattern (a sliding "
-            "window, packed sequences, ...): use attn_implementation='sdpa' for this model"
-        )
-    is_causal, first = mask_function is causal_mask_function, int(q_offset)
-    if is_causal and q_length > 1 and (first or int(kv_offset) or q_length != kv_length):
-        raise NotImplementedError(
-            "past_key_values: expected none, or one new token, "
-            f"got {q_length} new ones from {first} of {kv_length}"
-        )
-    place = torch.arange(kv_length, device=device) + int(kv_offset)
-    keep = torch.ones(1, kv_length, dtype=torch.bool, device=device)
-    if is_causal and q_length == 1:
+    config: Any = None,
+    **own: Any,
+) -> torch.Tensor | None:
+    """Make the mask that transformers makes for "sdpa", True = attend, and mark it.
+
+    Models that do not have "sdpa" have parts that add the mask to their logits: they get the one for "eager".
+    """
+    is_causal = mask_function is causal_mask_function
+    # The same for all queries: one row is enough.
+    is_full = mask_function is bidirectional_mask_function
+    kind: Any = type(config)
+    make = sdpa_mask if _has_sdpa(kind) else eager_mask
+    made = make(
+        batch_size=batch_size,
+        q_length=1 if is_full else q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        # Not all modules say that they look both ways, and None has no marks.
+        **{**own, "allow_is_bidirectional_skip": False},
+    )
+    if made is None:
+        return None
+    if is_full:
+        made = made.expand(batch_size, -1, q_length, -1)
+    several = is_causal and q_length > 1
+    marks = _Marks(
+        is_causal,
         # A static cache has places that are not written yet.
-        keep = (place <= first)[None, :]
-    if attention_mask is not None:
-        there = attention_mask.to(keep.device).bool()
-        there = torch.nn.functional.pad(there, (0, max(0, int(kv_offset) + kv_length - there.shape[1])))
-        keep = keep & there[:, int(kv_offset) : int(kv_offset) + kv_length]
-    made = keep.expand(batch_size, kv_length)[:, None, None, :]
-    made.randattn = _Mask(is_causal, is_padded=attention_mask is not None or (is_causal and q_length == 1))
+        is_padded=attention_mask is not None or (is_causal and q_length == 1),
+        is_other=not (is_causal or is_full),
+        start=int(q_offset) - int(kv_offset) if several else 0,
+    )
+    _mark(made, marks)
     return made
+
+
+def _beyond(
+    query: torch.Tensor, attention_mask: torch.Tensor | None, marks: _Marks | None, keywords: dict[str, Any]
+) -> str | None:
+    """Say what of this call estimators do not take."""
+    bias, window, new = keywords.get("position_bias"), keywords.get("sliding_window"), query.shape[-2]
+    if bias is not None:
+        return f"position_bias: expected None, got {shown(bias)}"
+    if attention_mask is not None and marks is None:
+        return f"attention_mask: expected one of padding, (batch, keys), got {shown(attention_mask)}"
+    if marks is not None and marks.is_other:
+        return (
+            "attention_mask: expected a causal or a full one with padding, got another pattern (a sliding "
+            "window, packed sequences, ...)"
+        )
+    if window is not None:
+        return f"sliding_window: expected None, got {shown(window)}"
+    if marks is not None and marks.start:
+        return f"past_key_values: expected none, or one new token, got {new} new ones after {marks.start}"
+    return None
 
 
 def _attention(
     estimator: Callable[..., Any],
     options: dict[str, Any],
+    fallback: str,
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -141,29 +231,47 @@ def _attention(
     for name in _CHANGES:
         if keywords.get(name) is not None:
             raise NotImplementedError(
-                f"{name}: expected None, got {keywords[name]!r}: randattn has no such thing"
+                f"{name}: expected None, got {shown(keywords[name])}: randattn has no such thing"
             )
-    if dropout:
-        raise NotImplementedError(
-            f"dropout: expected 0, got {dropout}: set the attention dropout of the model's configuration to 0"
-        )
     if keywords.get("output_attentions"):
         raise NotImplementedError("output_attentions: expected False: there are no weights to give")
-    said = getattr(attention_mask, "randattn", None)
-    if attention_mask is not None and said is None:
-        shape = tuple(getattr(attention_mask, "shape", ()))
-        raise NotImplementedError(
-            f"attention_mask: expected one of padding, (batch, keys), got shape {shape}"
-        )
-    keys = None
-    if attention_mask is not None and said is not None:
-        is_causal, keys = said.is_causal, attention_mask[..., 0, :] if said.is_padded else None
-    elif is_causal is None:
+    marks = _marks_of(attention_mask)
+    if attention_mask is None and is_causal is None:
         if not hasattr(module, "is_causal"):
             raise NotImplementedError(f"is_causal: {type(module).__name__} does not say which it is")
         is_causal = module.is_causal
+    beyond = _beyond(query, attention_mask, marks, keywords)
+    if beyond is not None:
+        if fallback == "error":
+            raise NotImplementedError(
+                f"{beyond}: register(..., fallback='exact') makes such calls exact, "
+                "attn_implementation='sdpa' all of the model"
+            )
+        if attention_mask is not None and attention_mask.is_floating_point():
+            attention_mask = attention_mask.to(query.dtype)
+        bias = keywords.get("position_bias")
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, is_causal, position_bias=bias
+        )
+    if dropout:
+        raise NotImplementedError(
+            f"dropout: expected 0, got {shown(dropout)}: "
+            "set the attention dropout of the model's configuration to 0"
+        )
+    keys = None
+    if attention_mask is not None and marks is not None:
+        is_causal = marks.is_causal
+        if marks.is_padded:
+            # The last query sees all that any may see.
+            keys = attention_mask[..., -1, :]
+            keys = keys if keys.dtype == torch.bool else keys == 0
+    n = query.shape[-2]
     # In a step with a cache the new token is the last one: it sees all keys that are there.
-    is_causal = bool(is_causal) and query.shape[-2] > 1
+    is_causal = bool(is_causal) and n > 1
+    if is_causal and key.shape[-2] > n:
+        # The places of a static cache that come later.
+        key, value = key[..., :n, :], value[..., :n, :]
+        keys = None if keys is None else keys[..., :n]
     if isinstance(options.get("rng"), numbers.Integral):
         options = {**options, "rng": int(options["rng"]) + (getattr(module, "layer_idx", None) or 0)}
     out = estimate(
@@ -177,4 +285,5 @@ def _attention(
         key_mask=keys,
         enable_gqa=query.shape[-3] != key.shape[-3],
     )
-    return out.transpose(1, 2), None
+    # Models view it.
+    return out.transpose(1, 2).contiguous(), None
