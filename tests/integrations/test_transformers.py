@@ -166,6 +166,23 @@ def test_cross_attention():
     close(model(**inputs)[0], exact, slice(None))
 
 
+@pytest.mark.parametrize("name", ["randattn_softmax", "randattn_rfa", "randattn_lara", "randattn_eva"])
+def test_as_many_tokens_to_a_decoder_as_to_its_encoder(name):
+    """The encoder's padding is no padding of the decoder's queries: none of their rows are zeros."""
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    model = larger(BartModel(BartConfig(d_model=32, vocab_size=50, **sizes, **heads)))
+    tokens = {"input_ids": TOKENS, "attention_mask": MASK, "decoder_input_ids": TOKENS.flip(1)}
+    exact = model(**tokens)[0]
+    rows, cross = [], model.decoder.layers[0].encoder_attn
+    cross.out_proj.register_forward_pre_hook(lambda _, given: rows.append(given[0]))
+    model.set_attn_implementation(name)
+    out = model(**tokens)[0]
+    if name == "randattn_softmax":
+        torch.testing.assert_close(out, exact, atol=2e-5, rtol=1e-4)
+    assert rows[0].abs().amax(dim=-1).min() > 0
+
+
 def test_models_whose_modules_do_not_say_which_they_are():
     """The mask says it: Splinter's have no `is_causal`, and look both ways."""
     torch.manual_seed(1)

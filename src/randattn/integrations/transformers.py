@@ -213,6 +213,16 @@ def _beyond(
     return None
 
 
+def _is_self(module: torch.nn.Module) -> bool:
+    """Tell whether a module that looks both ways is sure to attend to its own tokens.
+
+    A decoder's looks at an encoder's, which may be as many, and of which others are padding.
+    """
+    config = getattr(module, "config", None)
+    has_decoder = any(getattr(config, name, False) for name in ("is_encoder_decoder", "add_cross_attention"))
+    return (config is not None and not has_decoder) or getattr(module, "is_decoder", None) is False
+
+
 def _attention(
     estimator: Callable[..., Any],
     options: dict[str, Any],
@@ -272,6 +282,9 @@ def _attention(
         # The places of a static cache that come later.
         key, value = key[..., :n, :], value[..., :n, :]
         keys = None if keys is None else keys[..., :n]
+    masks = {"key_mask": keys}
+    if not is_causal and n == key.shape[-2] and options.get("query_mask") is None and _is_self(module):
+        masks["query_mask"] = keys
     if isinstance(options.get("rng"), numbers.Integral):
         options = {**options, "rng": int(options["rng"]) + (getattr(module, "layer_idx", None) or 0)}
     out = estimate(
@@ -282,7 +295,7 @@ def _attention(
         value,
         is_causal=is_causal,
         scale=scaling,
-        key_mask=keys,
+        **masks,
         enable_gqa=query.shape[-3] != key.shape[-3],
     )
     # Models view it.
