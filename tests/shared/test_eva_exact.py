@@ -253,8 +253,12 @@ def test_sums_by_group(lib):
         import torch
 
         x.requires_grad_()
-        assert torch.autograd.gradcheck(lambda x: _fused.sums_by_group(x, index, group, 5), x)
-        assert torch.autograd.gradgradcheck(lambda x: _fused.sums_by_group(x, index, group, 5) ** 2, x)
+        # A GPU adds rows in another order each time.
+        check = {"nondet_tol": 1e-12}
+        assert torch.autograd.gradcheck(lambda x: _fused.sums_by_group(x, index, group, 5), x, **check)
+        assert torch.autograd.gradgradcheck(
+            lambda x: _fused.sums_by_group(x, index, group, 5) ** 2, x, **check
+        )
 
 
 def test_errors(lib):
@@ -285,6 +289,6 @@ def test_errors(lib):
             eva(q, k, v, **options)
     with pytest.raises(ValueError, match="groups"):
         eva(q, k, v, groups=lib.asarray(np.zeros(N - 1, dtype=np.int64)))
-    if lib.name in ("numpy", "torch"):
+    if lib.name in ("numpy", "torch") and _fused.known(q):
         with pytest.raises(ValueError, match="groups"):
             eva(q, k, v, groups=lib.asarray(np.full(N, 7)), num_groups=7)
