@@ -38,9 +38,11 @@ LIBRARIES = {
     "jax": ("jax",),
     "strict": ("array-api-strict",),
     "dask": ("dask[array,distributed]",),
+    # Ours, of NumPy: CuPy itself needs a device.
+    "cupy-standin": (),
 }
 # What is tested of one library alone.
-OF_ITS_OWN = {"dask": ("tests/chunked",)}
+OF_ITS_OWN = {"dask": ("tests/chunked",), "cupy-standin": ("tests/standin",)}
 EVERY_LIBRARY = tuple(package for packages in LIBRARIES.values() for package in packages)
 
 ON_THE_CPU = {
@@ -53,7 +55,7 @@ ON_THE_CPU = {
     "MKL_NUM_THREADS": "1",
     "JAX_PLATFORMS": "cpu",
     # The suite compiles thousands of small programs and runs each once: this compiles them in half the time.
-    # A flag that a jaxlib does not know aborts the process: none but what all of them have.
+    # A jaxlib aborts at a flag that it does not know: tests/libraries.py adds one that not all of them have.
     "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
 }
 
