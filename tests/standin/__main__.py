@@ -1,4 +1,7 @@
-"""Print what each public function costs a device: ``python -m tests.standin``, or rows that begin with a name."""
+"""Print what each public function costs a device: ``python -m tests.standin``, or rows that begin with a name.
+
+A step's row has the call before it too.
+"""
 
 from __future__ import annotations
 

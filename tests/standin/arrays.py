@@ -74,7 +74,7 @@ def on_device(x: Any) -> Any:
     if not isinstance(x, (np.ndarray, np.generic)):
         return x
     made = object.__new__(ndarray)
-    made.host = np.asarray(x)
+    made._host = np.asarray(x)
     return made
 
 
@@ -84,8 +84,8 @@ def run(function: Callable[..., Any], *args: Any, waits: bool = False, **options
 
     def plain(x: Any) -> Any:
         if isinstance(x, ndarray):
-            given.append(x.host)
-            return x.host
+            given.append(x._host)
+            return x._host
         if isinstance(x, np.ndarray):
             raise TypeError(f"Unsupported type {type(x)}")
         return type(x)(map(plain, x)) if type(x) in (tuple, list) else x
@@ -109,14 +109,14 @@ def is_new(x: Any, given: list[np.ndarray]) -> bool:
 class ndarray:  # noqa: N801 (CuPy's name)
     """CuPy's array: other libraries' arrays are refused, and reading a value waits for the device."""
 
-    __slots__ = ("host",)
+    __slots__ = ("_host",)
     __module__ = "cupy"
     __array_priority__ = 100
     # NumPy's operators leave theirs to ours, which refuse.
     __array_ufunc__ = None
     __hash__ = None  # type: ignore[assignment]
 
-    host: np.ndarray
+    _host: np.ndarray
 
     def __array__(self, *_: Any, **__: Any) -> Any:
         raise TypeError(
@@ -134,26 +134,26 @@ class ndarray:  # noqa: N801 (CuPy's name)
 
     # What waits for the device.
 
-    def read(self) -> np.ndarray:
+    def _read(self) -> np.ndarray:
         COUNTS.syncs += 1
-        return self.host.copy()
+        return self._host.copy()
 
     def __bool__(self) -> bool:
-        return bool(self.read())
+        return bool(self._read())
 
     def __int__(self) -> int:
-        return int(self.read())
+        return int(self._read())
 
     def __float__(self) -> float:
-        return float(self.read())
+        return float(self._read())
 
     def __repr__(self) -> str:
-        return repr(self.read())
+        return repr(self._read())
 
     # What does not.
 
     def __len__(self) -> int:
-        return len(self.host)
+        return len(self._host)
 
     def __iter__(self) -> Iterator[ndarray]:
         return (self[i] for i in range(len(self)))
@@ -180,7 +180,7 @@ def index(key: Any) -> tuple[Any, ...]:
 
 def has_mask(key: tuple[Any, ...]) -> bool:
     """Whether a mask is there, of which CuPy counts the true ones on the host."""
-    return any(isinstance(part, ndarray) and part.host.dtype == bool for part in key)
+    return any(isinstance(part, ndarray) and part._host.dtype == bool for part in key)
 
 
 def add_operators() -> None:

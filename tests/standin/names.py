@@ -63,7 +63,7 @@ class Generator:
     __module__ = "cupy.random"
 
     def __init__(self, seed: Any = None) -> None:
-        self.host = np.random.default_rng(seed)
+        self._host = np.random.default_rng(seed)
 
 
 METHODS: dict[str, Callable[..., Any]] = {
@@ -73,9 +73,9 @@ METHODS: dict[str, Callable[..., Any]] = {
     "astype": lambda a, dtype, order="K", casting=None, subok=None, copy=True: run(
         np.ndarray.astype, a, dtype, order, casting or "unsafe", copy=copy
     ),
-    "get": lambda a, stream=None, order="C", out=None, blocking=True: a.read(),
-    "item": lambda a: a.read().item(),
-    "tolist": lambda a: a.read().tolist(),
+    "get": lambda a, stream=None, order="C", out=None, blocking=True: a._read(),
+    "item": lambda a: a._read().item(),
+    "tolist": lambda a: a._read().tolist(),
 }
 # By owner: functions, and classes as they are.
 OTHERWISE: dict[str, dict[str, Any]] = {
@@ -88,7 +88,7 @@ OTHERWISE: dict[str, dict[str, Any]] = {
         "asarray": lambda a, dtype=None, order=None, *, copy=None, blocking=False: as_array(
             a, dtype, copy, order
         ),
-        "asnumpy": lambda a, *_, **__: a.read() if isinstance(a, ndarray) else np.asarray(a),
+        "asnumpy": lambda a, *_, **__: a._read() if isinstance(a, ndarray) else np.asarray(a),
         "astype": lambda x, dtype, /, *, copy=True: METHODS["astype"](x, dtype, copy=copy),
         "ndarray": ndarray,
         "sort": lambda a, axis=-1, kind=None: run(np.sort, a, axis, stable(kind)),
@@ -102,9 +102,9 @@ OTHERWISE: dict[str, dict[str, Any]] = {
     "cupy.ndarray": METHODS,
     "cupy.random": {"Generator": Generator, "default_rng": Generator},
     "cupy.random.Generator": {
-        "integers": lambda rng, *args, **options: run(rng.host.integers, *args, **options),
-        "random": lambda rng, *args, **options: run(rng.host.random, *args, **options),
-        "standard_normal": lambda rng, *args, **options: run(rng.host.standard_normal, *args, **options),
+        "integers": lambda rng, *args, **options: run(rng._host.integers, *args, **options),
+        "random": lambda rng, *args, **options: run(rng._host.random, *args, **options),
+        "standard_normal": lambda rng, *args, **options: run(rng._host.standard_normal, *args, **options),
     },
 }
 PROPERTIES = ("dtype", "flags", "itemsize", "nbytes", "ndim", "shape", "size", "strides")
@@ -125,7 +125,7 @@ def members(owner: str, numpys: Any) -> Iterator[tuple[str, Any]]:
         elif ours is not None:
             yield name, ours
         elif owner == "cupy.ndarray" and name in PROPERTIES:
-            yield name, property(lambda x, name=name: getattr(x.host, name))
+            yield name, property(lambda x, name=name: getattr(x._host, name))
         elif owner == "cupy.ndarray" and name in VIEWS:
             yield name, property(lambda x, name=name: run(getattr, x, name))
         elif owner == "cupy" and (isinstance(theirs, (type, float)) or name == "newaxis"):
