@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -66,6 +66,29 @@ class Generator:
         self._host = np.random.default_rng(seed)
 
 
+def as_numpy(a: Any, *_: Any, **__: Any) -> np.ndarray:
+    return a._read() if isinstance(a, ndarray) else np.asarray(a)
+
+
+class NpzFile:
+    """What `load` gives of several arrays: by name alone, which it does not list."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __getitem__(self, key: str) -> Any:
+        return as_array(self._file[key], None, None, "K")
+
+    def close(self) -> None:
+        self._file.close()
+
+
 METHODS: dict[str, Callable[..., Any]] = {
     # It sorts all.
     "argpartition": lambda a, kth, axis=-1: METHODS["argsort"](a, axis),
@@ -88,9 +111,13 @@ OTHERWISE: dict[str, dict[str, Any]] = {
         "asarray": lambda a, dtype=None, order=None, *, copy=None, blocking=False: as_array(
             a, dtype, copy, order
         ),
-        "asnumpy": lambda a, *_, **__: a._read() if isinstance(a, ndarray) else np.asarray(a),
+        "asnumpy": as_numpy,
         "astype": lambda x, dtype, /, *, copy=True: METHODS["astype"](x, dtype, copy=copy),
+        "load": lambda file, mmap_mode=None, allow_pickle=None: NpzFile(np.load(file)),
         "ndarray": ndarray,
+        "savez": lambda file, *args, **kwds: np.savez(
+            file, *map(as_numpy, args), **{name: as_numpy(x) for name, x in kwds.items()}
+        ),
         "sort": lambda a, axis=-1, kind=None: run(np.sort, a, axis, stable(kind)),
         "where": where,
     },

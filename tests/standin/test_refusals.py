@@ -91,6 +91,15 @@ def test_single_elements_are_views(cupy):
     assert x.tolist() == [0, 5, 0]
 
 
+def test_files(cupy, tmp_path):
+    """CuPy's files of several arrays give them by name, and have no `items`."""
+    cupy.savez(tmp_path / "arrays.npz", a=cupy.ones(3))
+    with cupy.load(tmp_path / "arrays.npz") as file:
+        assert type(file["a"]) is cupy.ndarray
+        assert file["a"].tolist() == [1, 1, 1]
+        assert not hasattr(file, "items")
+
+
 def test_kinds_of_sorting(cupy):
     with pytest.raises(ValueError, match="stable"):
         cupy.sort(cupy.ones(3), kind="quicksort")
