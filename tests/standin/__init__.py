@@ -7,6 +7,7 @@ index on the host, which CuPy copies at each use, is refused.
 from __future__ import annotations
 
 import sys
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
@@ -36,5 +37,5 @@ def install() -> ModuleType:
 def module(name: str, **members: Any) -> Any:
     """A module that can be imported by this name."""
     made = sys.modules[name] = ModuleType(name)
-    vars(made).update(members)
+    vars(made).update(members, __spec__=ModuleSpec(name, None))
     return made
