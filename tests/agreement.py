@@ -1,7 +1,7 @@
 """Print how far every library's results are from NumPy's, and fail over tolerance.
 
-``python -m tests.agreement`` compares PyTorch, JAX, array-api-strict and Dask on the CPU; or name
-libraries, with a device where they have several: ``python -m tests.agreement cupy torch:cuda``.
+``python -m tests.agreement`` compares PyTorch, JAX, array-api-strict, Dask and the stand-in for CuPy on
+the CPU; or name libraries, with a device where they have several: ``python -m tests.agreement cupy torch:cuda``.
 
 A difference is the norm of ``result - reference`` over that of the reference, the worst of all
 inputs of an estimator. In float64 and float32 the reference is NumPy's result in the same dtype,
@@ -32,7 +32,7 @@ SEED = 20220628
 FULL = ("float64", "float32")
 # One rounding of the result is all that half precision may cost: the dtype's own epsilon.
 TOLERANCES = {"float64": 1e-11, "float32": 2e-5, "float16": 2**-10, "bfloat16": 2**-7}
-ON_THE_CPU = ("numpy", "torch", "jax", "strict", "dask")
+ON_THE_CPU = ("numpy", "torch", "jax", "strict", "dask", "cupy-standin")
 
 
 class Case(NamedTuple):
@@ -272,8 +272,8 @@ def print_table(
     width = max(map(len, rows), default=0)
     print("The largest difference from NumPy's result (float64, float32),")
     print("or from the library's own in float32 (float16, bfloat16).\n")
-    print(f"{'':{width + 12}}" + "".join(f"{dtype:>10}" for dtype in TOLERANCES))
-    print(f"{'tolerance':{width + 12}}" + "".join(f"{tolerance:>10.0e}" for tolerance in TOLERANCES.values()))
+    print(f"{'':{width + 14}}" + "".join(f"{dtype:>10}" for dtype in TOLERANCES))
+    print(f"{'tolerance':{width + 14}}" + "".join(f"{tolerance:>10.0e}" for tolerance in TOLERANCES.values()))
     for name in libraries:
         print()
         for row in rows:
@@ -283,7 +283,7 @@ def print_table(
                 texts.append(
                     "-" if found is None else f"{found:.1e}" if found <= tolerance else f"!{found:.1e}"
                 )
-            print(f"{name:12}{row:{width}}" + "".join(f"{text:>10}" for text in texts))
+            print(f"{name:14}{row:{width}}" + "".join(f"{text:>10}" for text in texts))
 
 
 def main(names: list[str]) -> int:

@@ -9,6 +9,7 @@ SIZES = [
     (_attend, "_MIN_BLOCK_KEYS", 5),
     (_attend, "_MIN_BLOCK_QUERIES", 1),
     (_fused, "SMALL", 0),
+    (_fused, "GPU_BLOCK_LOGITS", 20),
     (_inplace, "BLOCK_LOGITS", 20),
     (_inplace, "_MIN_BLOCK_KEYS", 5),
     (_inplace, "_MIN_BLOCK_QUERIES", 2),

@@ -5,10 +5,13 @@ from __future__ import annotations
 import importlib
 import os
 from dataclasses import dataclass
+from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from array_api_compat import array_namespace, device
+
+from tests import standin
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,7 +47,9 @@ class Library:
             )
             return self.xp.asarray(x).rechunk(chunks)
         kind = None if dtype is None else getattr(self.xp, dtype)
-        return self.xp.asarray(x, dtype=kind, device=self.device)
+        # CuPy's own function takes no device.
+        on_device = {} if self.name == "cupy" else {"device": self.device}
+        return self.xp.asarray(x, dtype=kind, **on_device)
 
     def arrays(self, *data: Any, dtype: str | None = None) -> list[Any]:
         return [self.asarray(x, dtype) for x in data]
@@ -55,7 +60,7 @@ class Library:
             x = x.detach()
             return (x.float() if x.dtype.itemsize < 4 and x.dtype.is_floating_point else x).cpu().numpy()
         if self.name == "cupy":
-            return x.get()
+            x = x.get()
         if self.name == "strict":
             x = x.to_device(self.xp.Device("CPU_DEVICE"))
         x = np.asarray(x)
@@ -98,7 +103,8 @@ class Library:
 def jax_gradient(function: Callable[..., Any], argnums: tuple[int, ...]) -> Callable[..., Any]:
     """The gradient, compiled."""
     jax = importlib.import_module("jax")
-    return jax.jit(jax.grad(function, argnums), compiler_options=FOR_GRADIENTS)
+    options = FOR_GRADIENTS if jax.default_backend() == "cpu" else None
+    return jax.jit(jax.grad(function, argnums), compiler_options=options)
 
 
 def _numpy(_: str | None) -> Library:
@@ -112,9 +118,11 @@ def _torch(device: str | None) -> Library:
 
 
 def _jax(device: str | None) -> Library:
-    # Compiling, not running, is what the suite's time goes to.
-    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    on_cpu = device in (None, "cpu")
+    os.environ["XLA_FLAGS"] = _flags_to_compile_fast(os.environ.get("XLA_FLAGS"), on_cpu)
     jax = importlib.import_module("jax")
+    if on_cpu:
+        jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_x64", True)
     jax.config.update("jax_default_matmul_precision", "float32")
     jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -122,8 +130,23 @@ def _jax(device: str | None) -> Library:
     return Library("jax", jax.numpy, found, ("float16", "bfloat16"))
 
 
+def _flags_to_compile_fast(given: str | None, on_cpu: bool) -> str:
+    """XLA's flags: compiling, not running, is what the suite's time goes to."""
+    if not on_cpu:
+        # Else each product is tried by many kernels; and level 0 is far slower there.
+        return "--xla_gpu_autotune_level=0" if given is None else given
+    flags = "--xla_backend_optimization_level=0" if given is None else given
+    release = tuple(map(int, metadata.version("jaxlib").split(".")[:2]))
+    # Halves the time. Newer ones abort the process at a flag that they have no more.
+    return f"{flags} --xla_cpu_use_fusion_emitters=false" if release < (0, 11) else flags
+
+
 def _cupy(_: str | None) -> Library:
     return Library("cupy", importlib.import_module("cupy"), half=("float16",))
+
+
+def _cupy_standin(_: str | None) -> Library:
+    return Library("cupy", standin.install(), half=("float16",))
 
 
 def _strict(_: str | None) -> Library:
@@ -145,6 +168,7 @@ LIBRARIES = {
     "torch": _torch,
     "jax": _jax,
     "cupy": _cupy,
+    "cupy-standin": _cupy_standin,
     "strict": _strict,
     "dask": _dask,
 }

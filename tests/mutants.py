@@ -42,6 +42,7 @@ MUTANTS = [
         "return function(state) if condition else state",
         "return function(state)",
     ),
+    Mutant("labels overflow", "_eva_choice.py", "labels = xp.astype(labels, xp.int32)", "pass"),
     Mutant("RFA without log Z", "_rfa.py", "Keys(w, f, log_z)", "Keys(w, f)"),
     Mutant("RFA leaves the range of V", "_rfa.py", "return xp.minimum(xp.maximum(out, lowest), highest)", "return out"),
     Mutant(

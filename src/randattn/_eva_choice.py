@@ -102,9 +102,15 @@ def _check_labels(x: Inputs, labels: Any, count: int, m: int) -> Array:
         raise TypeError(f"groups: expected 'segments', 'tree' or integers, got dtype {labels.dtype}")
     if labels.ndim < 1 or labels.shape[-1] != m:
         raise ValueError(f"groups: expected shape (..., {m}), got {tuple(labels.shape)}")
-    if known(labels) and not x.xp.all((labels >= 0) & (labels < count)):
+    xp = x.xp
+    if xp.iinfo(labels.dtype).bits < 32:
+        # What is computed from labels overflows fewer bits.
+        labels = xp.astype(labels, xp.int32)
+    if known(labels) and not xp.all((labels >= 0) & (labels < count)):
         raise ValueError(f"groups: expected labels in range(num_groups={count})")
-    return x.with_heads("groups", x.xp.clip(labels, 0, count - 1), 1)
+    # array-api-compat's clip reads masks, for which CuPy waits.
+    labels = xp.where(labels < count, xp.where(labels < 0, 0, labels), count - 1)
+    return x.with_heads("groups", labels, 1)
 
 
 def depth_of(count: int, tokens: int) -> int:

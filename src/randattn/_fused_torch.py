@@ -316,8 +316,9 @@ class _Sums(torch.autograd.Function):
 @functools.cache
 def flash_works() -> bool:
     """Whether PyTorch still has this kernel, and it gives what it gave."""
-    q, k, v = torch.linspace(-1, 1, 3 * 5 * 4, dtype=torch.float64).reshape(3, 1, 1, 5, 4)
-    mask = torch.linspace(0, 1, 5, dtype=q.dtype).expand(1, 1, 5, 5)
+    # The default device may be another one.
+    q, k, v = torch.linspace(-1, 1, 3 * 5 * 4, dtype=torch.float64, device="cpu").reshape(3, 1, 1, 5, 4)
+    mask = torch.linspace(0, 1, 5, dtype=q.dtype, device="cpu").expand(1, 1, 5, 5)
     try:
         out, log_norm = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(  # noqa: SLF001
             q, k, v, attn_mask=mask, scale=0.5

@@ -297,7 +297,7 @@ def test_advice_is_of_the_function_and_its_error(lib):
 @pytest.mark.only("torch")
 def test_autocast_is_left_outside(lib):
     q, k, v = lib.arrays(Q, K, V, dtype="float32")
-    with lib.xp.autocast("cpu", lib.xp.bfloat16):
+    with lib.xp.autocast(lib.device.type, lib.xp.bfloat16):
         found = diagnose(softmax_attention, q, k, v)
     assert found.relative_error < 1e-6
     assert found.entropy.dtype == lib.xp.float32

@@ -46,14 +46,10 @@ KINDS = {
 }
 
 
-def given_labels(lib, labels):
-    return lib.xp.asarray(labels) if lib.name == "dask" else lib.xp.asarray(labels, device=lib.device)
-
-
 def options_of(lib, kind, lead=LEAD, m=N):
     options = dict(KINDS[kind])
     if kind == "labels":
-        options["groups"] = given_labels(lib, np.random.default_rng(3).integers(0, 5, (*lead, m)))
+        options["groups"] = lib.asarray(np.random.default_rng(3).integers(0, 5, (*lead, m)))
     return options
 
 
@@ -71,10 +67,20 @@ def test_all_keys_exact_is_attention(lib, kind):
         lib.close(out, exactly(*data), rtol=1e-10)
 
 
+def test_labels_may_be_of_few_bits(lib):
+    """Fewer than the number of groups takes."""
+    arrays, labels = lib.arrays(*inputs()), np.arange(N) // 3
+    expected, out = (
+        lib.numpy(eva(*arrays, groups=lib.asarray(labels, dtype), num_groups=300, window=6))
+        for dtype in ("int64", "int8")
+    )
+    lib.close(lib.asarray(out), expected)
+
+
 def test_groups_of_one_key_are_attention(lib):
     data = inputs()
     lib.close(
-        eva(*lib.arrays(*data), groups=given_labels(lib, np.arange(N)), num_groups=N, window=6),
+        eva(*lib.arrays(*data), groups=lib.asarray(np.arange(N)), num_groups=N, window=6),
         exactly(*data),
         rtol=1e-10,
     )
@@ -99,7 +105,7 @@ def test_labels_and_windows_are_their_definition(lib, second_order):
     exact = np.arange(N)[:, None] // window == np.arange(N) // window
     out = eva(
         *lib.arrays(*data),
-        groups=given_labels(lib, labels),
+        groups=lib.asarray(labels),
         num_groups=5,
         window=window,
         second_order=second_order,
@@ -205,7 +211,7 @@ def test_a_group_never_weighs_more_than_its_keys(lib):
     k, window = 2 * k, N // 4
     own = (np.arange(N) < window)[:, None] * np.ones((N, E))
     # All others are exact: they are windows of their own, each a group of one key.
-    labels = given_labels(lib, np.maximum(np.arange(N) - window + 1, 0))
+    labels = lib.asarray(np.maximum(np.arange(N) - window + 1, 0))
     out = lib.numpy(eva(*lib.arrays(q, k, own), groups=labels, num_groups=N, window=1))[window:]
     expected = exactly(q, k, own)[window:]
     assert np.all(out < expected + 1e-12)
@@ -240,15 +246,19 @@ def test_sums_by_group(lib):
     chosen = np.arange(5)[:, None] == group[..., None, :]
     expected = chosen @ np.stack([rows[at] for rows, at in zip(x, index, strict=True)])
     (x,) = lib.arrays(x)
-    index, group = given_labels(lib, index), given_labels(lib, group)
+    index, group = lib.asarray(index), lib.asarray(group)
     for sums in (_fused.sums_by_group, _tree.sums_by_group):
         lib.close(sums(x, index, group, 5), expected)
     if lib.name == "torch":
         import torch
 
         x.requires_grad_()
-        assert torch.autograd.gradcheck(lambda x: _fused.sums_by_group(x, index, group, 5), x)
-        assert torch.autograd.gradgradcheck(lambda x: _fused.sums_by_group(x, index, group, 5) ** 2, x)
+        # A GPU adds rows in another order each time.
+        check = {"nondet_tol": 1e-12}
+        assert torch.autograd.gradcheck(lambda x: _fused.sums_by_group(x, index, group, 5), x, **check)
+        assert torch.autograd.gradgradcheck(
+            lambda x: _fused.sums_by_group(x, index, group, 5) ** 2, x, **check
+        )
 
 
 def test_errors(lib):
@@ -278,7 +288,7 @@ def test_errors(lib):
         with pytest.raises(kind, match=name):
             eva(q, k, v, **options)
     with pytest.raises(ValueError, match="groups"):
-        eva(q, k, v, groups=given_labels(lib, np.zeros(N - 1, dtype=np.int64)))
-    if lib.name in ("numpy", "torch"):
+        eva(q, k, v, groups=lib.asarray(np.zeros(N - 1, dtype=np.int64)))
+    if lib.name in ("numpy", "torch") and _fused.known(q):
         with pytest.raises(ValueError, match="groups"):
-            eva(q, k, v, groups=given_labels(lib, np.full(N, 7)), num_groups=7)
+            eva(q, k, v, groups=lib.asarray(np.full(N, 7)), num_groups=7)

@@ -319,11 +319,11 @@ def test_autocast_changes_nothing(lib, name):
     import torch
 
     rng = np.random.default_rng(5)
-    q, k, v = (torch.asarray(x, dtype=torch.float32) for x in 3 * rng.standard_normal((3, 2, N, D)))
+    q, k, v = lib.arrays(*(3 * rng.standard_normal((3, 2, N, D))), dtype="float32")
     q.requires_grad_()
     expected = ESTIMATORS[name](q, k, v)
     slope = torch.autograd.grad(expected.sum(), q)[0]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(lib.device.type, dtype=torch.bfloat16):
         actual = ESTIMATORS[name](q, k, v)
     again = torch.autograd.grad(actual.sum(), q)[0]
     assert torch.equal(actual, expected)
@@ -336,10 +336,10 @@ def test_a_gradient_of_gradients_within_autocast(lib):
         pytest.skip("for torch")
     import torch
 
-    q, k, v = (lib.asarray(x, "float32") for x in 3 * np.random.default_rng(5).standard_normal((3, 2, N, D)))
+    q, k, v = lib.arrays(*(3 * np.random.default_rng(5).standard_normal((3, 2, N, D))), dtype="float32")
     q.requires_grad_()
     expected = torch.autograd.grad(softmax_attention(q, k, v).sum(), q)[0]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(lib.device.type, dtype=torch.bfloat16):
         actual = torch.autograd.grad(softmax_attention(q, k, v).sum(), q, create_graph=True)[0]
     lib.close(actual, lib.numpy(expected), rtol=1e-5)
 

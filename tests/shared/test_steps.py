@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from randattn import eva_step
+from randattn import _fused, eva_step
 from tests.calls import eva
 
 N, WINDOW, D = 13, 4, 4
@@ -29,17 +29,18 @@ def same(lib, found, expected):
 
 
 def test_groups_are_left_alone_within_a_window(lib):
-    if lib.name not in ("numpy", "torch"):
-        pytest.skip("for arrays whose values are at hand")
+    """In the same memory, where the window's end is known without waiting for a device."""
     arrays = inputs(lib)
+    at_hand = lib.name in ("numpy", "torch") and _fused.known(arrays[0])
     state = begun(arrays, WINDOW)
     for n in range(WINDOW, 3 * WINDOW):
         _, after = eva_step(*one(arrays, n), state)
         is_last = (n + 1) % WINDOW == 0
         for name in ("mean_key", "beta", "weight"):
             old, new = (lib.numpy(getattr(s, name)) for s in (state, after))
-            assert np.shares_memory(old, new) is not is_last
             assert np.array_equal(old, new) is not is_last
+            if at_hand:
+                assert np.shares_memory(old, new) is not is_last
         state = after
 
 
