@@ -169,7 +169,7 @@ def saved_and_loaded(lib, kind, state, path):
     if lib.name == "cupy":
         lib.xp.savez(path, **state._asdict())
         with lib.xp.load(path) as file:
-            return kind(**dict(file.items()))
+            return kind(*(file[name] for name in kind._fields))
     if lib.name == "strict":
         np.savez(path, **{name: lib.numpy(x) for name, x in state._asdict().items()})
     elif lib.name == "dask":
