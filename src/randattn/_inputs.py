@@ -28,7 +28,7 @@ _NOT_DENSE = {
     "is_sparse": "a sparse one: pass .to_dense()",
     "is_mkldnn": "an MKL-DNN one: pass .to_dense()",
 }
-_MASKED = ("numpy.ma", "torch.masked")
+_MASKED = ("MaskedArray", "MaskedTensor")
 
 
 def is_array(x: Any) -> bool:
@@ -252,9 +252,9 @@ def check_like(name: str, x: Any, like: Array, like_name: str = "q") -> None:
 def check_dense(name: str, x: Any) -> None:
     """Raise where this is an array of a kind that its own library computes little with."""
     kind = None
-    if type(x) not in _namespaces and type(x).__module__.startswith(_MASKED):
+    if type(x) not in _namespaces and type(x).__name__ in _MASKED:
         kind = "a masked one: pass its data, and a key_mask"
-    elif hasattr(x, "is_nested") and (x.is_nested or x.is_quantized or str(x.layout) != "torch.strided"):
+    elif hasattr(x, "is_nested") and (x.is_nested or x.is_quantized or not str(x.layout).endswith("strided")):
         found = (kind for flag, kind in _NOT_DENSE.items() if getattr(x, flag))
         # Tensors of compressed rows or columns have none of these flags.
         kind = next(found, _NOT_DENSE["is_sparse"])
