@@ -19,7 +19,7 @@ from ._attend import Keys, average, average_of_all, finite
 from ._conclude import conclude
 from ._eva_choice import depth_of, rank_of
 from ._eva_keys import AT_HAND, Compared, chosen
-from ._fused import by_rows, chunked, constant, in_order, order_of, sums_by_group, with_last
+from ._fused import beside, by_rows, chunked, constant, in_order, order_of, sums_by_group, with_last
 from ._inputs import hide, is_array, log_mask, namespace, placement
 from ._plans import Blocks
 from ._tree import covariance, entries, halves, rows, sketch, stride_of
@@ -115,8 +115,7 @@ def _corrected(x: Inputs, choice: Choice, query_mask: Array | None) -> Array:
         )
     else:
         at = choice.windows
-        index = at.index if at.valid is None else at.index + n * ~at.valid
-        index = xp.asarray(index[None, ...], device=placement(q))
+        index = _filled_up(at, n, q)[None, ...]
     count, size = index.shape[1:]
     exact = []
     if choice.num_keys:
@@ -162,8 +161,8 @@ def _group(
                 of_k, covariance(of_q[:, :: stride_of(of_q.shape[1]), :]), mask, depth_of(count, m)
             )
         else:
-            index = groups.index if groups.valid is None else groups.index + m * ~groups.valid
-            index = xp.broadcast_to(xp.asarray(index, device=device)[None, ...], (lanes, *index.shape))
+            index = _filled_up(groups, m, k)[None, ...]
+            index = xp.broadcast_to(index, (lanes, *index.shape[1:]))
         count, size = index.shape[1:]
         key = xp.reshape(index, (lanes, count * size))
         group = xp.broadcast_to(xp.arange(count * size, device=device)[None, :] // size, key.shape)
@@ -205,6 +204,12 @@ def _group(
         kt_sketch=means[..., d + e + 1 : d + e + 1 + r],
         variance=means[..., d + e + 1 + r :] - kt * kt if choice.second_order else None,
     )
+
+
+def _filled_up(at: Blocks, n: int, like: Array) -> Array:
+    """The tokens (B, L) of blocks, numbers from n on where a block is filled up."""
+    index = beside(at.index, like)
+    return index if at.valid is None else namespace(like).where(beside(at.valid, like), index, index + n)
 
 
 def _compared(grouped: _Grouped) -> Compared:
