@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from . import _attend, _inplace
 from ._inputs import namespace, placement
-from ._static import Held, as_constant, held_array
+from ._static import TENSORS, Held
 from ._tracing import check_known, hint, is_known, library, tracing
 from ._writing import Writing
 
@@ -157,15 +157,8 @@ def take(x: Array, index: Any, axis: int) -> Array:
 def beside(rows: Any, like: Array) -> Array:
     """A NumPy array, or what stands for it in a trace, as an array of the library and on the device of another."""
     if isinstance(rows, Held):
-        return _held_tensor(rows.number, like.device)
+        return TENSORS[rows.place](like.device)
     return namespace(like).asarray(rows, device=placement(like))
-
-
-@as_constant
-def _held_tensor(number: int, device: Any) -> Array:
-    torch = sys.modules["torch"]
-    # As a parameter: its sizes are never symbolic.
-    return torch.nn.Parameter(torch.as_tensor(held_array(number), device=device), requires_grad=False)
 
 
 def mean_of_rows(x: Array) -> Array:

@@ -8,7 +8,7 @@ import operator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ._tracing import library, namespace
+from ._tracing import library, namespace, specialize
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -122,6 +122,7 @@ def prepare(
     check_flags(enable_gqa=enable_gqa)
     check_arrays(q=q, k=k, v=v)
     check_attention_shapes(q, k, v)
+    specialize(q.shape[-1], v.shape[-1])
     heads = _key_heads(q, k, v) if enable_gqa else None
     if heads is None:
         check_broadcast(q=(q, 2), k=(k, 2), v=(v, 2))

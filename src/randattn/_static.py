@@ -3,39 +3,31 @@
 from __future__ import annotations
 
 import functools
-import math
+import itertools
 import operator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
-from ._tracing import dynamo_traces
+from ._tracing import constant_tensor, dynamo_traces
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     F = TypeVar("F", bound=Callable[..., Any])
 
-# Arrays of the trace that is under way, and of some before it.
+# The arrays of the trace that is under way, and of some before it.
+_MOST_ARRAYS = 256
 _arrays: dict[int, Any] = {}
-_MOST_ARRAYS = 1024
+_places = itertools.count()
 
 
 class Held(NamedTuple):
     """What a trace of PyTorch's Dynamo gets for a NumPy array of a constant result (`_fused.beside`).
 
-    Of the array itself Dynamo makes an input of the program, with symbolic sizes.
+    The array itself would be an input of the program, with symbolic sizes.
     """
 
-    number: int
     shape: tuple[int, ...]
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.shape)
-
-
-def held_array(number: int) -> Any:
-    """The array that was held under this number."""
-    return _arrays[number]
+    size: int
+    place: int  # of what gives it as a tensor on a device, among `TENSORS`
 
 
 def as_constant(function: F) -> F:
@@ -68,10 +60,25 @@ def _held(x: Any) -> Any:
         return type(x)(*parts) if hasattr(x, "_fields") else tuple(parts)
     if not hasattr(x, "dtype"):
         return x
-    _arrays[id(x)] = x
-    if len(_arrays) > _MOST_ARRAYS:
-        del _arrays[next(iter(_arrays))]
-    return Held(id(x), tuple(x.shape))
+    place = next(_places) % _MOST_ARRAYS
+    _arrays[place] = (x, {})
+    return Held(tuple(x.shape), x.size, place)
+
+
+def _tensor(place: int) -> Callable[[Any], Any]:
+    @as_constant
+    def tensor(device: Any) -> Any:
+        x, made = _arrays[place]
+        if device not in made:
+            made[device] = constant_tensor(x, device)
+        return made[device]
+
+    # Dynamo tells the constants of a program apart by the names of their functions.
+    tensor.__name__ = f"held_{place}"
+    return tensor
+
+
+TENSORS = tuple(map(_tensor, range(_MOST_ARRAYS)))
 
 
 def plain(shape: tuple[int, ...]) -> tuple[int, ...]:
