@@ -205,7 +205,9 @@ def attend(
     n, m = q.shape[-2], keys.k.shape[-2]
     lead = math.prod(broadcast_shapes(q.shape[:-2], keys.k.shape[:-2]))
     if not is_known(lead, n, m):
-        return _in_parts(q, keys, scale, pair_bias, pair_weight, is_causal, parts_of(lead * n * m, _BLOCK_LOGITS))
+        return _in_parts(
+            q, keys, scale, pair_bias, pair_weight, is_causal, parts_of(lead * n * m, _BLOCK_LOGITS)
+        )
     if lead * n * m <= _BLOCK_LOGITS and not is_causal:
         return attend_whole(q, sets, scale, pair_bias, pair_weight)
     cols = m if pair_weight is not None else min(m, max(_MIN_BLOCK_KEYS, _BLOCK_LOGITS // max(1, lead * n)))
@@ -254,10 +256,12 @@ def _in_parts(
     cuts = [cut(x, axis, parts) for x, axis in ((q, -2), (pair_bias, -2), (mask, -1))]
     if is_causal:
         # What fills the last block up comes after all queries.
-        earlier = [cut(x, axis, parts, so_far=True) for x, axis in ((keys.k, -2), (keys.v, -2), (keys.bias, -1))]
+        earlier = [
+            cut(x, axis, parts, so_far=True) for x, axis in ((keys.k, -2), (keys.v, -2), (keys.bias, -1))
+        ]
     done = []
     for number, (queries, pairs, seen) in enumerate(zip(*cuts, strict=True)):
-        weight = pair_weight if seen is None else pair_weight._replace(mask=seen)
+        weight = None if pair_weight is None else pair_weight._replace(mask=seen)
         here, first = keys, None
         if is_causal:
             here, first = Keys(*(x[number] for x in earlier)), (number * queries.shape[-2], 0)
@@ -279,7 +283,7 @@ def parts_of(size: Any, most: int) -> int:
 
 
 def cut(x: Array | None, axis: int, parts: int, *, so_far: bool = False) -> Sequence[Array | None]:
-    """So many parts of equal, maybe symbolic, length along an axis, filled up by the first; or all up to each.
+    """So many parts of one length along an axis, filled up by the first entry; or all up to each part.
 
     By an index and a reshape: a slice's end would be compared with the axis.
     """

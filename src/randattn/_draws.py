@@ -111,7 +111,7 @@ def _given(name: str, draws: Array, x: Inputs, shape: tuple[int, ...], axes: str
 def _drawn(rng: Any, x: Inputs, kind: Kind, shape: tuple[int, ...]) -> Array:
     xp = x.xp
     if _is_seed(rng):
-        check_known("rng", "the draws of an int seed, for each head and sequence; noise needs none", *shape)
+        check_known("rng", "an int seed's draws for each head and sequence (noise needs none)", *shape)
         host = _philox(operator.index(rng), kind, plain(shape))
         return xp.astype(beside(host, x.q), x.q.dtype, copy=False)
     needed = _needed(kind, shape)

@@ -22,6 +22,7 @@ from ._eva_keys import AT_HAND, Compared, chosen
 from ._fused import beside, by_rows, chunked, constant, in_order, order_of, sums_by_group, with_last
 from ._inputs import hide, is_array, log_mask, namespace, placement
 from ._plans import Blocks
+from ._tracing import check_known, hint
 from ._tree import covariance, entries, halves, rows, sketch, stride_of
 
 if TYPE_CHECKING:
@@ -96,6 +97,7 @@ def _corrected(x: Inputs, choice: Choice, query_mask: Array | None) -> Array:
         None if y is None else _one_lead(y[..., None], lead)[..., 0] for y in (x.key_mask, query_mask)
     )
     (lanes, n, features), values = q.shape, v.shape[-1]
+    check_known("q", "blocks of queries that are laid by their number", n)
     mu = _mean(q, is_query)
     near_mu = hide(constant(q - mu[:, None, :]), is_query)
     of_q, of_k = sketch(
@@ -128,7 +130,7 @@ def _corrected(x: Inputs, choice: Choice, query_mask: Array | None) -> Array:
     of_blocks = xp.reshape(rows(q, xp.where(index < n, index, 0)), (lanes, count, size * features))
     out = by_rows(
         lambda q, slots: _attended(q, slots, grouped, mu, size, second_order=choice.second_order),
-        max(1, AT_HAND // (lanes * slots.shape[-1] * (features + values))),
+        max(1, AT_HAND // hint(lanes * slots.shape[-1] * (features + values))),
         (of_blocks, -2),
         (slots, -2),
     )

@@ -155,7 +155,7 @@ def take(x: Array, index: Any, axis: int) -> Array:
 
 
 def beside(rows: Any, like: Array) -> Array:
-    """A NumPy array, or what stands for it in a trace, as an array of the library and on the device of another."""
+    """A NumPy array, or what stands for it in a trace, in the library and on the device of another array."""
     if isinstance(rows, Held):
         return TENSORS[rows.place](like.device)
     return namespace(like).asarray(rows, device=placement(like))

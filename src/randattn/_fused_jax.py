@@ -13,6 +13,7 @@ from . import _attend
 from ._attend import Average, Keys, PairWeight
 from ._fused import GPU_BLOCK_LOGITS
 from ._fused_jax_mesh import attend_on_mesh, mesh_size
+from ._tracing import hint, is_known
 from ._tree import rows
 
 if TYPE_CHECKING:
@@ -73,17 +74,25 @@ def _blocks(
     n, m = q.shape[-2], sum(keys.k.shape[-2] for keys in sets)
     pair_weight = None if function is None else PairWeight(function, mask, arrays)
     lead = _attend.leading_axes(q, sets, pair_bias, pair_weight)
+    operands = (q, sets, pair_bias, mask, arrays)
+    options = {"scale": scale, "function": function, "is_causal": is_causal}
+    again = functools.partial(_blocks, block=block, most=most, fewest=fewest, **options)
+    start = (first, 0) if is_causal else None
+    if not is_known(n, m, *lead):
+        # Sizes that tell nothing of what fits: one head and a few queries at a time.
+        if lead:
+            return _over_heads(again, operands, first, lead[0], 1)
+        by_all_keys = functools.partial(_by_all_keys, **options)
+        if hint(n) > fewest:
+            return _over_queries(by_all_keys, operands, first, fewest)
+        return by_all_keys(*operands, first)
     rows = max(fewest, block // m)
     splits = function is None and len(sets) == 1
     # What a loop takes of the keys is copied: for fewer queries than features that is the larger array.
     size = max(n, q.shape[-1]) * m
     if math.prod(lead) * size <= block or (not lead and n <= rows and not (splits and n * m > most)):
-        start = (first, 0) if is_causal else None
         return _attend.attend_whole(q, sets, scale, pair_bias, pair_weight, first=start)
 
-    options = {"scale": scale, "function": function, "is_causal": is_causal}
-    again = functools.partial(_blocks, block=block, most=most, fewest=fewest, **options)
-    operands = (q, sets, pair_bias, mask, arrays)
     if lead:
         inside = math.prod(lead[1:]) * size
         if lead[0] == 1 or inside <= block:
@@ -115,6 +124,23 @@ def _blocks(
     return _over_keys(part, q, sets[0], pair_bias, first if is_causal else None, _even(m, most // n))
 
 
+def _by_all_keys(
+    q: Array,
+    sets: tuple[Keys, ...],
+    pair_bias: Array | None,
+    mask: Array | None,
+    arrays: tuple[Array, ...],
+    first: Any,
+    *,
+    scale: float,
+    function: Any,
+    is_causal: bool,
+) -> Average:
+    pair_weight = None if function is None else PairWeight(function, mask, arrays)
+    start = (first, 0) if is_causal else None
+    return _attend.attend_whole(q, sets, scale, pair_bias, pair_weight, first=start)
+
+
 # By itself an eager call is one program; within a caller's jit this is a part of that one.
 _compiled = jax.jit(_blocks, static_argnames=("scale", "function", "is_causal", "block", "most", "fewest"))
 
@@ -124,7 +150,7 @@ def _over_heads(again: Any, operands: Any, first: Any, size: int, most: int) -> 
     if size == 1:
         here = jax.tree.map(lambda x: x[0], operands)
         return jax.tree.map(lambda x: x[None], again(*here, first))
-    held = _divisor(size, max(1, most))
+    held = _divisor(size, max(1, most)) if is_known(size) else 1
     leaves, structure = jax.tree.flatten(operands)
     cut = [x for x in leaves if x.shape[0] == size]
     if held > 1:
@@ -188,17 +214,19 @@ def _over_two(
 def _over_queries(again: Any, operands: Any, first: Any, rows: int) -> Average:
     q, sets, pair_bias, mask, arrays = operands
     n = q.shape[0]
-    whole = n - n % rows
+    steps = n // rows
+    whole = steps * rows
     per_query = (q, pair_bias, None if mask is None else mask[:, None])
 
     def of_queries(part: Any) -> Average:
         (here, pairs, seen), start = part
         return again(here, sets, pairs, None if seen is None else seen[:, 0], arrays, start)
 
-    cut = jax.tree.map(lambda x: x[:whole].reshape(whole // rows, rows, x.shape[-1]), per_query)
-    found = jax.lax.map(jax.checkpoint(of_queries), (cut, first + jnp.arange(0, whole, rows)))
+    cut = jax.tree.map(lambda x: x[:whole].reshape(steps, rows, x.shape[-1]), per_query)
+    found = jax.lax.map(jax.checkpoint(of_queries), (cut, first + rows * jnp.arange(steps)))
     found = jax.tree.map(lambda x: x.reshape(whole, *x.shape[2:]), found)
-    if whole == n:
+    # Of a symbolic size there may be nothing left.
+    if is_known(n) and whole == n:
         return found
     tail = of_queries((jax.tree.map(lambda x: x[whole:], per_query), first + whole))
     return jax.tree.map(lambda *parts: jnp.concat(parts), found, tail)
@@ -230,16 +258,17 @@ def _over_keys(average: Any, q: Array, keys: Keys, pair_bias: Array | None, firs
 def by_rows(function: Callable[..., Array], size: int, *arrays: tuple[Array, int]) -> Array:
     """`function` of so many rows at a time, which lie on the given axis of each array: (..., rows, E)."""
     (x, axis), *_ = arrays
-    whole = x.shape[axis] - x.shape[axis] % size
+    steps = x.shape[axis] // size
+    whole = steps * size
 
     def blocks(x: Array, axis: int) -> Array:
         x = jnp.moveaxis(jax.lax.slice_in_dim(x, 0, whole, axis=axis), axis, 0)
-        return jnp.moveaxis(x.reshape(whole // size, size, *x.shape[1:]), 1, axis)
+        return jnp.moveaxis(x.reshape(steps, size, *x.shape[1:]), 1, axis)
 
     found = jax.lax.map(jax.checkpoint(lambda parts: function(*parts)), [blocks(*one) for one in arrays])
     found = jnp.moveaxis(found, 0, -3)
     found = found.reshape(*found.shape[:-3], whole, found.shape[-1])
-    if whole == x.shape[axis]:
+    if is_known(whole) and whole == x.shape[axis]:
         return found
     tail = function(*(jax.lax.slice_in_dim(x, whole, x.shape[axis], axis=axis) for x, axis in arrays))
     return jnp.concat([found, tail], axis=-2)
@@ -260,7 +289,7 @@ def carry(
     out = jnp.moveaxis(out, 0, -3)
     out = out.reshape(*out.shape[:-3], -1, out.shape[-1])
     tails = [jax.lax.slice_in_dim(x, steps * size, x.shape[-2], axis=-2) for x, size in arrays]
-    if not tails[0].shape[-2]:
+    if is_known(tails[0].shape[-2]) and not tails[0].shape[-2]:
         return state, out
     state, tail = function(state, *tails)
     return state, jnp.concat([out, tail], axis=-2)

@@ -8,13 +8,16 @@ import operator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ._tracing import library, namespace, specialize
+from . import _tracing
+from ._tracing import library, specialize
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     Array = Any
     Namespace = Any
+
+namespace = _tracing.namespace
 
 
 def is_array(x: Any) -> bool:

@@ -111,9 +111,10 @@ def _log_mixtures(x: Inputs, proposals: Proposals, w: Array, window: int) -> tup
 
     # Those of the first segments, for each number of them: none that comes later may be in the sum.
     _, log_mixtures = carry(add, xp.full_like(log_p[..., :1, :], math.log(others)), (log_p, 1))
-    layout = (plain(x.q.shape[-2:-1]), ("segments", plain(mu.shape[-2:-1])), (window,))
-    log_mixtures = take(log_mixtures, blocks_before(*layout), axis=-2)
-    is_there = with_rank(beside(blocks_over(*layout), x.q), log_p.ndim)
+    tokens, segments = plain(x.q.shape[-2:-1]), plain(mu.shape[-2:-1])
+    log_mixtures = take(log_mixtures, blocks_before(tokens, ("segments", segments), (window,)), axis=-2)
+    over = blocks_over(tokens, ("segments", segments), (window,))
+    is_there = with_rank(beside(over, x.q), log_p.ndim)
     if there is not None:
         is_there = is_there & there[..., None, :]
     always = xp.ones_like(is_there[..., :1])

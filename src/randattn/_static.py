@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 from ._tracing import constant_tensor, dynamo_traces
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     F = TypeVar("F", bound=Callable[..., Any])
 
 # The arrays of the trace that is under way, and of some before it.

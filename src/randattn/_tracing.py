@@ -109,15 +109,15 @@ def check_known(name: str, why: str, *sizes: Any) -> None:
     for size in sizes:
         if not is_known(size) and _stays(size):
             raise ValueError(
-                f"{name}: expected sizes that are known when the program is made, for {why}, got the symbolic "
-                f"{size}: leave it static (no Dim of torch.export, no symbol of jax.export)"
+                f"{name}: expected sizes that are known when the program is made, for {why}, got the "
+                f"symbolic {size}: leave it static (no Dim of torch.export, no symbol of jax.export)"
             )
 
 
 def _stays(size: Any) -> bool:
     """Whether the caller has asked for a program of all such sizes."""
     torch = sys.modules.get("torch")
-    if torch is None or not isinstance(size, int | torch.SymInt):
+    if not tracing() or torch is None:
         return True
     # Where Dynamo traces, PyTorch's own error names the size.
     if not torch.compiler.is_exporting() or dynamo_traces():

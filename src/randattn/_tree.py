@@ -45,7 +45,9 @@ def sums_by_group(x: Array, index: Array, group: Array, count: int) -> Array:
     xp, (lanes, blocks, size) = namespace(x), index.shape
     number = xp.arange(count, dtype=group.dtype, device=placement(x))
     ends = xp.sum(xp.astype(group[..., None, :] <= number[None, None, :, None], index.dtype), axis=-1)
-    sums = xp.cumulative_sum(rows(x, index), axis=-2, include_initial=True)
+    taken = rows(x, index)
+    # Not by `include_initial`, with which Dynamo warns of a cache of array-api-compat.
+    sums = xp.cumulative_sum(xp.concat([xp.zeros_like(taken[..., :1, :]), taken], axis=-2), axis=-2)
     sums = xp.reshape(sums, (lanes * blocks, size + 1, x.shape[-1]))
     sums = rows(sums, xp.reshape(ends, (lanes * blocks, count)))
     sums = xp.concat([sums[:, :1, :], sums[:, 1:, :] - sums[:, :-1, :]], axis=1)
