@@ -203,6 +203,7 @@ def by_rows(function: Callable[..., Array], size: int, *arrays: tuple[Array, int
     if hint(x.shape[axis]) <= size:
         return function(*(x for x, _ in arrays))
     if library(x) == "jax":
+        check_known("q", "blocks of queries", x.shape[axis])
         from . import _fused_jax
 
         return _fused_jax.by_rows(function, size, *arrays)
@@ -222,9 +223,8 @@ def carry(
 ) -> tuple[Any, Array]:
     """Go along axis -2 of the arrays, so many rows of each at a time: (state, rows) -> (state, results)."""
     x, size = arrays[0]
-    if library(x) != "jax":
-        check_known("k", "a causal form, which goes along the tokens in so many blocks", x.shape[-2])
-    if is_known(x.shape[-2]) and x.shape[-2] <= size:
+    check_known("k", "a causal form, which goes along the tokens a block at a time", x.shape[-2])
+    if x.shape[-2] <= size:
         return function(state, *(x for x, _ in arrays))
     if library(x) == "jax":
         from . import _fused_jax

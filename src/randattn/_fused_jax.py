@@ -84,7 +84,7 @@ def _blocks(
             return _over_heads(again, operands, first, lead[0], 1)
         by_all_keys = functools.partial(_by_all_keys, **options)
         if hint(n) > fewest:
-            return _over_queries(by_all_keys, operands, first, fewest)
+            return _over_symbolic(by_all_keys, operands, first, fewest)
         return by_all_keys(*operands, first)
     rows = max(fewest, block // m)
     splits = function is None and len(sets) == 1
@@ -214,22 +214,40 @@ def _over_two(
 def _over_queries(again: Any, operands: Any, first: Any, rows: int) -> Average:
     q, sets, pair_bias, mask, arrays = operands
     n = q.shape[0]
-    steps = n // rows
-    whole = steps * rows
+    whole = n - n % rows
     per_query = (q, pair_bias, None if mask is None else mask[:, None])
 
     def of_queries(part: Any) -> Average:
         (here, pairs, seen), start = part
         return again(here, sets, pairs, None if seen is None else seen[:, 0], arrays, start)
 
-    cut = jax.tree.map(lambda x: x[:whole].reshape(steps, rows, x.shape[-1]), per_query)
-    found = jax.lax.map(jax.checkpoint(of_queries), (cut, first + rows * jnp.arange(steps)))
+    cut = jax.tree.map(lambda x: x[:whole].reshape(whole // rows, rows, x.shape[-1]), per_query)
+    found = jax.lax.map(jax.checkpoint(of_queries), (cut, first + jnp.arange(0, whole, rows)))
     found = jax.tree.map(lambda x: x.reshape(whole, *x.shape[2:]), found)
-    # Of a symbolic size there may be nothing left.
-    if is_known(n) and whole == n:
+    if whole == n:
         return found
     tail = of_queries((jax.tree.map(lambda x: x[whole:], per_query), first + whole))
     return jax.tree.map(lambda *parts: jnp.concat(parts), found, tail)
+
+
+def _over_symbolic(average: Any, operands: Any, first: Any, rows: int) -> Average:
+    """A loop over so many queries at a time of a symbolic number: filled up by the first query."""
+    q, sets, pair_bias, mask, arrays = operands
+    n = q.shape[0]
+    # One more than may be full: of no step JAX could tell that there is one.
+    steps = n // rows + 1
+    number = jnp.arange(steps * rows)
+    index = jnp.where(number < n, number, 0)
+    per_query = jax.tree.map(lambda x: jnp.take(x, index, axis=0), (q, pair_bias, mask))
+
+    def of_queries(part: Any) -> Average:
+        (here, pairs, seen), start = part
+        return average(here, sets, pairs, seen, arrays, start)
+
+    cut = jax.tree.map(lambda x: x.reshape(steps, rows, *x.shape[1:]), per_query)
+    found = jax.lax.map(jax.checkpoint(of_queries), (cut, first + rows * jnp.arange(steps)))
+    found = jax.tree.map(lambda x: x.reshape(steps * rows, *x.shape[2:]), found)
+    return jax.tree.map(lambda x: jnp.take(x, jnp.arange(n), axis=0), found)
 
 
 def _over_keys(average: Any, q: Array, keys: Keys, pair_bias: Array | None, first: Any, cols: int) -> Average:
@@ -258,17 +276,16 @@ def _over_keys(average: Any, q: Array, keys: Keys, pair_bias: Array | None, firs
 def by_rows(function: Callable[..., Array], size: int, *arrays: tuple[Array, int]) -> Array:
     """`function` of so many rows at a time, which lie on the given axis of each array: (..., rows, E)."""
     (x, axis), *_ = arrays
-    steps = x.shape[axis] // size
-    whole = steps * size
+    whole = x.shape[axis] - x.shape[axis] % size
 
     def blocks(x: Array, axis: int) -> Array:
         x = jnp.moveaxis(jax.lax.slice_in_dim(x, 0, whole, axis=axis), axis, 0)
-        return jnp.moveaxis(x.reshape(steps, size, *x.shape[1:]), 1, axis)
+        return jnp.moveaxis(x.reshape(whole // size, size, *x.shape[1:]), 1, axis)
 
     found = jax.lax.map(jax.checkpoint(lambda parts: function(*parts)), [blocks(*one) for one in arrays])
     found = jnp.moveaxis(found, 0, -3)
     found = found.reshape(*found.shape[:-3], whole, found.shape[-1])
-    if is_known(whole) and whole == x.shape[axis]:
+    if whole == x.shape[axis]:
         return found
     tail = function(*(jax.lax.slice_in_dim(x, whole, x.shape[axis], axis=axis) for x, axis in arrays))
     return jnp.concat([found, tail], axis=-2)
@@ -289,7 +306,7 @@ def carry(
     out = jnp.moveaxis(out, 0, -3)
     out = out.reshape(*out.shape[:-3], -1, out.shape[-1])
     tails = [jax.lax.slice_in_dim(x, steps * size, x.shape[-2], axis=-2) for x, size in arrays]
-    if is_known(tails[0].shape[-2]) and not tails[0].shape[-2]:
+    if not tails[0].shape[-2]:
         return state, out
     state, tail = function(state, *tails)
     return state, jnp.concat([out, tail], axis=-2)

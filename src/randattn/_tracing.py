@@ -116,11 +116,12 @@ def check_known(name: str, why: str, *sizes: Any) -> None:
 
 def _stays(size: Any) -> bool:
     """Whether the caller has asked for a program of all such sizes."""
-    torch = sys.modules.get("torch")
-    if not tracing() or torch is None:
+    if dynamo_traces():
+        # PyTorch's own error names the size.
+        return False
+    if not hasattr(size, "node"):
         return True
-    # Where Dynamo traces, PyTorch's own error names the size.
-    if not torch.compiler.is_exporting() or dynamo_traces():
+    if not sys.modules["torch"].compiler.is_exporting():
         return False
     asked = set()
     for one in size.node.shape_env.tracked_fakes or ():
