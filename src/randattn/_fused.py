@@ -161,6 +161,12 @@ def beside(rows: Any, like: Array) -> Array:
     return namespace(like).asarray(rows, device=placement(like))
 
 
+def summed_up(x: Array, axis: int) -> Array:
+    """Sums of all entries up to each."""
+    # Of array-api-compat's function Dynamo would warn: it looks the library up in a cache.
+    return x.cumsum(axis) if library(x) == "torch" else namespace(x).cumulative_sum(x, axis=axis)
+
+
 def mean_of_rows(x: Array) -> Array:
     """(..., L, D) -> (..., D)."""
     xp = namespace(x)
