@@ -85,7 +85,7 @@ def _blocks(
         by_all_keys = functools.partial(_by_all_keys, **options)
         if hint(n) > fewest:
             return _over_symbolic(by_all_keys, operands, first, fewest)
-        return by_all_keys(*operands, first)
+        return by_all_keys(q, sets, pair_bias, mask, arrays, first)
     rows = max(fewest, block // m)
     splits = function is None and len(sets) == 1
     # What a loop takes of the keys is copied: for fewer queries than features that is the larger array.

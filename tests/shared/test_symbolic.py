@@ -139,7 +139,7 @@ def test_one_program_for_all_batches(lib, name):
     """And, where the length need not be known, for all lengths."""
     torch = lib.xp
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = pytest.importorskip("torch._dynamo.testing").CompileCounterWithBackend("aot_eager")
     program = torch.compile(ALL[name], dynamic=True, fullgraph=True, backend=counter)
     for batch, n in ((3, N), (2, N), (5, N)) + (((4, 2 * N),) if name in ANY_LENGTH else ()):
         arrays = data(lib, batch, n)
@@ -153,7 +153,7 @@ def test_a_larger_block_gets_a_program_of_its_own(lib, monkeypatch):
     monkeypatch.setattr(_attend, "_BLOCK_LOGITS", HEADS * 32 * 32)
     torch = lib.xp
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = pytest.importorskip("torch._dynamo.testing").CompileCounterWithBackend("aot_eager")
     program = torch.compile(softmax_attention, dynamic=True, fullgraph=True, backend=counter)
     for n, programs in ((20, 1), (10, 1), (30, 2), (40, 2), (60, 3)):
         arrays = data(lib, n=n)
