@@ -12,6 +12,7 @@ from functools import reduce
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ._inputs import broadcast_shapes, dot, namespace, placement, with_rank
+from ._tracing import bound, hint, is_known
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -203,8 +204,11 @@ def attend(
     sets = (keys,) = (sets[0].biased(),)
     n, m = q.shape[-2], keys.k.shape[-2]
     lead = math.prod(broadcast_shapes(q.shape[:-2], keys.k.shape[:-2]))
+    if not is_known(lead, n, m):
+        return _in_parts(
+            q, keys, scale, pair_bias, pair_weight, is_causal, parts_of(lead * n * m, _BLOCK_LOGITS)
+        )
     if lead * n * m <= _BLOCK_LOGITS and not is_causal:
-        # No slices: a compiler can keep the sizes symbolic.
         return attend_whole(q, sets, scale, pair_bias, pair_weight)
     cols = m if pair_weight is not None else min(m, max(_MIN_BLOCK_KEYS, _BLOCK_LOGITS // max(1, lead * n)))
     done: list[Any] = []
@@ -235,6 +239,76 @@ def attend(
     return Average(xp.concat(outs, axis=-2), xp.concat(log_norms, axis=-1))
 
 
+def _in_parts(
+    q: Array,
+    keys: Keys,
+    scale: float,
+    pair_bias: Array | None,
+    pair_weight: PairWeight | None,
+    is_causal: bool,
+    parts: int,
+) -> Average:
+    """`attend` in so many blocks of queries, whose sizes a compiler keeps symbolic."""
+    n = q.shape[-2]
+    if parts == 1:
+        return attend_whole(q, [keys], scale, pair_bias, pair_weight, (0, 0) if is_causal else None)
+    mask = None if pair_weight is None else pair_weight.mask
+    cuts = [cut(x, axis, parts) for x, axis in ((q, -2), (pair_bias, -2), (mask, -1))]
+    if is_causal:
+        # What fills the last block up comes after all queries.
+        earlier = [
+            cut(x, axis, parts, so_far=True) for x, axis in ((keys.k, -2), (keys.v, -2), (keys.bias, -1))
+        ]
+    done = []
+    for number, (queries, pairs, seen) in enumerate(zip(*cuts, strict=True)):
+        weight = None if pair_weight is None else pair_weight._replace(mask=seen)
+        here, first = keys, None
+        if is_causal:
+            here, first = Keys(*(x[number] for x in earlier)), (number * queries.shape[-2], 0)
+        done.append(attend_whole(queries, [here], scale, pairs, weight, first))
+    outs, log_norms = zip(*done, strict=True)
+    return Average(joined(outs, -2, n), joined(log_norms, -1, n))
+
+
+def parts_of(size: Any, most: int) -> int:
+    """In how many parts a symbolic size is cut, for parts of at most so much in the caller's example.
+
+    A power of four: few programs serve all sizes (`bound`).
+    """
+    parts = 1
+    while hint(size) > parts * most:
+        parts *= 4
+    bound(size, parts * most)
+    return parts
+
+
+def cut(x: Array | None, axis: int, parts: int, *, so_far: bool = False) -> Sequence[Array | None]:
+    """So many parts of one length along an axis, filled up by the first entry; or all up to each part.
+
+    By an index and a reshape: a slice's end would be compared with the axis.
+    """
+    if x is None:
+        return [None] * parts
+    xp, axis, n = namespace(x), axis + x.ndim, x.shape[axis]
+    # At least two: PyTorch tells sizes of one from others, which is a guard.
+    size = n // parts + 2
+    number = xp.arange(parts * size, device=placement(x))
+    x = xp.take(x, xp.where(number < n, number, 0), axis=axis)
+    lead, rest = tuple(x.shape[:axis]), tuple(x.shape[axis + 1 :])
+    x = xp.reshape(x, (*lead, parts, size, *rest))
+    before = (slice(None),) * axis
+    if so_far:
+        return [xp.reshape(x[*before, : i + 1], (*lead, (i + 1) * size, *rest)) for i in range(parts)]
+    return [x[*before, i] for i in range(parts)]
+
+
+def joined(parts: Sequence[Array], axis: int, n: Any) -> Array:
+    """What `cut` has cut, without what fills it up."""
+    xp = namespace(parts[0])
+    x = xp.concat(parts, axis=axis)
+    return xp.take(x, xp.arange(n, device=placement(x)), axis=axis)
+
+
 def attend_whole(
     q: Array,
     sets: Sequence[Keys],
@@ -250,7 +324,7 @@ def attend_whole(
         # The scale goes to the fewer tokens: a pass over the others would cost as much as the product.
         if scale == 1:
             x = xp.matmul(q, xp.matrix_transpose(k))
-        elif q.shape[-2] < k.shape[-2]:
+        elif hint(q.shape[-2]) < hint(k.shape[-2]):
             x = xp.matmul(q * scale, xp.matrix_transpose(k))
         else:
             x = xp.matmul(q, xp.matrix_transpose(k * scale))
@@ -277,9 +351,9 @@ def leading_axes(
     return broadcast_shapes(*(x.shape[: x.ndim - trailing] for x, trailing in arrays if x is not None))
 
 
-def rows_of_block(logits_per_query: int) -> int:
+def rows_of_block(logits_per_query: Any) -> int:
     """The queries that keep the logits of one block within bounds."""
-    return max(_MIN_BLOCK_QUERIES, _BLOCK_LOGITS // max(1, logits_per_query))
+    return max(_MIN_BLOCK_QUERIES, _BLOCK_LOGITS // max(1, hint(logits_per_query)))
 
 
 def slices(n: int, size: int) -> Iterator[slice]:

@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import array_api_compat as compat
 
+from ._fused import beside
 from ._inputs import broadcast_shapes, check_broadcast, is_array
 from ._shown import shown
 from ._static import plain, static
+from ._tracing import check_known
 
 if TYPE_CHECKING:
     from ._inputs import Inputs
@@ -110,8 +112,9 @@ def _given(name: str, draws: Array, x: Inputs, shape: tuple[int, ...], axes: str
 def _drawn(rng: Any, x: Inputs, kind: Kind, shape: tuple[int, ...]) -> Array:
     xp = x.xp
     if _is_seed(rng):
+        check_known("rng", "an int seed's draws for each head and sequence (noise needs none)", *shape)
         host = _philox(operator.index(rng), kind, plain(shape))
-        return xp.asarray(host, dtype=x.q.dtype, device=x.device)
+        return xp.astype(beside(host, x.q), x.q.dtype, copy=False)
     needed = _needed(kind, shape)
     if kind == "qmc" and (compat.is_torch_namespace(xp) or compat.is_jax_namespace(xp)):
         raise TypeError(f"rng: draws='qmc' expects an int seed, got {type(rng).__name__}")

@@ -19,9 +19,10 @@ from ._attend import Keys, average, average_of_all, finite
 from ._conclude import conclude
 from ._eva_choice import depth_of, rank_of
 from ._eva_keys import AT_HAND, Compared, chosen
-from ._fused import by_rows, chunked, constant, in_order, order_of, sums_by_group, with_last
+from ._fused import beside, by_rows, chunked, constant, in_order, order_of, sums_by_group, with_last
 from ._inputs import hide, is_array, log_mask, namespace, placement
 from ._plans import Blocks
+from ._tracing import check_known, hint
 from ._tree import covariance, entries, halves, rows, sketch, stride_of
 
 if TYPE_CHECKING:
@@ -96,6 +97,7 @@ def _corrected(x: Inputs, choice: Choice) -> Array:
         None if y is None else _one_lead(y[..., None], lead)[..., 0] for y in (x.key_mask, x.query_mask)
     )
     (lanes, n, features), values = q.shape, v.shape[-1]
+    check_known("q", "blocks of queries that are laid by their number", n)
     mu = _mean(q, is_query)
     near_mu = hide(constant(q - mu[:, None, :]), is_query)
     of_q, of_k = sketch(
@@ -115,8 +117,7 @@ def _corrected(x: Inputs, choice: Choice) -> Array:
         )
     else:
         at = choice.windows
-        index = at.index if at.valid is None else at.index + n * ~at.valid
-        index = xp.asarray(index[None, ...], device=placement(q))
+        index = _filled_up(at, n, q)[None, ...]
     count, size = index.shape[1:]
     exact = []
     if choice.num_keys:
@@ -129,7 +130,7 @@ def _corrected(x: Inputs, choice: Choice) -> Array:
     of_blocks = xp.reshape(rows(q, xp.where(index < n, index, 0)), (lanes, count, size * features))
     out = by_rows(
         lambda q, slots: _attended(q, slots, grouped, mu, size, second_order=choice.second_order),
-        max(1, AT_HAND // (lanes * slots.shape[-1] * (features + values))),
+        max(1, AT_HAND // hint(lanes * slots.shape[-1] * (features + values))),
         (of_blocks, -2),
         (slots, -2),
     )
@@ -162,8 +163,8 @@ def _group(
                 of_k, covariance(of_q[:, :: stride_of(of_q.shape[1]), :]), mask, depth_of(count, m)
             )
         else:
-            index = groups.index if groups.valid is None else groups.index + m * ~groups.valid
-            index = xp.broadcast_to(xp.asarray(index, device=device)[None, ...], (lanes, *index.shape))
+            index = _filled_up(groups, m, k)[None, ...]
+            index = xp.broadcast_to(index, (lanes, *index.shape[1:]))
         count, size = index.shape[1:]
         key = xp.reshape(index, (lanes, count * size))
         group = xp.broadcast_to(xp.arange(count * size, device=device)[None, :] // size, key.shape)
@@ -205,6 +206,12 @@ def _group(
         kt_sketch=means[..., d + e + 1 : d + e + 1 + r],
         variance=means[..., d + e + 1 + r :] - kt * kt if choice.second_order else None,
     )
+
+
+def _filled_up(at: Blocks, n: int, like: Array) -> Array:
+    """The tokens (B, L) of blocks, numbers from n on where a block is filled up."""
+    index = beside(at.index, like)
+    return index if at.valid is None else namespace(like).where(beside(at.valid, like), index, index + n)
 
 
 def _compared(grouped: _Grouped) -> Compared:

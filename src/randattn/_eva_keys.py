@@ -18,6 +18,7 @@ from ._attend import average_of_all, finite
 from ._eva_choice import FAMILY, list_of
 from ._fused import by_rows, largest
 from ._inputs import log_mask, namespace, placement
+from ._tracing import hint
 from ._tree import entries, rows
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def chosen(choice: Choice, compared: Compared, index: Array, of_q: Array, is_que
     def among_all(moments: _Moments, count: int) -> Array:
         return by_rows(
             lambda *blocks: _most_missed(blocks, keys, group, count),
-            max(1, AT_HAND // (lanes * keys.shape[1])),
+            max(1, AT_HAND // hint(lanes * keys.shape[1])),
             *((x, -2) for x in of_each(moments)),
         )
 
@@ -117,7 +118,7 @@ def chosen(choice: Choice, compared: Compared, index: Array, of_q: Array, is_que
 
         found = by_rows(
             among_listed,
-            max(1, AT_HAND // (lanes * listed * (keys.shape[2] + FAMILY))),
+            max(1, AT_HAND // hint(lanes * listed * (keys.shape[2] + FAMILY))),
             *((xp.reshape(x, (lanes, families, FAMILY * x.shape[2])), -2) for x in of_each(of_blocks)),
             (lists, -2),
         )

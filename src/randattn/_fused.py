@@ -14,10 +14,10 @@ import math
 import sys
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-import array_api_compat as compat
-
 from . import _attend, _inplace
 from ._inputs import namespace, out_of_range, placement
+from ._static import TENSORS, Held
+from ._tracing import check_known, hint, is_known, library, tracing
 from ._writing import Writing
 
 if TYPE_CHECKING:
@@ -50,11 +50,11 @@ def undisturbed(function: F) -> F:
         if own is not None:
             with own:
                 return function(q, *args, **options)
-        if compat.is_jax_array(q):
+        if library(q) == "jax":
             from . import _fused_jax_mesh
 
             return _fused_jax_mesh.laid_by_compiler(function, q, *args, **options)
-        if compat.is_numpy_array(q):
+        if library(q) == "numpy":
             return _without_overflow(function, q, *args, **options)
         return function(q, *args, **options)
 
@@ -105,13 +105,13 @@ def attend(
     chunks = chunked(q)
     if chunks is not None:
         return cast("Average", chunks.attend(q, sets, scale, pair_bias, pair_weight, is_causal))
-    of_keys, of_queries = sum(math.prod(keys.k.shape) for keys in sets), math.prod(q.shape)
+    of_keys, of_queries = hint(sum(math.prod(keys.k.shape) for keys in sets)), hint(math.prod(q.shape))
     if scale != 1 and pair_weight is None and 2 * of_queries < of_keys:
         # On the far fewer tokens, once for all blocks.
         q, scale = q * scale, 1.0
     elif scale != 1 and 2 * of_keys < of_queries:
         sets, scale = tuple(keys.scaled(scale) for keys in sets), 1.0
-    if compat.is_jax_array(q):
+    if library(q) == "jax":
         from . import _fused_jax
 
         return _fused_jax.attend(q, sets, scale, pair_bias, pair_weight, is_causal)
@@ -119,14 +119,14 @@ def attend(
         return _attend.attend(
             q, *sets, scale=scale, pair_bias=pair_bias, pair_weight=pair_weight, is_causal=is_causal
         )
-    if compat.is_torch_array(q) and not compiling(q):
+    if library(q) == "torch" and not compiling(q):
         from . import _fused_torch
 
         if _fused_torch.is_plain(q, sets, pair_weight):
             return _fused_torch.attend(q, sets, scale, pair_weight, is_causal)
-    elif compat.is_numpy_array(q) or compat.is_cupy_array(q):
+    elif library(q) in ("numpy", "cupy"):
         steps, block = Writing(q), GPU_BLOCK_LOGITS
-        if compat.is_numpy_array(q):
+        if library(q) == "numpy":
             steps, block = _NumpyWriting(q), _inplace.BLOCK_LOGITS
         sets = tuple(keys.biased() for keys in sets)
         lead = math.prod(_attend.leading_axes(q, sets, None, pair_weight))
@@ -139,12 +139,12 @@ def attend(
 
 def compiling(x: Array) -> bool:
     """Whether PyTorch makes a program of this call."""
-    return compat.is_torch_array(x) and bool(sys.modules["torch"].compiler.is_compiling())
+    return tracing() and library(x) == "torch"
 
 
 def chunked(x: Array) -> Any:
     """What knows how the tokens of an array are cut into chunks; None where it is whole."""
-    if not compat.is_dask_array(x):
+    if library(x) != "dask":
         return None
     from . import _fused_dask
 
@@ -166,14 +166,27 @@ def take(x: Array, index: Any, axis: int) -> Array:
     xp, chunks = namespace(x), chunked(x)
     if chunks is not None:
         return chunks.take(x, index.reshape(-1), axis)
-    return xp.take(x, xp.asarray(index.reshape(-1), device=placement(x)), axis=axis)
+    return xp.take(x, xp.reshape(beside(index, x), (-1,)), axis=axis)
+
+
+def beside(rows: Any, like: Array) -> Array:
+    """A NumPy array, or what stands for it in a trace, in the library and on the device of another array."""
+    if isinstance(rows, Held):
+        return TENSORS[rows.place](like.device)
+    return namespace(like).asarray(rows, device=placement(like))
+
+
+def summed_up(x: Array, axis: int) -> Array:
+    """Sums of all entries up to each."""
+    # Of array-api-compat's function Dynamo would warn: it looks the library up in a cache.
+    return x.cumsum(axis) if library(x) == "torch" else namespace(x).cumulative_sum(x, axis=axis)
 
 
 def mean_of_rows(x: Array) -> Array:
     """(..., L, D) -> (..., D)."""
     xp = namespace(x)
-    known = compat.is_numpy_array(x) or compat.is_cupy_array(x) or compat.is_torch_array(x)
-    if not known or math.prod(x.shape) <= SMALL:
+    known = library(x) in ("numpy", "cupy", "torch")
+    if not known or hint(math.prod(x.shape)) <= SMALL:
         return xp.mean(x, axis=-2)
     # As a product: a third of the time of their own means.
     share = xp.full((1, x.shape[-2]), 1 / x.shape[-2], dtype=x.dtype, device=placement(x))
@@ -182,7 +195,7 @@ def mean_of_rows(x: Array) -> Array:
 
 def lanes_of(x: Array) -> int:
     """In how many parts of one length the tokens of `x` (..., N, D) may lie on devices of their own."""
-    if not compat.is_jax_array(x):
+    if library(x) != "jax":
         return 1
     from . import _fused_jax_mesh
 
@@ -194,7 +207,7 @@ def everywhere(x: Average) -> Average:
     chunks = chunked(x.out)
     if chunks is not None:
         return cast("Average", chunks.in_one(*x))
-    if not compat.is_jax_array(x.out):
+    if library(x.out) != "jax":
         return x
     from . import _fused_jax_mesh
 
@@ -208,12 +221,17 @@ def by_rows(function: Callable[..., Array], size: int, *arrays: tuple[Array, int
     It gives (..., rows, E).
     """
     x, axis = arrays[0]
-    if x.shape[axis] <= size:
+    if hint(x.shape[axis]) <= size:
         return function(*(x for x, _ in arrays))
-    if compat.is_jax_array(x):
+    if library(x) == "jax":
+        check_known("q", "blocks of queries", x.shape[axis])
         from . import _fused_jax
 
         return _fused_jax.by_rows(function, size, *arrays)
+    if not is_known(x.shape[axis]):
+        rows = x.shape[axis]
+        cut = [_attend.cut(x, axis, _attend.parts_of(rows, size)) for x, axis in arrays]
+        return _attend.joined([function(*parts) for parts in zip(*cut, strict=True)], -2, rows)
     done = [
         function(*(x[..., rows] if axis == -1 else x[..., rows, :] for x, axis in arrays))
         for rows in _attend.slices(x.shape[axis], size)
@@ -226,9 +244,10 @@ def carry(
 ) -> tuple[Any, Array]:
     """Go along axis -2 of the arrays, so many rows of each at a time: (state, rows) -> (state, results)."""
     x, size = arrays[0]
+    check_known("k", "a causal form, which goes along the tokens a block at a time", x.shape[-2])
     if x.shape[-2] <= size:
         return function(state, *(x for x, _ in arrays))
-    if compat.is_jax_array(x):
+    if library(x) == "jax":
         from . import _fused_jax
 
         return _fused_jax.carry(function, state, *arrays)
@@ -241,9 +260,9 @@ def carry(
 
 def constant(x: Array) -> Array:
     """`x`, of which nothing is differentiated."""
-    if compat.is_torch_array(x):
+    if library(x) == "torch":
         return x.detach()
-    return sys.modules["jax"].lax.stop_gradient(x) if compat.is_jax_array(x) else x
+    return sys.modules["jax"].lax.stop_gradient(x) if library(x) == "jax" else x
 
 
 def largest(x: Array, count: int) -> Array:
@@ -251,11 +270,11 @@ def largest(x: Array, count: int) -> Array:
     xp, rest = namespace(x), x.shape[-1] - count
     if _known(x):
         return _by_numpy(lambda x: largest(x, count), x)
-    if compat.is_torch_array(x):
+    if library(x) == "torch":
         return x.topk(count, sorted=False).indices
-    if compat.is_jax_array(x):
+    if library(x) == "jax":
         return sys.modules["jax"].lax.top_k(x, count)[1]
-    if rest and (compat.is_numpy_array(x) or compat.is_cupy_array(x)):
+    if rest and library(x) in ("numpy", "cupy"):
         return xp.argpartition(x, rest, axis=-1)[..., rest:]
     return xp.argsort(x, axis=-1)[..., rest:]
 
@@ -274,7 +293,7 @@ def in_order(x: Array) -> Array:
 
 def with_last(x: Array, part: Array) -> Array:
     """`x` with `part` for its last rows' last entries: written over it where that can be."""
-    if compat.is_numpy_array(x) or compat.is_cupy_array(x) or compat.is_torch_array(x):
+    if library(x) in ("numpy", "cupy", "torch"):
         x[..., -part.shape[-2] :, -part.shape[-1] :] = part
         return x
     xp, rows, features = namespace(x), x.shape[-2] - part.shape[-2], x.shape[-1] - part.shape[-1]
@@ -289,13 +308,13 @@ def _by_numpy(function: Callable[..., Any], x: Array) -> Array:
 
 def sums_by_group(x: Array, index: Array, group: Array, count: int) -> Array:
     """`_tree.sums_by_group`: sums of rows `index` (L, B, T) of `x` (L, S, X), by group: (L, B, C, X)."""
-    if compat.is_jax_array(x):
+    if library(x) == "jax":
         from . import _fused_jax
 
         return _fused_jax.sums_by_group(x, index, group, count)
-    if compat.is_numpy_array(x):
+    if library(x) == "numpy":
         return _inplace.sums_by_group(x, index, group, count)
-    if compat.is_torch_array(x) and not compiling(x):
+    if library(x) == "torch" and not compiling(x):
         from . import _fused_torch
 
         if _fused_torch.is_plain(x, (), None):
@@ -307,11 +326,11 @@ def sums_by_group(x: Array, index: Array, group: Array, count: int) -> Array:
 
 def when(condition: Array, function: Callable[[S], S], state: S) -> S:
     """``function(state)`` where the condition, one boolean, is true; else the state, in the same arrays."""
-    if compat.is_jax_array(condition):
+    if library(condition) == "jax":
         from . import _fused_jax
 
         return cast("S", _fused_jax.when(condition, function, state))
-    if compat.is_numpy_array(condition) or _known(condition):
+    if library(condition) == "numpy" or _known(condition):
         return function(state) if condition else state
     xp = namespace(condition)
     both = zip(function(state), state, strict=True)
@@ -320,14 +339,14 @@ def when(condition: Array, function: Callable[[S], S], state: S) -> S:
 
 def known(x: Array) -> bool:
     """Whether the values are at hand, on the host."""
-    if compat.is_jax_array(x):
+    if library(x) == "jax":
         return not isinstance(x, sys.modules["jax"].core.Tracer)
-    return compat.is_numpy_array(x) or _known(x)
+    return library(x) == "numpy" or _known(x)
 
 
 def _known(condition: Array) -> bool:
     """Whether PyTorch has the value at hand: it waits for no device, and traces and transforms nothing."""
-    if not compat.is_torch_array(condition) or compiling(condition):
+    if library(condition) != "torch" or compiling(condition):
         return False
     from . import _fused_torch
 

@@ -13,6 +13,7 @@ from . import _attend
 from ._attend import Average, Keys, PairWeight
 from ._fused import GPU_BLOCK_LOGITS
 from ._fused_jax_mesh import attend_on_mesh, mesh_size
+from ._tracing import hint, is_known
 from ._tree import rows
 
 if TYPE_CHECKING:
@@ -73,17 +74,25 @@ def _blocks(
     n, m = q.shape[-2], sum(keys.k.shape[-2] for keys in sets)
     pair_weight = None if function is None else PairWeight(function, mask, arrays)
     lead = _attend.leading_axes(q, sets, pair_bias, pair_weight)
+    operands = (q, sets, pair_bias, mask, arrays)
+    options = {"scale": scale, "function": function, "is_causal": is_causal}
+    again = functools.partial(_blocks, block=block, most=most, fewest=fewest, **options)
+    start = (first, 0) if is_causal else None
+    if not is_known(n, m, *lead):
+        # Sizes that tell nothing of what fits: one head and a few queries at a time.
+        if lead:
+            return _over_heads(again, operands, first, lead[0], 1)
+        by_all_keys = functools.partial(_by_all_keys, **options)
+        if hint(n) > fewest:
+            return _over_symbolic(by_all_keys, operands, first, fewest)
+        return by_all_keys(q, sets, pair_bias, mask, arrays, first)
     rows = max(fewest, block // m)
     splits = function is None and len(sets) == 1
     # What a loop takes of the keys is copied: for fewer queries than features that is the larger array.
     size = max(n, q.shape[-1]) * m
     if math.prod(lead) * size <= block or (not lead and n <= rows and not (splits and n * m > most)):
-        start = (first, 0) if is_causal else None
         return _attend.attend_whole(q, sets, scale, pair_bias, pair_weight, first=start)
 
-    options = {"scale": scale, "function": function, "is_causal": is_causal}
-    again = functools.partial(_blocks, block=block, most=most, fewest=fewest, **options)
-    operands = (q, sets, pair_bias, mask, arrays)
     if lead:
         inside = math.prod(lead[1:]) * size
         if lead[0] == 1 or inside <= block:
@@ -115,6 +124,23 @@ def _blocks(
     return _over_keys(part, q, sets[0], pair_bias, first if is_causal else None, _even(m, most // n))
 
 
+def _by_all_keys(
+    q: Array,
+    sets: tuple[Keys, ...],
+    pair_bias: Array | None,
+    mask: Array | None,
+    arrays: tuple[Array, ...],
+    first: Any,
+    *,
+    scale: float,
+    function: Any,
+    is_causal: bool,
+) -> Average:
+    pair_weight = None if function is None else PairWeight(function, mask, arrays)
+    start = (first, 0) if is_causal else None
+    return _attend.attend_whole(q, sets, scale, pair_bias, pair_weight, first=start)
+
+
 # By itself an eager call is one program; within a caller's jit this is a part of that one.
 _compiled = jax.jit(_blocks, static_argnames=("scale", "function", "is_causal", "block", "most", "fewest"))
 
@@ -124,7 +150,7 @@ def _over_heads(again: Any, operands: Any, first: Any, size: int, most: int) -> 
     if size == 1:
         here = jax.tree.map(lambda x: x[0], operands)
         return jax.tree.map(lambda x: x[None], again(*here, first))
-    held = _divisor(size, max(1, most))
+    held = _divisor(size, max(1, most)) if is_known(size) else 1
     leaves, structure = jax.tree.flatten(operands)
     cut = [x for x in leaves if x.shape[0] == size]
     if held > 1:
@@ -202,6 +228,26 @@ def _over_queries(again: Any, operands: Any, first: Any, rows: int) -> Average:
         return found
     tail = of_queries((jax.tree.map(lambda x: x[whole:], per_query), first + whole))
     return jax.tree.map(lambda *parts: jnp.concat(parts), found, tail)
+
+
+def _over_symbolic(average: Any, operands: Any, first: Any, rows: int) -> Average:
+    """A loop over so many queries at a time of a symbolic number: filled up by the first query."""
+    q, sets, pair_bias, mask, arrays = operands
+    n = q.shape[0]
+    # One more than may be full: of no step JAX could tell that there is one.
+    steps = n // rows + 1
+    number = jnp.arange(steps * rows)
+    index = jnp.where(number < n, number, 0)
+    per_query = jax.tree.map(lambda x: jnp.take(x, index, axis=0), (q, pair_bias, mask))
+
+    def of_queries(part: Any) -> Average:
+        (here, pairs, seen), start = part
+        return average(here, sets, pairs, seen, arrays, start)
+
+    cut = jax.tree.map(lambda x: x.reshape(steps, rows, *x.shape[1:]), per_query)
+    found = jax.lax.map(jax.checkpoint(of_queries), (cut, first + rows * jnp.arange(steps)))
+    found = jax.tree.map(lambda x: x.reshape(steps * rows, *x.shape[2:]), found)
+    return jax.tree.map(lambda x: jnp.take(x, jnp.arange(n), axis=0), found)
 
 
 def _over_keys(average: Any, q: Array, keys: Keys, pair_bias: Array | None, first: Any, cols: int) -> Average:

@@ -8,10 +8,10 @@ import operator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from array_api_compat import array_namespace, is_array_api_obj
-
+from . import _tracing
 from ._shown import shown
 from ._shown import type_name as _type_name
+from ._tracing import library, specialize
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,8 +19,7 @@ if TYPE_CHECKING:
     Array = Any
     Namespace = Any
 
-# Looked up by type: `array_namespace` asks every library in turn, on every call.
-_namespaces: dict[type, Namespace] = {}
+namespace = _tracing.namespace
 # Kinds of PyTorch's tensors, by the property that tells them: few operations take them. And the way out.
 _NOT_DENSE = {
     "is_nested": "a nested one: pass .to_padded_tensor(0.0) and a key_mask",
@@ -33,15 +32,7 @@ _MASKED = ("MaskedArray", "MaskedTensor")
 
 def is_array(x: Any) -> bool:
     """Whether this is an array of any library that array-api-compat knows."""
-    return type(x) in _namespaces or (x is not None and is_array_api_obj(x))
-
-
-def namespace(x: Array) -> Namespace:
-    """The array-API namespace of one array."""
-    kind = type(x)
-    if kind not in _namespaces:
-        _namespaces[kind] = array_namespace(x)
-    return _namespaces[kind]
+    return library(x) is not None
 
 
 def placement(x: Array) -> Any:
@@ -149,6 +140,7 @@ def prepare(
     check_flags(enable_gqa=enable_gqa)
     check_arrays(q=q, k=k, v=v)
     check_attention_shapes(q, k, v)
+    specialize(q.shape[-1], v.shape[-1])
     heads = _key_heads(q, k, v) if enable_gqa else None
     if heads is None:
         check_broadcast(q=(q, 2), k=(k, 2), v=(v, 2))
@@ -208,7 +200,7 @@ def broadcast_shapes(*shapes: Sequence[int]) -> tuple[int, ...]:
     result = [1] * rank
     for shape in shapes:
         for axis, size in enumerate(shape, start=rank - len(shape)):
-            if size != 1 and result[axis] not in (1, size):
+            if size != 1 and result[axis] != 1 and result[axis] != size:
                 raise ValueError(f"shapes {list(map(tuple, shapes))} do not broadcast")
             if size != 1:
                 result[axis] = size
@@ -252,7 +244,7 @@ def check_like(name: str, x: Any, like: Array, like_name: str = "q") -> None:
 def check_dense(name: str, x: Any) -> None:
     """Raise where this is an array of a kind that its own library computes little with."""
     kind = None
-    if type(x) not in _namespaces and type(x).__name__ in _MASKED:
+    if type(x).__name__ in _MASKED:
         kind = "a masked one: pass its data, and a key_mask"
     elif hasattr(x, "is_nested") and (x.is_nested or x.is_quantized or not str(x.layout).endswith("strided")):
         found = (kind for flag, kind in _NOT_DENSE.items() if getattr(x, flag))

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ._attend import Average, Keys, merge
 from ._causal import nothing, scan
-from ._fused import attend, carry, take
+from ._fused import attend, beside, carry, take
 from ._inputs import dot, with_rank
 from ._lara_weights import only, optimal, probability
-from ._plans import blocks, blocks_over
+from ._plans import blocks, blocks_before, blocks_over
 from ._segments import gather, gather_bias, scatter
+from ._static import plain
 
 if TYPE_CHECKING:
     from ._causal import Block
@@ -88,7 +89,7 @@ def causal(x: Inputs, proposals: Proposals, window: int, *, weighting: str, alph
 
 def _windows(x: Inputs, window: int) -> tuple[Array, Array]:
     """Each query's average over the keys of its window up to it, (..., N, E), and log norm (..., N, 1)."""
-    at = blocks((x.q.shape[-2],), "tiles", (window,))
+    at = blocks(plain(x.q.shape[-2:-1]), "tiles", (window,))
     keys = Keys(gather(x.k, at), gather(x.v, at), gather_bias(x.k, x.key_mask, at))
     out, log_norm = attend(gather(x.q, at), keys, scale=x.scale, is_causal=True)
     return scatter(out, at, x.q), scatter(log_norm[..., None], at, x.q)
@@ -110,9 +111,10 @@ def _log_mixtures(x: Inputs, proposals: Proposals, w: Array, window: int) -> tup
 
     # Those of the first segments, for each number of them: none that comes later may be in the sum.
     _, log_mixtures = carry(add, xp.full_like(log_p[..., :1, :], math.log(others)), (log_p, 1))
-    over = blocks_over((x.q.shape[-2],), ("segments", (mu.shape[-2],)), (window,))
-    log_mixtures = take(log_mixtures, over.sum(axis=1), axis=-2)
-    is_there = with_rank(xp.asarray(over, device=x.device), log_p.ndim)
+    tokens, segments = plain(x.q.shape[-2:-1]), plain(mu.shape[-2:-1])
+    log_mixtures = take(log_mixtures, blocks_before(tokens, ("segments", segments), (window,)), axis=-2)
+    over = blocks_over(tokens, ("segments", segments), (window,))
+    is_there = with_rank(beside(over, x.q), log_p.ndim)
     if there is not None:
         is_there = is_there & there[..., None, :]
     always = xp.ones_like(is_there[..., :1])

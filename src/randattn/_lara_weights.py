@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ._attend import PairWeight, finite, nonzero
 from ._inputs import namespace
+from ._tracing import tracing
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,12 +39,12 @@ def optimal(
     there = xp.astype(offset > -math.inf, offset.dtype)
     count = nonzero(xp.sum(there, axis=-1))[..., None, None]
     arrays = (qt, offset[..., None], balance[..., None], count)
-    return PairWeight(_moved(alpha, over_queries, copies), mask, arrays)
+    # Dynamo would warn of a cache.
+    function = (_moved if tracing() else _cached)(alpha, over_queries, copies)
+    return PairWeight(function, mask, arrays)
 
 
-@functools.cache
 def _moved(alpha: float, over_queries: bool, copies: int) -> Callable[..., Array]:
-    """The same function for the same constants, by which a compiler knows it again."""
 
     def moved(
         steps: Steps, q: Array, mask: Array | None, qt: Array, offset: Array, balance: Array, count: Array
@@ -69,6 +70,10 @@ def _moved(alpha: float, over_queries: bool, copies: int) -> Callable[..., Array
         return steps.at_least(steps.add(t, balance), _SMALLEST_ALPHA)
 
     return moved
+
+
+# The same function for the same constants, by which JAX knows it again.
+_cached = functools.cache(_moved)
 
 
 def probability(log_p: Array) -> Array:

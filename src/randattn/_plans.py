@@ -188,6 +188,12 @@ def blocks_over(grid: Sizes, of: tuple[How, Sizes], window: Sizes) -> Any:
 
 
 @static
+def blocks_before(grid: Sizes, of: tuple[How, Sizes], window: Sizes) -> Any:
+    """How many are, (windows,)."""
+    return blocks_over(grid, of, window).sum(axis=1)
+
+
+@static
 def pieces(at: Blocks, lanes: int) -> Pieces:
     """Blocks cut at the borders of lanes."""
     assert at.laid is not None

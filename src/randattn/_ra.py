@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ._attend import Keys, finite, rows_of_block
 from ._draws import no_draws, normal_draws, uniform_draws
-from ._fused import attend, by_rows, undisturbed
+from ._fused import attend, by_rows, summed_up, undisturbed
 from ._inputs import check_broadcast, namespace, prepare, refuse_causal, resolve_count, with_rank
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ def _sample_keys(x: Inputs, q: Array, u: Array) -> Array:
     if x.key_mask is not None:
         logits = xp.where(x.key_mask[..., None, :], logits, -math.inf)
     mass = xp.exp(logits - finite(xp.max(logits, axis=-1, keepdims=True)))
-    passed = xp.cumulative_sum(mass, axis=-1)[..., None, :, :]
+    passed = summed_up(mass, -1)[..., None, :, :]
     total = passed[..., -1:]
     # A key without mass is never chosen, not even where rounding makes u one.
     first = xp.minimum(_count(passed <= u[..., None] * total), _count(passed < total))

@@ -10,11 +10,12 @@ from functools import reduce
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ._attend import Average, average_of_all, merge
-from ._fused import chunked, everywhere, lanes_of, mean_of_rows, regroup, take
+from ._fused import beside, chunked, everywhere, lanes_of, mean_of_rows, regroup, take
 from ._inputs import check_broadcast, check_count, hide, log_mask, namespace, placement, with_rank
 from ._plans import blocks, divided, pieces
 from ._shown import shown
 from ._static import plain, static
+from ._tracing import check_known
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -94,7 +95,7 @@ def along(rows: Any, tokens: Array) -> Array:
     chunks = chunked(tokens)
     if chunks is not None:
         return chunks.along(rows, tokens)
-    return namespace(tokens).asarray(rows, device=placement(tokens))
+    return beside(rows, tokens)
 
 
 def scatter(x: Array, at: Blocks, like: Array) -> Array:
@@ -177,8 +178,7 @@ def _others_of_atoms(atoms: Average, cut: Cuts) -> Average:
 def _others(members: Sequence[Average], cut: Cuts) -> Average:
     parts = zip(members, cut.pieces.levels, strict=True)
     out, log_norm = reduce(merge, [_all_but(one, level) for one, level in parts])
-    is_cut = namespace(out).asarray(cut.is_cut, device=placement(out))
-    return Average(out, namespace(out).where(is_cut, log_norm, -math.inf))
+    return Average(out, namespace(out).where(beside(cut.is_cut, out), log_norm, -math.inf))
 
 
 def _levels(atoms: Average, parts: Pieces) -> Iterator[tuple[Average, Average]]:
@@ -194,7 +194,7 @@ def _of_groups(atoms: Average, level: Members) -> Average:
     xp, shape = namespace(atoms.out), level.index.shape
     log_norm = _take(atoms.log_norm, level.index, axis=-1, lanes=level.lanes)
     log_norm = xp.reshape(log_norm, (*log_norm.shape[:-1], *shape))
-    log_norm = xp.where(xp.asarray(level.valid, device=placement(log_norm)), log_norm, -math.inf)
+    log_norm = xp.where(beside(level.valid, log_norm), log_norm, -math.inf)
     out = _take(atoms.out, level.index, axis=-2, lanes=level.lanes)
     return Average(xp.reshape(out, (*out.shape[:-2], *shape, out.shape[-1])), log_norm)
 
@@ -236,7 +236,9 @@ def _before(parts: Average) -> Average:
 
 def blocks_of_queries(x: Inputs, keys: Blocks) -> Blocks:
     """As many blocks of queries as of keys, the very same ones where N = M."""
-    n, m = plain((x.q.shape[-2], x.k.shape[-2]))
+    n, m = x.q.shape[-2], x.k.shape[-2]
+    check_known("q", "segments that are laid by the number of tokens", n, m)
+    n, m = plain((n, m))
     if n == m:
         return keys
     count = keys.index.shape[0]
@@ -271,6 +273,7 @@ def given_landmarks(x: Inputs, landmarks: Any, count: int) -> tuple[Array, Array
 def check_grid(grid: Any, n: int, m: int) -> Sizes:
     """The caller's grid, or a row of all keys."""
     if grid is None:
+        check_known("k", "segments and windows that are laid by the number of tokens", m)
         return plain((m,))
     if not isinstance(grid, tuple | list) or not 1 <= len(grid) <= 3:
         raise ValueError(f"grid: expected a tuple of one, two or three sizes, got {shown(grid)}")

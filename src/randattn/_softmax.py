@@ -65,7 +65,8 @@ def softmax_attention(
     -----
     :math:`\mathrm{out}_n = \sum_m \mathrm{softmax}_m(s\, q_n \cdot k_m)\, v_m`, in O(N M D) time and
     O(N E) memory. Gradients on PyTorch and JAX make the logits again, block by block; where PyTorch
-    compiles or transforms the call, those of every block are kept.
+    compiles or transforms the call, those of every block are kept. A program of `torch.export` with
+    symbolic sizes has as many blocks as its example needed, which grow with what it is called with.
 
     Examples
     --------

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from ._fused import order_of
+from ._fused import order_of, summed_up
 from ._inputs import namespace, placement
 
 if TYPE_CHECKING:
@@ -45,7 +45,8 @@ def sums_by_group(x: Array, index: Array, group: Array, count: int) -> Array:
     xp, (lanes, blocks, size) = namespace(x), index.shape
     number = xp.arange(count, dtype=group.dtype, device=placement(x))
     ends = xp.sum(xp.astype(group[..., None, :] <= number[None, None, :, None], index.dtype), axis=-1)
-    sums = xp.cumulative_sum(rows(x, index), axis=-2, include_initial=True)
+    taken = rows(x, index)
+    sums = summed_up(xp.concat([xp.zeros_like(taken[..., :1, :]), taken], axis=-2), -2)
     sums = xp.reshape(sums, (lanes * blocks, size + 1, x.shape[-1]))
     sums = rows(sums, xp.reshape(ends, (lanes * blocks, count)))
     sums = xp.concat([sums[:, :1, :], sums[:, 1:, :] - sums[:, :-1, :]], axis=1)

@@ -50,6 +50,7 @@ def test_few_files_name_a_library():
         "_fused_jax.py",
         "_fused_dask.py",
         "_fused_jax_mesh.py",
+        "_tracing.py",
     }
 
 
