@@ -11,8 +11,9 @@ import operator
 from functools import reduce
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ._inputs import broadcast_shapes, dot, namespace, placement, with_rank
-from ._tracing import bound, hint, is_known
+from ._checks import broadcast_shapes
+from ._inputs import dot, placement, with_rank
+from ._tracing import bound, hint, is_known, namespace
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence

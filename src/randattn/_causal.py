@@ -6,8 +6,9 @@ import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ._attend import Average, average, merge
+from ._checks import broadcast_shapes
 from ._fused import carry
-from ._inputs import broadcast_shapes, dot
+from ._inputs import dot
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ._attend import Keys, finite, leading_axes, merge, nonzero, past, rows_of_block, slices
 from ._fused import attend, compiling
-from ._inputs import namespace
+from ._tracing import namespace
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

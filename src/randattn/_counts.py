@@ -6,9 +6,9 @@ import inspect
 import math
 from typing import TYPE_CHECKING, Any
 
+from ._checks import check_count
 from ._eva import eva
 from ._eva_choice import FAMILY, default_blocks, depth_of, keys_of, list_of, rank_of
-from ._inputs import check_count
 from ._lara import lara
 from ._ra import ra
 from ._rfa import rfa

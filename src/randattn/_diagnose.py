@@ -10,22 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from ._advise import Found, beside, recommendation
 from ._attend import Keys, nonzero, slices
+from ._checks import broadcast_shapes, check_arrays, check_count, is_array
 from ._conclude import parted, watched
 from ._draws import spawned
 from ._eva import eva
 from ._fused import attend, chunked, constant, in_full_precision
-from ._inputs import (
-    broadcast_shapes,
-    check_arrays,
-    check_causal,
-    check_count,
-    dot,
-    hide,
-    is_array,
-    prepare,
-    with_rank,
-    working_precision,
-)
+from ._inputs import check_causal, dot, hide, prepare, with_rank, working_precision
 from ._lara import lara
 from ._ra import ra
 from ._rfa import rfa

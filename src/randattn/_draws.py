@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import array_api_compat as compat
 
+from ._checks import broadcast_shapes, check_broadcast, is_array
 from ._fused import beside
-from ._inputs import broadcast_shapes, check_broadcast, is_array
 from ._shown import shown
 from ._static import plain, static
 from ._tracing import check_known

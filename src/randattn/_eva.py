@@ -9,6 +9,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from ._attend import Average, Keys
+from ._checks import broadcast_shapes, check_flags, check_option, check_real
 from ._conclude import conclude
 from ._draws import normal_draws
 from ._eva_choice import (
@@ -24,16 +25,7 @@ from ._eva_choice import (
 from ._eva_exact import corrected
 from ._eva_step import state_after
 from ._fused import attend, lanes_of, take, undisturbed
-from ._inputs import (
-    broadcast_shapes,
-    check_causal,
-    check_flags,
-    check_option,
-    check_real,
-    namespace,
-    prepare,
-    with_rank,
-)
+from ._inputs import check_causal, prepare, with_rank
 from ._plans import blocks, blocks_over, cuts, fits_lanes, windows
 from ._segments import (
     along,
@@ -49,6 +41,7 @@ from ._segments import (
     scatter,
     union,
 )
+from ._tracing import namespace
 
 if TYPE_CHECKING:
     from ._inputs import Inputs

@@ -7,8 +7,8 @@ import numbers
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ._attend import past
+from ._checks import check_broadcast, check_count, check_like, check_option, check_real, resolve_count
 from ._fused import known
-from ._inputs import check_broadcast, check_count, check_like, check_option, check_real, resolve_count
 from ._plans import Blocks
 from ._segments import check_sizes
 from ._shown import shown

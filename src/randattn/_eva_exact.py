@@ -16,13 +16,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ._attend import Keys, average, average_of_all, finite
+from ._checks import is_array
 from ._conclude import conclude
 from ._eva_choice import depth_of, rank_of
 from ._eva_keys import AT_HAND, Compared, chosen
 from ._fused import beside, by_rows, chunked, constant, in_order, order_of, sums_by_group, with_last
-from ._inputs import hide, is_array, log_mask, namespace, placement
+from ._inputs import hide, log_mask, placement
 from ._plans import Blocks
-from ._tracing import check_known, hint
+from ._tracing import check_known, hint, namespace
 from ._tree import covariance, entries, halves, rows, sketch, stride_of
 
 if TYPE_CHECKING:

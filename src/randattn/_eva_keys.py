@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ._attend import average_of_all, finite
 from ._eva_choice import FAMILY, list_of
 from ._fused import by_rows, largest
-from ._inputs import log_mask, namespace, placement
-from ._tracing import hint
+from ._inputs import log_mask, placement
+from ._tracing import hint, namespace
 from ._tree import entries, rows
 
 if TYPE_CHECKING:

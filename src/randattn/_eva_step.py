@@ -6,9 +6,11 @@ import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ._attend import Keys, average_of_all
+from ._checks import broadcast_shapes
 from ._fused import attend, carry, undisturbed, when
-from ._inputs import broadcast_shapes, check_causal, namespace, placement, prepare, with_rank
+from ._inputs import check_causal, placement, prepare, with_rank
 from ._states import match_state
+from ._tracing import namespace
 
 if TYPE_CHECKING:
     from ._inputs import Inputs

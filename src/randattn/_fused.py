@@ -15,9 +15,10 @@ import sys
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from . import _attend, _inplace
-from ._inputs import namespace, out_of_range, placement
+from ._checks import out_of_range
+from ._inputs import placement
 from ._static import TENSORS, Held
-from ._tracing import check_known, hint, is_known, library, tracing
+from ._tracing import check_known, hint, is_known, library, namespace, tracing
 from ._writing import Writing
 
 if TYPE_CHECKING:

@@ -15,7 +15,8 @@ from dask.array.utils import meta_from_array
 
 from . import _attend, _fused
 from ._attend import Average, Keys, PairWeight, merge
-from ._inputs import namespace, placement
+from ._inputs import placement
+from ._tracing import namespace
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

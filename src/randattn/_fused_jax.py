@@ -75,14 +75,14 @@ def _blocks(
     pair_weight = None if function is None else PairWeight(function, mask, arrays)
     lead = _attend.leading_axes(q, sets, pair_bias, pair_weight)
     operands = (q, sets, pair_bias, mask, arrays)
-    options = {"scale": scale, "function": function, "is_causal": is_causal}
+    options: dict[str, Any] = {"scale": scale, "function": function, "is_causal": is_causal}
     again = functools.partial(_blocks, block=block, most=most, fewest=fewest, **options)
     start = (first, 0) if is_causal else None
     if not is_known(n, m, *lead):
         # Sizes that tell nothing of what fits: one head and a few queries at a time.
         if lead:
             return _over_heads(again, operands, first, lead[0], 1)
-        by_all_keys = functools.partial(_by_all_keys, **options)
+        by_all_keys: Callable[..., Average] = functools.partial(_by_all_keys, **options)
         if hint(n) > fewest:
             return _over_symbolic(by_all_keys, operands, first, fewest)
         return by_all_keys(q, sets, pair_bias, mask, arrays, first)

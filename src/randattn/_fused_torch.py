@@ -12,8 +12,9 @@ import torch
 
 from . import _attend, _inplace, _writing
 from ._attend import Average, Keys, PairWeight
+from ._checks import broadcast_shapes
 from ._fused import GPU_BLOCK_LOGITS, SMALL
-from ._inputs import broadcast_shapes, with_rank
+from ._inputs import with_rank
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

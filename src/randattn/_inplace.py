@@ -12,7 +12,8 @@ from functools import reduce
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ._attend import Average, Keys, PairWeight, finite, leading_axes, log_of_sum, past, slices
-from ._inputs import dot, namespace, placement
+from ._inputs import dot, placement
+from ._tracing import namespace
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence

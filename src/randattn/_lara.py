@@ -9,20 +9,11 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from ._attend import Keys, finite
+from ._checks import broadcast_shapes, check_count, check_flags, check_option, check_real, resolve_count
 from ._conclude import conclude
 from ._draws import normal_draws
 from ._fused import attend, undisturbed
-from ._inputs import (
-    broadcast_shapes,
-    check_causal,
-    check_count,
-    check_flags,
-    check_option,
-    check_real,
-    log_mask,
-    prepare,
-    resolve_count,
-)
+from ._inputs import check_causal, log_mask, prepare
 from ._lara_causal import Proposals, causal
 from ._lara_weights import only, optimal, probability
 from ._plans import blocks

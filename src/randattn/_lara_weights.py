@@ -7,8 +7,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from ._attend import PairWeight, finite, nonzero
-from ._inputs import namespace
-from ._tracing import tracing
+from ._tracing import namespace, tracing
 
 if TYPE_CHECKING:
     from collections.abc import Callable

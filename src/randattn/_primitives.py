@@ -7,17 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from . import _attend, _fused
 from ._attend import Average, Keys
+from ._checks import check_broadcast, check_floating, check_like
 from ._fused import undisturbed
-from ._inputs import (
-    check_broadcast,
-    check_causal,
-    check_floating,
-    check_like,
-    namespace,
-    prepare,
-    with_rank,
-    working_precision,
-)
+from ._inputs import check_causal, prepare, with_rank, working_precision
+from ._tracing import namespace
 
 if TYPE_CHECKING:
     Array = Any

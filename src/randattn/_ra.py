@@ -6,9 +6,11 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from ._attend import Keys, finite, rows_of_block
+from ._checks import check_broadcast, resolve_count
 from ._draws import no_draws, normal_draws, uniform_draws
 from ._fused import attend, by_rows, summed_up, undisturbed
-from ._inputs import check_broadcast, namespace, prepare, refuse_causal, resolve_count, with_rank
+from ._inputs import prepare, refuse_causal, with_rank
+from ._tracing import namespace
 
 if TYPE_CHECKING:
     from ._inputs import Inputs

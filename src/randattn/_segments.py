@@ -10,12 +10,13 @@ from functools import reduce
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ._attend import Average, average_of_all, merge
+from ._checks import check_broadcast, check_count
 from ._fused import beside, chunked, everywhere, lanes_of, mean_of_rows, regroup, take
-from ._inputs import check_broadcast, check_count, hide, log_mask, namespace, placement, with_rank
+from ._inputs import hide, log_mask, placement, with_rank
 from ._plans import blocks, divided, pieces
 from ._shown import shown
 from ._static import plain, static
-from ._tracing import check_known
+from ._tracing import check_known, namespace
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ._inputs import check_like
+from ._checks import check_like
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

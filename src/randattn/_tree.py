@@ -9,7 +9,8 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from ._fused import order_of, summed_up
-from ._inputs import namespace, placement
+from ._inputs import placement
+from ._tracing import namespace
 
 if TYPE_CHECKING:
     Array = Any

@@ -10,7 +10,8 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from ._attend import Steps
-from ._inputs import broadcast_shapes, placement
+from ._checks import broadcast_shapes
+from ._inputs import placement
 
 if TYPE_CHECKING:
     Array = Any

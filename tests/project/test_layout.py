@@ -64,6 +64,7 @@ def test_the_hot_loop_stands_once():
         "_attend.py",
         "_inplace.py",
         "_rfa.py",
+        "_rfa_features.py",
         "_ra.py",
         "_lara_weights.py",
         "_eva_step.py",

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from randattn import _rfa, rfa
+from randattn import _rfa_features, rfa
 from randattn._draws import normal_draws
 from randattn._inputs import prepare
 from tests.calls import rfa as called
@@ -100,7 +100,7 @@ def test_the_preconditioned_kernel_is_unbiased_with_the_closed_form_of_variance(
     """Of each pair ``exp(2 q.k) (exp(|z|^2) - 1)`` at its own z, whose mean is less than without."""
     q, k, _ = (x / 3 for x in inputs(3))
     x = prepare(*lib.arrays(q, k, k), scale=1.0, key_mask=None, enable_gqa=False)
-    scaled = _rfa._preconditioned(x)
+    scaled = _rfa_features.preconditioned(x)
     a, b = lib.numpy(scaled.q), lib.numpy(scaled.k)
     kernel = np.exp(q @ np.swapaxes(k, 1, 2))
     w = frequencies(lib, "iid", times=40_000).reshape(-1, D)
@@ -121,7 +121,7 @@ def test_the_preconditioned_kernel_is_unbiased_with_the_closed_form_of_variance(
 
 def spread_of(lib, q, k, **options):
     x = prepare(*lib.arrays(q, k, k), scale=1.0, key_mask=options.get("key_mask"), enable_gqa=False)
-    return x, lib.numpy(_rfa._optimal_spread(x))
+    return x, lib.numpy(_rfa_features.optimal_spread(x))
 
 
 def test_optimal_features_are_unbiased_with_the_closed_form_of_variance(lib):

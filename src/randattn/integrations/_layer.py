@@ -6,10 +6,11 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from randattn import _eva_choice, _lara, eva, lara, ra, rfa, softmax_attention
-from randattn._inputs import hide, namespace, prepare
+from randattn._inputs import hide, prepare
 from randattn._plans import blocks
 from randattn._segments import blocks_of_queries, check_grid, pool
 from randattn._shown import shown
+from randattn._tracing import namespace
 
 if TYPE_CHECKING:
     from collections.abc import Callable

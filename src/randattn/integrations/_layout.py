@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from randattn import eva, softmax_attention
-from randattn._inputs import namespace, placement
+from randattn._inputs import placement
+from randattn._tracing import namespace
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -21,7 +21,7 @@ from transformers.masking_utils import (
 )
 
 from randattn import eva, lara, ra, rfa, softmax_attention
-from randattn._inputs import check_option
+from randattn._checks import check_option
 from randattn._shown import shown
 
 from ._layout import estimate
