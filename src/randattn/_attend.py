@@ -189,7 +189,7 @@ def merge(a: Average, b: Average) -> Average:
 def attend(
     q: Array,
     *sets: Keys,
-    scale: float = 1.0,
+    scale: float = 1,
     pair_bias: Array | None = None,
     pair_weight: PairWeight | None = None,
     is_causal: bool = False,

@@ -59,7 +59,7 @@ def parted(out: Array, values: int) -> tuple[Array, Spread | None]:
 def conclude(
     q: Array,
     *sets: Keys,
-    scale: float = 1.0,
+    scale: float = 1,
     pair_bias: Array | None = None,
     pair_weight: PairWeight | None = None,
     is_causal: bool = False,

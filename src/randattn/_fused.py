@@ -97,7 +97,7 @@ class _NumpyWriting(Writing):
 def attend(
     q: Array,
     *sets: Keys,
-    scale: float = 1.0,
+    scale: float = 1,
     pair_bias: Array | None = None,
     pair_weight: PairWeight | None = None,
     is_causal: bool = False,

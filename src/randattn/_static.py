@@ -75,7 +75,7 @@ def _tensor(place: int) -> Callable[[Any], Any]:
         return made[device]
 
     # Dynamo tells the constants of a program apart by the names of their functions.
-    tensor.__name__ = f"held_{place}"
+    tensor.__code__ = tensor.__code__.replace(co_name=f"held_{place}")
     return tensor
 
 

@@ -43,7 +43,6 @@ def functional(lib):
 
 
 @pytest.mark.only("torch", "jax")
-@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning")
 @pytest.mark.parametrize("name", EAGER)
 def test_compiled(lib, name):
     """Masked and not; and again at another length, where torch would make sizes symbolic."""
@@ -61,7 +60,6 @@ def test_compiled(lib, name):
 
 
 @pytest.mark.only("torch")
-@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning")
 def test_a_seed_can_be_an_argument_of_a_compiled_function(lib):
     arrays = lib.arrays(*inputs())
     lib.xp._dynamo.reset()
@@ -97,7 +95,6 @@ def test_a_traced_integer_is_no_seed(lib):
 
 
 @pytest.mark.only("torch")
-@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning")
 def test_one_program_serves_many_lengths(lib):
     """Softmax and RFA keep sizes symbolic; a compiler stops after eight programs for one function."""
     lib.xp._dynamo.reset()
