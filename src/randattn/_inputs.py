@@ -17,7 +17,7 @@ from ._checks import (
     check_mask,
     check_scale,
 )
-from ._tracing import namespace, specialize
+from ._tracing import namespace, specialize, tracing
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 
 def placement(x: Array) -> Any:
     """The device to create arrays on beside `x`; None where what is created follows what it meets."""
-    return None if hasattr(x, "sharding") else getattr(x, "device", None)
+    # The one check that Dynamo cannot make of a constant of its program, which is a tensor of PyTorch.
+    is_tracer = not tracing() and hasattr(x, "sharding")
+    return None if is_tracer else getattr(x, "device", None)
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,10 @@ if TYPE_CHECKING:
 
     F = TypeVar("F", bound=Callable[..., Any])
 
-# The arrays of the trace that is under way, and of some before it.
-_MOST_ARRAYS = 256
+# Arrays of the trace that is under way, and of some before it. One program has at most as many: 20 a length.
+_MOST_ARRAYS = 1024
 _arrays: dict[int, Any] = {}
+_place_of: dict[int, int] = {}
 _places = itertools.count()
 
 
@@ -61,8 +62,13 @@ def _held(x: Any) -> Any:
         return type(x)(*parts) if hasattr(x, "_fields") else tuple(parts)
     if not hasattr(x, "dtype"):
         return x
-    place = next(_places) % _MOST_ARRAYS
-    _arrays[place] = (x, {})
+    # Layers of one length have their plans from one cache: the same arrays, and so the same places.
+    place = _place_of.get(id(x))
+    if place is None:
+        place = next(_places) % _MOST_ARRAYS
+        if place in _arrays:
+            del _place_of[id(_arrays[place][0])]
+        _arrays[place], _place_of[id(x)] = (x, {}), place
     return Held(tuple(x.shape), x.size, place)
 
 

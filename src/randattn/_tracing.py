@@ -77,13 +77,6 @@ def is_known(*sizes: Any) -> bool:
     return all(isinstance(size, int) for size in sizes)
 
 
-def are_one(a: Any, b: Any) -> bool:
-    """Tell whether two sizes are the same in every call of a program, without a guard."""
-    if tracing():
-        return bool(sys.modules["torch"].fx.experimental.symbolic_shapes.statically_known_true(a == b))
-    return bool(a == b)
-
-
 def hint(size: Any) -> int:
     """The size itself, or that of the caller's example; where there is none, as large as it may be.
 
