@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from . import _tracing
-from ._tracing import library, specialize
+from ._tracing import library, specialize, tracing
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,7 +27,9 @@ def is_array(x: Any) -> bool:
 
 def placement(x: Array) -> Any:
     """The device to create arrays on beside `x`; None where what is created follows what it meets."""
-    return None if hasattr(x, "sharding") else getattr(x, "device", None)
+    # The one check that Dynamo cannot make of a constant of its program, which is a tensor of PyTorch.
+    is_tracer = not tracing() and hasattr(x, "sharding")
+    return None if is_tracer else getattr(x, "device", None)
 
 
 @dataclass(frozen=True)
