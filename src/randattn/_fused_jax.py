@@ -82,7 +82,7 @@ def _blocks(
         # Sizes that tell nothing of what fits: one head and a few queries at a time.
         if lead:
             return _over_heads(again, operands, first, lead[0], 1)
-        by_all_keys = functools.partial(_by_all_keys, **options)
+        by_all_keys: Any = functools.partial(_by_all_keys, **options)
         if hint(n) > fewest:
             return _over_symbolic(by_all_keys, operands, first, fewest)
         return by_all_keys(q, sets, pair_bias, mask, arrays, first)
