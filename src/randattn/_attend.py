@@ -249,7 +249,7 @@ def _in_parts(
     is_causal: bool,
     parts: int,
 ) -> Average:
-    """`attend` in so many blocks of queries, whose sizes a compiler keeps symbolic."""
+    """Attend in so many blocks of queries, whose sizes a compiler keeps symbolic."""
     n = q.shape[-2]
     if parts == 1:
         return attend_whole(q, [keys], scale, pair_bias, pair_weight, (0, 0) if is_causal else None)
@@ -272,9 +272,9 @@ def _in_parts(
 
 
 def parts_of(size: Any, most: int) -> int:
-    """In how many parts a symbolic size is cut, for parts of at most so much in the caller's example.
+    """Return in how many parts to cut a symbolic size: each has at most `most` in the caller's example.
 
-    A power of four: few programs serve all sizes (`bound`).
+    The number is a power of four, so that few programs serve all sizes (`bound`).
     """
     parts = 1
     while hint(size) > parts * most:
@@ -284,9 +284,9 @@ def parts_of(size: Any, most: int) -> int:
 
 
 def cut(x: Array | None, axis: int, parts: int, *, so_far: bool = False) -> Sequence[Array | None]:
-    """So many parts of one length along an axis, filled up by the first entry; or all up to each part.
+    """Cut an axis in parts of one length, filled up by the first entry; `so_far`: each with all before it.
 
-    By an index and a reshape: a slice's end would be compared with the axis.
+    An index and a reshape do it: a slice's end would be compared with the axis, which is a guard.
     """
     if x is None:
         return [None] * parts
@@ -304,7 +304,7 @@ def cut(x: Array | None, axis: int, parts: int, *, so_far: bool = False) -> Sequ
 
 
 def joined(parts: Sequence[Array], axis: int, n: Any) -> Array:
-    """What `cut` has cut, without what fills it up."""
+    """Join what `cut` has cut, without what fills it up."""
     xp = namespace(parts[0])
     x = xp.concat(parts, axis=axis)
     return xp.take(x, xp.arange(n, device=placement(x)), axis=axis)

@@ -210,7 +210,7 @@ def _group(
 
 
 def _filled_up(at: Blocks, n: int, like: Array) -> Array:
-    """The tokens (B, L) of blocks, numbers from n on where a block is filled up."""
+    """Return the tokens (B, L) of blocks, numbers from n on where a block is filled up."""
     index = beside(at.index, like)
     return index if at.valid is None else namespace(like).where(beside(at.valid, like), index, index + n)
 

@@ -171,14 +171,14 @@ def take(x: Array, index: Any, axis: int) -> Array:
 
 
 def beside(rows: Any, like: Array) -> Array:
-    """A NumPy array, or what stands for it in a trace, in the library and on the device of another array."""
+    """Return a NumPy array, or what a trace has in its place, in the library and on the device of `like`."""
     if isinstance(rows, Held):
         return TENSORS[rows.place](like.device)
     return namespace(like).asarray(rows, device=placement(like))
 
 
 def summed_up(x: Array, axis: int) -> Array:
-    """Sums of all entries up to each."""
+    """Return for each entry of the last axis the sum of all up to it."""
     # Of array-api-compat's function Dynamo would warn: it looks the library up in a cache.
     return x.cumsum(axis) if library(x) == "torch" else namespace(x).cumulative_sum(x, axis=axis)
 

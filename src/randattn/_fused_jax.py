@@ -231,7 +231,7 @@ def _over_queries(again: Any, operands: Any, first: Any, rows: int) -> Average:
 
 
 def _over_symbolic(average: Any, operands: Any, first: Any, rows: int) -> Average:
-    """A loop over so many queries at a time of a symbolic number: filled up by the first query."""
+    """Loop over a symbolic number of queries, so many at a time, filled up by the first one."""
     q, sets, pair_bias, mask, arrays = operands
     n = q.shape[0]
     # One more than may be full: of no step JAX could tell that there is one.

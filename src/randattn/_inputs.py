@@ -1,4 +1,4 @@
-"""What an estimator works on: arrays of one rank and precision, checked, with padding set to zero."""
+"""Prepare what an estimator works on: checked arrays of one rank and precision, padding set to zero."""
 
 from __future__ import annotations
 

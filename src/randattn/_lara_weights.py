@@ -44,6 +44,7 @@ def optimal(
 
 
 def _moved(alpha: float, over_queries: bool, copies: int) -> Callable[..., Array]:
+    """Make the function of the weights, with these constants."""
 
     def moved(
         steps: Steps, q: Array, mask: Array | None, qt: Array, offset: Array, balance: Array, count: Array

@@ -189,7 +189,7 @@ def blocks_over(grid: Sizes, of: tuple[How, Sizes], window: Sizes) -> Any:
 
 @static
 def blocks_before(grid: Sizes, of: tuple[How, Sizes], window: Sizes) -> Any:
-    """How many are, (windows,)."""
+    """Return for each window how many blocks are over where it begins, (windows,)."""
     return blocks_over(grid, of, window).sum(axis=1)
 
 

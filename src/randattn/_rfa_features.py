@@ -1,4 +1,4 @@
-"""What RFA's options take from the data: scaled features, the spread of frequencies, features with signs."""
+"""Features of RFA that depend on the data: scaled, with the optimal spread of frequencies, with signs."""
 
 from __future__ import annotations
 

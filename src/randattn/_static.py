@@ -22,7 +22,7 @@ _places = itertools.count()
 
 
 class Held(NamedTuple):
-    """What a trace of PyTorch's Dynamo gets for a NumPy array of a constant result (`_fused.beside`).
+    """Stand for a NumPy array of a constant result where PyTorch's Dynamo traces (`_fused.beside`).
 
     The array itself would be an input of the program, with symbolic sizes.
     """

@@ -1,4 +1,4 @@
-"""Which library an array is of, and the sizes that a compiler keeps symbolic.
+"""Tell the library of an array, and which sizes a compiler keeps symbolic.
 
 PyTorch and JAX trace with sizes that are expressions, for programs that serve many of them. A comparison
 of such a size is a guard for `torch.compile`, refused by `torch.export`, and an error on JAX: what is only
@@ -23,18 +23,18 @@ _namespaces: dict[type, Namespace] = {}
 
 
 def tracing() -> bool:
-    """Whether PyTorch makes a program."""
+    """Tell whether PyTorch makes a program."""
     torch = sys.modules.get("torch")
     return torch is not None and bool(torch.compiler.is_compiling())
 
 
 def dynamo_traces() -> bool:
-    """Whether that is by Dynamo, which reads this code; `torch.export` runs it."""
+    """Tell whether Dynamo makes it, which reads this code; `torch.export` runs it."""
     return tracing() and bool(sys.modules["torch"].compiler.is_dynamo_compiling())
 
 
 def library(x: Any) -> str | None:
-    """The name of the library of an array, "other" where nothing depends on it; None for what is none."""
+    """Name the library of an array: "other" for one that nothing depends on, None where this is no array."""
     if tracing() and isinstance(x, sys.modules["torch"].Tensor):
         # Not from the table: what a trace finds there, or writes, is a guard of the program.
         return "torch"
@@ -52,7 +52,7 @@ def _library(x: Any) -> str | None:
 
 
 def namespace(x: Array) -> Namespace:
-    """The array-API namespace of one array."""
+    """Return the array-API namespace of one array."""
     if tracing() and isinstance(x, sys.modules["torch"].Tensor):
         import array_api_compat.torch
 
@@ -64,13 +64,13 @@ def namespace(x: Array) -> Namespace:
 
 
 def constant_tensor(x: Any, device: Any) -> Array:
-    """A NumPy array as a constant of PyTorch's programs: of a parameter no size is symbolic."""
+    """Make a constant of PyTorch's programs of a NumPy array: of a parameter no size is symbolic."""
     torch = sys.modules["torch"]
     return torch.nn.Parameter(torch.as_tensor(x, device=device), requires_grad=False)
 
 
 def is_known(*sizes: Any) -> bool:
-    """Whether all sizes are numbers, not expressions that a compiler keeps."""
+    """Tell whether all sizes are numbers, not expressions that a compiler keeps."""
     if tracing():
         known = sys.modules["torch"].fx.experimental.symbolic_shapes.has_static_value
         return all(known(size) for size in sizes)
@@ -78,7 +78,7 @@ def is_known(*sizes: Any) -> bool:
 
 
 def hint(size: Any) -> int:
-    """The size itself, or that of the caller's example; where there is none, as large as it may be.
+    """Return the size itself, or that of the caller's example; without one, as large as it may be.
 
     For choices after which the program is right for every size: PyTorch adds no guard.
     """
@@ -115,7 +115,7 @@ def check_known(name: str, why: str, *sizes: Any) -> None:
 
 
 def _stays(size: Any) -> bool:
-    """Whether the caller has asked for a program of all such sizes."""
+    """Tell whether the caller has asked for a program of all such sizes."""
     if dynamo_traces():
         # PyTorch's own error names the size.
         return False

@@ -105,7 +105,7 @@ def register(
 
 
 class _Marks(NamedTuple):
-    """What a mask of ours says of itself, as the attribute `randattn` of it and of its memory."""
+    """Say what pattern a mask of ours has: the attribute `randattn` of the mask and of its memory."""
 
     is_causal: bool
     is_padded: bool
