@@ -70,7 +70,8 @@ def eva(
     landmarks: tuple[Array, Array] | None = None,
     group_weight: str = "size",
     disjoint: bool = True,
-    noise_scale: float = 1.0,
+    # Not 1.0: Dynamo would trace twice, with a symbolic float and without.
+    noise_scale: float = 1,
     rng: Any = None,
     noise: Array | None = None,
     query_mask: Array | None = None,

@@ -42,7 +42,7 @@ KNOWN_LENGTH = {
     "rfa causal": own_noise(rfa, 8, is_causal=True),
     "lara": own_noise(lara, 5),
     "lara biased": partial(lara, num_landmarks=5, weighting="biased"),
-    "lara causal": own_noise(lara, 5, window=3, is_causal=True),
+    "lara causal": own_noise(lara, 2, window=12, is_causal=True),
     "eva": partial(eva, num_groups=5, window=4),
     "eva causal": partial(eva, group_size=2, window=4, is_causal=True),
     "eva top": partial(eva, groups="tree", exact="top", num_groups=4, num_exact=1, num_blocks=4),
@@ -166,13 +166,10 @@ def test_one_program_for_all_batches(lib, name):
     torch._dynamo.reset()
     counter = pytest.importorskip("torch._dynamo.testing").CompileCounterWithBackend("aot_eager")
     program = torch.compile(ALL[name], dynamic=True, fullgraph=True, backend=counter)
-    programs = set()
     for batch, n in ((3, N), (2, N), (5, N)) + (((4, 2 * N),) if name in ANY_LENGTH else ()):
         arrays = data(lib, batch, n)
         lib.close(program(*arrays), lib.numpy(ALL[name](*arrays)), rtol=1e-10)
-        programs.add(counter.frame_count)
-    # Where an option's default is a float Dynamo calls its back end twice, for the one program.
-    assert len(programs) == 1
+    assert counter.frame_count == 1
 
 
 @pytest.mark.only("torch")
@@ -208,12 +205,11 @@ WARNS = """
 import torch, randattn
 x = list(torch.randn(3, 2, 3, 24, 4))
 for function in ({functions}):
-    torch.compile(function, fullgraph=True, backend="eager", dynamic={dynamic})(*x)
+    torch.compile(function, fullgraph=True, backend="eager")(*x)
 """
 
 
 @pytest.mark.only("torch")
-@pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize(
     "functions",
     [
@@ -223,8 +219,8 @@ for function in ({functions}):
     ],
     ids=["softmax", "lara", "eva"],
 )
-def test_the_first_call_of_a_process_warns_of_nothing(functions, dynamic, lib):
-    code = WARNS.format(functions=functions + ",", dynamic=dynamic)
+def test_the_first_call_of_a_process_warns_of_nothing(functions, lib):
+    code = WARNS.format(functions=functions + ",")
     done = subprocess.run(
         [sys.executable, "-W", "error", "-W", "ignore::DeprecationWarning", "-c", code],
         capture_output=True,
