@@ -161,8 +161,13 @@ def prepare(
         query_mask = x.match_mask("query_mask", query_mask, q.shape[-2])
     elif key_mask is not None and is_self and q.shape[-2] == k.shape[-2]:
         query_mask = key_mask
+    if query_mask is None:
+        return x
+    if hasattr(q, "chunks"):
+        # A mask in other chunks would cut the queries, and so the results, at its borders too.
+        query_mask = query_mask.rechunk({query_mask.ndim - 1: q.chunks[-2]})
     # Results of padded rows need no query, but NaN in one would reach the gradients of real keys.
-    return x if query_mask is None else replace(x, q=hide(q, query_mask), query_mask=query_mask)
+    return replace(x, q=hide(q, query_mask), query_mask=query_mask)
 
 
 def hide(x: Array, mask: Array | None) -> Array:
