@@ -45,8 +45,8 @@ def estimate(
         if options.get(name) is not None:
             raise TypeError(f"{name}: expected of the call, not among the estimator's options")
     has_query_mask = options.get("query_mask") is not None or ours.get("query_mask") is not None
-    if n == m and not (has_query_mask or is_causal) and ours.get("key_mask") is not None:
-        # As many queries may be of another sequence: by the keys' mask they would get zeros.
+    if n == m and not has_query_mask and ours.get("key_mask") is not None:
+        # Who masks keys alone has a result for every query, which may be as many of another sequence.
         ours["query_mask"] = namespace(q).ones((n,), dtype=namespace(q).bool, device=placement(q))
     if n != m and options.get("window_bias") is not None:
         raise NotImplementedError(f"window_bias: expected as many keys as queries ({n}), got {m}")

@@ -283,7 +283,7 @@ def _attention(
         key, value = key[..., :n, :], value[..., :n, :]
         keys = None if keys is None else keys[..., :n]
     masks = {"key_mask": keys}
-    if not is_causal and n == key.shape[-2] and options.get("query_mask") is None and _is_self(module):
+    if n == key.shape[-2] and options.get("query_mask") is None and (is_causal or _is_self(module)):
         masks["query_mask"] = keys
     if isinstance(options.get("rng"), numbers.Integral):
         options = {**options, "rng": int(options["rng"]) + (getattr(module, "layer_idx", None) or 0)}
