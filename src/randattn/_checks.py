@@ -27,7 +27,7 @@ _MASKED = ("MaskedArray", "MaskedTensor")
 
 
 def is_array(x: Any) -> bool:
-    """Whether this is an array of any library that array-api-compat knows."""
+    """Tell whether this is an array of any library that array-api-compat knows."""
     return library(x) is not None
 
 

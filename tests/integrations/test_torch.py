@@ -41,7 +41,7 @@ def test_as_pytorchs_own(options):
     "estimator, options", [(softmax_attention, {}), (rfa, {"rng": 0}), (lara, {}), (eva, {})]
 )
 def test_views(estimator, options):
-    """What programs view of PyTorch's result, with heads that are split from tokens, and with heads first."""
+    """View results as programs view PyTorch's, with heads split from tokens, and with heads first."""
     split = Q.transpose(1, 2).contiguous().transpose(1, 2)
     packed = torch.randn(2, 20, 3, 4, 8, generator=GENERATOR).permute(2, 0, 3, 1, 4)
     ours = partial(scaled_dot_product_attention, estimator=estimator, **options)

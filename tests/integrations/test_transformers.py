@@ -229,7 +229,7 @@ def test_gradients():
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpoints(use_reentrant):
-    """What is computed again is what was computed: estimates, not what falls back."""
+    """Checkpoints compute estimates again, not exact attention by the fallback."""
     calls = []
 
     def counted(*arrays, **options):

@@ -1,4 +1,4 @@
-"""What errors say: a name and what was expected, never an array."""
+"""Errors name the argument and say what was expected; they never print an array."""
 
 from __future__ import annotations
 

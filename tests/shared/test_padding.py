@@ -123,7 +123,7 @@ def test_steps(lib, name, junk):
 @pytest.mark.only("torch", "jax")
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_gradients(lib, name):
-    """Of all rows of the result, those of padding too, to all rows of all three arrays."""
+    """Differentiate all rows of the result, padding too, with respect to all rows of all three arrays."""
     _, _, grad = functional(lib)
     mask, weights = lib.asarray(REAL), lib.asarray(np.random.default_rng(1).standard_normal((2, N, E)))
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Counts:
-    """How often the device, and the host for it, had something to do.
+    """Count how often the device, and the host for it, had something to do.
 
     Attributes
     ----------
@@ -102,7 +102,7 @@ def run(function: Callable[..., Any], *args: Any, waits: bool = False, **options
 
 
 def is_new(x: Any, given: list[np.ndarray]) -> bool:
-    """Whether it is an array, and no view of these."""
+    """Tell whether a result is an array, and no view of these."""
     return isinstance(x, (np.ndarray, np.generic)) and not any(np.may_share_memory(x, one) for one in given)
 
 
@@ -179,7 +179,7 @@ def index(key: Any) -> tuple[Any, ...]:
 
 
 def has_mask(key: tuple[Any, ...]) -> bool:
-    """Whether a mask is there, of which CuPy counts the true ones on the host."""
+    """Tell whether an index has a mask, whose true entries CuPy counts on the host."""
     return any(isinstance(part, ndarray) and part._host.dtype == bool for part in key)
 
 
