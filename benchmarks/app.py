@@ -11,10 +11,9 @@ from rich.console import Console
 
 from . import fidelity as fronts
 from . import guard as guarding
-from . import machine, peers, rows, sharding, streaming, workloads
-from .libraries import NAMES, open_library
-from .papers.app import COMMANDS as PAPERS
-from .plan import plan_for
+from . import machine, peers, rows, sessions, sharding, streaming
+from .baselines import NAMES, open_library
+from .sizes import plan_for
 from .table import tables
 
 if TYPE_CHECKING:
@@ -52,15 +51,13 @@ def _register(name: str) -> None:
         about = machine.describe()
         plan = plan_for(name, on_gpu=library.on_gpu, quick=quick)
         if library.on_gpu:
-            about["gpu_bandwidth"] = float(f"{workloads.measured_bandwidth(library):.4g}")
-        found = list(workloads.measure(library, plan, _say))
+            about["gpu_bandwidth"] = float(f"{sessions.measured_bandwidth(library):.4g}")
+        found = list(sessions.measure(library, plan, _say))
         _finish(name, library.device, about, found, quick=quick, output=output)
 
 
 for _name in NAMES:
     _register(_name)
-for _paper in PAPERS:
-    app.add_command(_paper)
 
 
 @app.command(name="peers")
@@ -83,20 +80,20 @@ def measure_causal(name: str, *, quick: bool, output: Path | None) -> None:
     """Measure causal attention over the same that is not, on the CPU."""
     library = open_library(name)
     about = machine.describe()
-    found = list(workloads.causal(library, plan_for(name, quick=quick), _say))
+    found = list(sessions.causal(library, plan_for(name, quick=quick), _say))
     _finish(f"causal-{name}", "cpu", about, found, quick=quick, output=output)
 
 
-@app.command(name="top")
+@app.command(name="adaptive")
 @click.argument("name", metavar="LIBRARY", type=click.Choice(CPU_LIBRARIES))
 @_QUICK
 @_OUTPUT
-def measure_top(name: str, *, quick: bool, output: Path | None) -> None:
+def measure_adaptive(name: str, *, quick: bool, output: Path | None) -> None:
     """Measure EVA with chosen keys over the library's exact attention, on the CPU."""
     library = open_library(name)
     about = machine.describe()
-    found = list(workloads.top(library, plan_for(name, quick=quick), _say))
-    _finish(f"top-{name}", "cpu", about, found, quick=quick, output=output)
+    found = list(sessions.adaptive(library, plan_for(name, quick=quick), _say))
+    _finish(f"adaptive-{name}", "cpu", about, found, quick=quick, output=output)
 
 
 @app.command(name="streaming")
@@ -154,7 +151,7 @@ def guard(libraries: tuple[str, ...], device: str, *, quick: bool, results: Path
         plan = plan_for(name, on_gpu=library.on_gpu, quick=quick)
 
         def measure(only: Collection[Case] | None, library: Any = library, plan: Any = plan) -> Iterable[Row]:
-            return workloads.products(library, plan, _say, only)
+            return sessions.products(library, plan, _say, only)
 
         verdict = guarding.judge(rows.read(path), measure)
         compared += len(verdict.kept) + len(verdict.losses)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.table import Table
 
-from randattn import eva, lara, multiply_adds, ra, rfa, softmax_attention
-from randattn.cli._files import read_sample
+from randattn import adaptive_eva, eva, lara, multiply_adds, ra, rfa, softmax_attention
+from randattn.cli.files import read_sample
 
 from . import model as models
 
@@ -73,27 +73,19 @@ def entries() -> Iterator[Entry]:
         yield Entry("eva as published", eva, {"num_groups": count, **published})
     for count in (8, 16, 32, 64):
         yield Entry("eva", eva, {"num_groups": count, "window": 32})
-    for count in (8, 16, 32, 64):
-        yield Entry("eva, tree", eva, {"groups": "tree", "num_groups": count, "window": 32}, is_random=False)
-    for groups, exact, blocks in (
-        (4, 0.125, 32),
-        (4, 0.125, 128),
-        (8, 0.25, 128),
-        (8, 0.75, 64),
-        (16, 2, 128),
-        (16, 1.625, 256),
-        (16, 3, 128),
-        (32, 6, 256),
-        (32, 10, 256),
+    for group_size, num_exact, block_size in (
+        (128, 16, 16),
+        (128, 16, 4),
+        (64, 16, 4),
+        (64, 48, 8),
+        (32, 64, 4),
+        (32, 52, 2),
+        (32, 96, 4),
+        (16, 96, 2),
+        (16, 160, 2),
     ):
-        top = {
-            "groups": "tree",
-            "exact": "top",
-            "num_groups": groups,
-            "num_exact": exact,
-            "num_blocks": blocks,
-        }
-        yield Entry("eva, tree and top keys", eva, top, is_random=False)
+        chosen = {"group_size": group_size, "num_exact": num_exact, "block_size": block_size}
+        yield Entry("adaptive_eva", adaptive_eva, chosen, is_random=False)
 
 
 def measure(*, with_model: bool, say: Callable[[str], None]) -> Iterator[Point]:

@@ -18,14 +18,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .estimators import Workbench
-from .libraries import open_library
+from .baselines import open_library
+from .cases import Workbench
 from .rows import OUTPUT, ROOT, Case, Row
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from .libraries import Library
+    from .baselines import Library
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _QUADRATIC = ("ra", "softmax_attention")
@@ -58,7 +58,7 @@ def main(plain: str) -> None:
     bench = Workbench(library)
     # What is loaded, allocated and kept at the first call does not belong to this one.
     tokens = min(case.tokens, 1024 if case.estimator in _QUADRATIC else 4096)
-    library.wait(Workbench(library).call(replace(case, tokens=tokens))())
+    library.own.wait(Workbench(library).call(replace(case, tokens=tokens))())
 
     arrays = bench.arrays(case)
     function = bench.function(case)
@@ -104,7 +104,7 @@ def _of_cupy(library: Library, call: Callable[[], Any]) -> tuple[int, str]:
             most = max(most, pool.used_bytes())
 
     with Peak():
-        library.wait(call())
+        library.own.wait(call())
     return most - before, "CuPy's memory pool"
 
 
@@ -115,7 +115,7 @@ def _of_process(library: Library, call: Callable[[], Any]) -> tuple[int | None, 
         # 5 resets the peak to what is resident now.
         _CLEAR.write_text("5")
         before = _status("VmRSS")
-        library.wait(call())
+        library.own.wait(call())
         return _status("VmHWM") - before, None
     except OSError:
         return _of_ever(library, call)
@@ -129,7 +129,7 @@ def _of_ever(library: Library, call: Callable[[], Any]) -> tuple[int | None, str
         return None, None
     unit = 1 if sys.platform == "darwin" else 1024
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    library.wait(call())
+    library.own.wait(call())
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     return (grown * unit, "growth of ru_maxrss") if grown else (None, None)
 

@@ -10,16 +10,16 @@ import importlib
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from .estimators import Workbench, case_of
+from .baselines import open_library
+from .cases import Workbench, case_of
 from .harness import race
-from .libraries import open_library
 from .rows import Case, Row, time_row
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from .libraries import Library
-    from .plan import Plan
+    from .baselines import Library
+    from .sizes import Plan
 
     Array = Any
     Say = Callable[[str], None]
@@ -57,7 +57,7 @@ def _on_torch(library: Library, plan: Plan, tokens: int, passes: str) -> Iterato
         "linear-attention-transformer": _linear(bench, ours["rfa 64"]),
         "nystrom-attention, 64 landmarks": _nystrom(bench, ours["lara"]),
     }
-    medians = race(calls, wait=library.wait, number=plan.number)
+    medians = race(calls, wait=library.own.wait, number=plan.number)
 
     def row(name: str, peer: str, note: str | None = None) -> Row:
         return time_row("peers", ours[name], medians[ours[name]], peer, medians[peer], note=note)
@@ -79,7 +79,7 @@ def _on_jax(library: Library, plan: Plan, passes: str) -> Iterator[Row]:
         for estimator, options in (("rfa", ""), ("lara", "weighting=optimal"), ("eva", "window=64"))
     ]
     calls = {case: bench.call(case) for case in (exact, *ours)}
-    medians = race(calls, wait=library.wait, number=plan.number)
+    medians = race(calls, wait=library.own.wait, number=plan.number)
     for case in ours:
         yield time_row("peers", case, medians[case], library.exact_name, medians[exact])
 

@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
 from . import sharding
-from .libraries import NAMES
+from .baselines import NAMES
 from .rows import PRODUCTS, slug
 
 if TYPE_CHECKING:

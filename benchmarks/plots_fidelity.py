@@ -22,8 +22,7 @@ _COLOURS = {
     "lara": "#0072B2",
     "eva as published": "#56B4E9",
     "eva": "#009E73",
-    "eva, tree": "#CC79A7",
-    "eva, tree and top keys": "#D55E00",
+    "adaptive_eva": "#D55E00",
 }
 _TITLES = {SAMPLE: "The embedded sample", MODEL: "A sentence encoder, 7 texts"}
 

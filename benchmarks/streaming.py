@@ -20,18 +20,18 @@ import numpy as np
 
 import randattn
 
-from .estimators import case_of
+from .baselines import open_library
+from .cases import case_of
 from .harness import race
-from .libraries import open_library
-from .plan import plan_for
 from .rows import ROOT, Row, time_row
+from .sizes import plan_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
+    from .baselines import Library
     from .harness import Medians
-    from .libraries import Library
-    from .workloads import Say
+    from .sessions import Say
 
     Array = Any
     Step = Callable[..., tuple[Array, Any]]
@@ -99,20 +99,20 @@ def measure(library: Library, positions: tuple[int, ...], say: Say) -> Iterator[
         states = {n: _held(library, kind, each) for n, each in arrived.items()}
         count = {n: size(state) for n, state in states.items()}
         say(f"{library.name}: {kind}")
-        token = library.asarray(_normal(_TOKEN, 3), "float32")
+        token = library.own.asarray(_normal(_TOKEN, 3), "float32")
         calls = {n: in_turn(step, token, state) for n, state in states.items()}
         del states
-        found = race(calls, wait=library.wait, rounds=_ROUNDS, sets=_SETS, number=NUMBER[kind])
+        found = race(calls, wait=library.own.wait, rounds=_ROUNDS, sets=_SETS, number=NUMBER[kind])
         yield from _rows(library, kind, found, count)
         del calls
         if library.name == "jax" and kind != CACHE:
             states = {n: _held(library, kind, each) for n, each in arrived.items()}
-            tokens = library.asarray(_normal(_TOKEN, 3 * WINDOW), "float32")
+            tokens = library.own.asarray(_normal(_TOKEN, 3 * WINDOW), "float32")
             tokens = tokens.reshape(3, WINDOW, *tokens.shape[1:])
             many = scanned(getattr(randattn, f"{kind}_step"))
             calls = {n: in_turn(many, tokens, state) for n, state in states.items()}
             del states
-            found = race(calls, wait=library.wait, rounds=_ROUNDS, sets=_SETS, number=SCANS[kind])
+            found = race(calls, wait=library.own.wait, rounds=_ROUNDS, sets=_SETS, number=SCANS[kind])
             each = {n: tuple(x / WINDOW for x in medians) for n, medians in found.items()}
             yield from _rows(library, kind, each, count, mode="scan")
 
@@ -217,14 +217,14 @@ def size(state: Any) -> int:
 def _held(library: Library, kind: str, arrived: Arrived) -> Any:
     """The state in arrays that no other has: a step of JAX takes them, one of a cache writes to them."""
     if kind == CACHE:
-        return tuple(library.asarray(x, "float32") for x in arrived.cache)
+        return tuple(library.own.asarray(x, "float32") for x in arrived.cache)
     state = getattr(arrived, kind)
-    return type(state)(*(library.copy(x) for x in state)) if library.name == "jax" else state
+    return type(state)(*(library.own.copy(x) for x in state)) if library.name == "jax" else state
 
 
 def arrive(library: Library, positions: tuple[int, ...], seconds: list[float]) -> dict[int, Arrived]:
     """The states after so many tokens, chunk by chunk; adds what `rfa_step` takes for each to `seconds`."""
-    noise = library.asarray(_normal(_NOISE, 1, _FEATURES)[0], "float32")
+    noise = library.own.asarray(_normal(_NOISE, 1, _FEATURES)[0], "float32")
     compiled = library.compile[library.mode]
     begin = compiled(lambda *x: randattn.rfa(*x, noise=noise, is_causal=True, return_state=True)[1])
     go_on = compiled(lambda *x: randattn.rfa_step(*x)[1])
@@ -235,7 +235,7 @@ def arrive(library: Library, positions: tuple[int, ...], seconds: list[float]) -
     groups: list[randattn.EVAState] = []
     for start in range(0, max(positions), CHUNK):
         drawn = _normal(start, 3, CHUNK)
-        tokens = [library.asarray(x, "float32") for x in drawn]
+        tokens = [library.own.asarray(x, "float32") for x in drawn]
         for n, cache in caches.items():
             here = cache[..., start : min(n, start + CHUNK), :]
             here[...] = drawn[1:, ..., : here.shape[-2], :]
@@ -246,7 +246,7 @@ def arrive(library: Library, positions: tuple[int, ...], seconds: list[float]) -
                 found[n] = Arrived(rfa, eva, (cache[0], cache[1]))
         began = time.perf_counter()
         state = go_on(*tokens, *before) if before else begin(*tokens)
-        library.wait(state)
+        library.own.wait(state)
         if before or max(positions) <= CHUNK:
             seconds.append(time.perf_counter() - began)
         before = (state,)

@@ -17,10 +17,10 @@ from matplotlib.figure import Figure
 
 import randattn
 from benchmarks import rows
-from benchmarks.papers import runs, tables
+from experiments import runs, tables
 from benchmarks.table import by_measure
-from randattn.cli._plot import as_png, settings
-from tests.capabilities import CALLS, CAPABILITIES, LIBRARIES, NAMES
+from randattn.cli.style import as_png, settings
+from tests.helpers import capabilities
 
 if TYPE_CHECKING:
     from docutils import nodes
@@ -37,19 +37,6 @@ ESTIMATORS = {
         randattn.eva, num_groups=count, groups="tree", exact="top", num_exact=count / 8
     ),
 }
-
-
-def capabilities() -> str:
-    """A table for each capability: estimators by libraries."""
-    lines = ["| | " + " | ".join(each.title for each in CAPABILITIES.values()) + " |"]
-    lines.append("|---" * (len(CAPABILITIES) + 1) + "|")
-    for name in CALLS:
-        cells = []
-        for each in CAPABILITIES.values():
-            where = ", ".join(NAMES[library] for library in each.libraries)
-            cells.append("no" if name in each.without else "all" if each.libraries == LIBRARIES else where)
-        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
 
 
 def fidelity() -> str:
@@ -104,7 +91,12 @@ def paper(name: str) -> str:
     return "\n\n".join(_markdown(*table) for table in (tables.claims(name, done), tables.numbers(name, done)))
 
 
-PARTS = {"capabilities": capabilities, "fidelity": fidelity, "benchmarks": benchmarks, "measured": measured}
+PARTS = {
+    "capabilities": capabilities.table,
+    "fidelity": fidelity,
+    "benchmarks": benchmarks,
+    "measured": measured,
+}
 PARTS |= {f"paper_{name}": partial(paper, name) for name in tables.EXPERIMENTS}
 
 

@@ -1,21 +1,23 @@
 """Softmax attention and its Monte Carlo estimators, on any array library."""
 
-from ._attend import Average
-from ._counts import multiply_adds
-from ._diagnose import Diagnosis, diagnose
-from ._eva import eva
-from ._eva_step import EVAState, eva_step
-from ._lara import lara
-from ._primitives import attend, merge
-from ._ra import ra
-from ._rfa import RFAState, rfa, rfa_step
-from ._softmax import softmax_attention
+from ._core.average import Average
+from ._estimators.adaptive_eva import adaptive_eva
+from ._estimators.eva import eva
+from ._estimators.eva_step import EVAState, eva_step
+from ._estimators.lara import lara
+from ._estimators.primitives import attend, merge
+from ._estimators.ra import ra
+from ._estimators.rfa import RFAState, rfa, rfa_step
+from ._estimators.softmax import softmax_attention
+from ._study.costs import multiply_adds
+from ._study.diagnose import Diagnosis, diagnose
 
 __all__ = [
     "Average",
     "Diagnosis",
     "EVAState",
     "RFAState",
+    "adaptive_eva",
     "attend",
     "diagnose",
     "eva",

@@ -62,7 +62,7 @@ def test_what_the_documentation_says():
         assert min(point.error for point in own if point.curve == "rfa") > mean
         within = [point for point in own if point.share is not None and point.share <= 0.25]
         best = min(within, key=lambda point: point.error)
-        assert best.curve == "eva, tree and top keys"
+        assert best.curve == "adaptive_eva"
         assert best.error < 0.125
         (true_top,) = (
             point for point in own if point.curve == fidelity.TRUE_TOP and point.options.startswith("0.25")

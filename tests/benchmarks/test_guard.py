@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import guard, rows, workloads
+from benchmarks import guard, rows, sessions
 from benchmarks.app import app
 from benchmarks.rows import PRODUCTS, Case, Row
 
@@ -85,7 +85,7 @@ def run(tmp_path, monkeypatch):
         def products(_library, _plan, _say, only):
             return [row for row in measured if only is None or row.case in only]
 
-        monkeypatch.setattr(workloads, "products", products)
+        monkeypatch.setattr(sessions, "products", products)
         if committed is not None:
             rows.write(tmp_path / "numpy-cpu.json", {}, committed)
         return CliRunner().invoke(app, ["guard", "--library", "numpy", "--results", str(tmp_path)])

@@ -13,8 +13,8 @@ from click.testing import CliRunner
 import randattn
 from benchmarks import rows, streaming
 from benchmarks.app import app
-from benchmarks.libraries import open_library
-from benchmarks.plan import plan_for
+from benchmarks.baselines import open_library
+from benchmarks.sizes import plan_for
 
 LIBRARIES = [
     pytest.param(
@@ -54,7 +54,7 @@ def test_a_step_is_that_of_all_tokens_before_it(library):
     }
     for kind, whole in expected.items():
         state = streaming._held(library, kind, arrived)
-        arrays = [library.asarray(x, "float32") for x in last]
+        arrays = [library.own.asarray(x, "float32") for x in last]
         out, after = steps[kind](*arrays, state)
         np.testing.assert_allclose(np.asarray(out), whole[..., -1:, :], rtol=2e-3, atol=2e-4)
         if kind != streaming.CACHE:
@@ -64,7 +64,7 @@ def test_a_step_is_that_of_all_tokens_before_it(library):
 
 def test_calls_go_on_from_their_last_state(library):
     state = streaming.arrive(library, (3,), [])[3].eva
-    token = library.asarray(streaming._normal(5, 3), "float32")
+    token = library.own.asarray(streaming._normal(5, 3), "float32")
     seen = []
 
     def step(q, k, v, state):
@@ -82,7 +82,7 @@ def test_a_scan_is_its_steps():
     pytest.importorskip("jax")
     library = open_library("jax")
     arrived = streaming.arrive(library, (3,), [])[3]
-    several = library.asarray(streaming._normal(5, 3 * 4), "float32").reshape(3, 4, 1, 8, 1, 64)
+    several = library.own.asarray(streaming._normal(5, 3 * 4), "float32").reshape(3, 4, 1, 8, 1, 64)
     for kind, step in (("rfa", randattn.rfa_step), ("eva", randattn.eva_step)):
         out, _ = streaming.scanned(step)(*several, streaming._held(library, kind, arrived))
         state = getattr(arrived, kind)

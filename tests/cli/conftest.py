@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from randattn.cli import _app, main
-from randattn.cli._plan import Plan
+from randattn.cli import app, main
+from randattn.cli.compare.plan import Plan
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,7 +24,7 @@ SMALL = Plan(
     seeds=2,
     rounds=1,
     seconds=1e-3,
-    curves=("softmax", "rfa", "ra", "lara", "eva"),
+    quadratic_curves=True,
     lengths=(16, 32),
     slowest=9.0,
     deadline=99.0,
@@ -66,7 +66,7 @@ def called(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
 @pytest.fixture
 def command(called: Command, monkeypatch: pytest.MonkeyPatch) -> Command:
     """`command("--json", "--input", path)` runs ``randattn compare`` with a small plan."""
-    monkeypatch.setattr(_app, "FULL", SMALL)
+    monkeypatch.setattr(app, "FULL", SMALL)
     return partial(called, "compare")
 
 

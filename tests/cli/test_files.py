@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save as to_safetensors
 
-from randattn.cli import _backends
+from randattn.cli import libraries
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -296,7 +296,7 @@ def test_options(refused: Callable[..., str], arguments: tuple[str, ...]) -> Non
 def test_a_library_that_is_not_installed(
     refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_backends, "_is_installed", lambda name: name == "numpy")
+    monkeypatch.setattr(libraries, "_is_installed", lambda name: name == "numpy")
     line = refused("--backend", "numpy", "--backend", "torch")
     assert line == "Error: --backend torch: is not installed for this Python\n"
 
@@ -307,6 +307,6 @@ def test_cupy_without_a_device(refused: Callable[..., str], monkeypatch: pytest.
 
     cupy = ModuleType("cupy")
     cupy.cuda = SimpleNamespace(runtime=SimpleNamespace(getDevice=no_device))
-    monkeypatch.setattr(_backends, "_is_installed", lambda name: name in ("numpy", "cupy"))
+    monkeypatch.setattr(libraries, "_is_installed", lambda name: name in ("numpy", "cupy"))
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     assert "--backend cupy: finds no usable CUDA device" in refused("--backend", "cupy")

@@ -12,14 +12,15 @@ import pytest
 from matplotlib.image import imread
 
 import randattn
-from randattn import _diagnose as library
-from randattn.cli import _look_plot
-from randattn.cli._look import BINS, CASES, QUANTILES
+from randattn._estimators.registry import ESTIMATORS
+from randattn._study import diagnose as library
+from randattn.cli.diagnose import plot as own
+from randattn.cli.diagnose.look import BINS, QUANTILES, labels
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-NAMES = ["rfa", "ra", "lara", "eva", "eva-top"]
+NAMES = ["rfa", "ra", "lara", "eva", "adaptive_eva"]
 KEYS = {"input", "shapes", "queries", "entropy", "looks"}
 
 
@@ -34,21 +35,21 @@ def test_numbers_are_the_librarys(command: Any, inputs: Path, arrays: dict[str, 
     assert set(report) == KEYS
     assert report["input"] == str(inputs)
     assert report["queries"] == 80
-    assert [each["estimator"] for each in report["looks"]] == NAMES == list(CASES)
+    assert [each["estimator"] for each in report["looks"]] == NAMES == labels()
     for each in report["looks"]:
-        case = CASES[each["estimator"]]
+        row = ESTIMATORS[each["estimator"]]
         found = randattn.diagnose(
-            case.function,
+            row.function,
             *(arrays[name] for name in "qkv"),
             scale=float(arrays["scale"]),
             num_replicates=2,
-            **{case.keyword: 6, **case.options, **({"rng": 3} if case.is_random else {})},
+            **{row.count: 6, **({} if row.draws == "never" else {"rng": 3})},
         )
         assert each["samples"] == 6
         assert each["relative_error"] == pytest.approx(found.relative_error)
         assert each["mean_error"] == pytest.approx(found.mean_error)
         assert each["recommendation"] == found.recommendation
-        assert (each["relative_standard_error"] is None) == (each["estimator"] == "eva-top")
+        assert (each["relative_standard_error"] is None) == (each["estimator"] == "adaptive_eva")
         assert report["entropy"] == pytest.approx(np.quantile(found.entropy, QUANTILES).tolist())
         if each["estimator"] == "ra":
             assert each["effective_samples"] is each["histogram"] is each["largest_weight"] is None
@@ -83,11 +84,11 @@ def test_table_and_advice(command: Any, inputs: Path) -> None:
 
 def test_sample_by_default(command: Any) -> None:
     """The sentence that users are to read."""
-    result = command("--estimator", "rfa", "--estimator", "eva-top")
+    result = command("--estimator", "rfa", "--estimator", "adaptive_eva")
     assert "embedded sample" in result.out
     assert "rfa would be worse than mean(V) here" in result.out
-    assert "use eva(groups='tree', exact='top')" in result.out
-    assert "eva-top: eva errs by 0.1" in result.out
+    assert "use adaptive_eva()" in result.out
+    assert "adaptive_eva errs by 0.1" in result.out
 
 
 def test_picture_and_numbers_are_written(command: Any, inputs: Path, tmp_path: Path) -> None:
@@ -105,7 +106,7 @@ def test_picture_of_many_pairs(
     """Without rows there is no matrix, and it says so."""
     monkeypatch.setattr(library, "_MOST_PAIRS", 1)
     said: list[str] = []
-    monkeypatch.setattr(_look_plot, "_nothing", lambda _, why: said.append(why))
+    monkeypatch.setattr(own, "_nothing", lambda _, why: said.append(why))
     report = command("--input", inputs, "--output", tmp_path, "--json", "--estimator", "rfa").report
     assert report["queries"] == 64
     assert said == ["no weighting of values,\nor too many pairs"] * 2

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from randattn.cli import _measure, _plot
-from randattn.cli._errors import Refused
-from randattn.cli._files import write_report
+from randattn.cli.compare import measure, plot
+from randattn.cli.errors import Refused
+from randattn.cli.files import write_report
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -128,7 +128,7 @@ def test_a_picture_that_fails_leaves_the_old_report(
     def fail(report: Any) -> bytes:
         raise error
 
-    monkeypatch.setattr(_plot, "plot", fail)
+    monkeypatch.setattr(plot, "plot", fail)
     arguments = ("--json", "--input", inputs, "--output", folder, *FEW)
     if isinstance(error, KeyboardInterrupt):
         result = command(*arguments)
@@ -143,14 +143,14 @@ def test_an_interrupt_while_it_measures(
     command: Any, inputs: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # At a step, not at a time: where Python calls back it drops what a signal raises.
-    begin, steps = _measure._Steps.begin, iter(range(99))
+    begin, steps = measure._Steps.begin, iter(range(99))
 
     def interrupted(self: Any, what: str) -> None:
         begin(self, what)
         if next(steps) == 5:
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(_measure._Steps, "begin", interrupted)
+    monkeypatch.setattr(measure._Steps, "begin", interrupted)
     # A program in the background of a script is started to ignore it.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

@@ -12,15 +12,23 @@ import numpy as np
 import pytest
 
 import randattn
-from randattn.cli import _app, _backends, _measure
-from randattn.cli._files import read_sample
-from randattn.cli._plan import Config
+from randattn._estimators import registry
+from randattn.cli import app, libraries
+from randattn.cli.compare import measure
+from randattn.cli.compare.plan import Config
+from randattn.cli.files import read_sample
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-KEYWORDS = {"rfa": "num_samples", "ra": "num_samples", "lara": "num_landmarks", "eva": "num_groups"}
+KEYWORDS = {
+    "rfa": "num_samples",
+    "ra": "num_samples",
+    "lara": "num_landmarks",
+    "eva": "num_groups",
+    "adaptive_eva": "num_exact",
+}
 ROW = {"backend", "estimator", "samples", "relative_error", "seconds", "speedup", "max_abs_diff"}
 CONFIGS = [
     ("softmax", None),
@@ -28,6 +36,7 @@ CONFIGS = [
     *[("ra", count) for count in (1, 2)],
     *[("lara", count) for count in (4, 8)],
     *[("eva", count) for count in (4, 8)],
+    *[("adaptive_eva", count) for count in (4, 8)],
 ]
 
 
@@ -80,9 +89,9 @@ def test_what_is_slow_is_left_out_of_longer_ones(
     command: Any, inputs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = ("--json", "--input", inputs, "--backend", "numpy")
-    monkeypatch.setattr(_app, "FULL", replace(_app.FULL, slowest=0.0))
+    monkeypatch.setattr(app, "FULL", replace(app.FULL, slowest=0.0))
     assert {each["length"] for each in command(*arguments).report["lengths"]} == {16}
-    monkeypatch.setattr(_app, "FULL", replace(_app.FULL, deadline=0.0))
+    monkeypatch.setattr(app, "FULL", replace(app.FULL, deadline=0.0))
     assert command(*arguments).report["lengths"] == []
 
 
@@ -100,7 +109,7 @@ def test_calls_are_timed_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
         return Config(name, None), run
 
     calls = dict([call("a", 1.0, 9.0, 2.0), call("b", 3.0, 3.0, 4.0)])
-    assert _measure._race(calls, rounds=3, seconds=8.0) == {Config("a", None): 2.0, Config("b", None): 3.0}
+    assert measure._race(calls, rounds=3, seconds=8.0) == {Config("a", None): 2.0, Config("b", None): 3.0}
     assert order == ["a", "b", "a", "b", "a", "b"]
 
 
@@ -120,9 +129,9 @@ def test_errors_are_those_of_the_library(
             assert 0 < row["relative_error"] < 1e-6
             continue
         function = getattr(randattn, name)
-        outs = [
-            function(q, k, v, scale=float(scale), rng=i, **{KEYWORDS[name]: samples}) for i in range(seeds)
-        ]
+        draws = [{} if name == "adaptive_eva" else {"rng": seed} for seed in range(seeds)]
+        options = {"scale": float(scale), KEYWORDS[name]: samples}
+        outs = [function(q, k, v, **options, **own) for own in draws]
         expected = np.mean([layer_error(out, exact) for out in outs])
         assert row["relative_error"] == pytest.approx(expected, rel=1e-5, abs=1e-6), name
 
@@ -163,24 +172,25 @@ def test_agreement_is_the_largest_difference_with_the_same_seed(
 def test_a_library_that_disagrees_is_found_out(
     command: Any, inputs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened = _backends._OPEN["torch"]
+    results = iter((0.0, 0.25))
 
-    def off_by_a_quarter(name: str) -> _backends.Backend:
-        backend = opened(name)
-        results = iter((0.0, 0.25))
-        return replace(backend, to_numpy=lambda x: backend.to_numpy(x) + np.float32(next(results)))
+    class OffByAQuarter(libraries.CLASSES["torch"]):
+        def to_numpy(self, x: Any) -> np.ndarray:
+            return super().to_numpy(x) + np.float32(next(results))
 
-    monkeypatch.setitem(_backends._OPEN, "torch", off_by_a_quarter)
-    monkeypatch.setattr(_app, "FULL", replace(_app.FULL, linear=(8,)))
+    monkeypatch.setitem(libraries.CLASSES, "torch", OffByAQuarter)
+    monkeypatch.setattr(app, "FULL", replace(app.FULL, linear=(8,)))
     # With the second of two seeds alone.
     (row,) = command("--json", "--input", inputs, "--backend", "torch", "--estimator", "rfa").report["rows"]
     assert row["max_abs_diff"] == pytest.approx(0.25, abs=1e-5)
 
 
 def test_times_wait_for_the_device(command: Any, inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened = _backends._OPEN["torch"]
-    slow = lambda name: replace(opened(name), wait=lambda _: time.sleep(0.02))  # noqa: E731
-    monkeypatch.setitem(_backends._OPEN, "torch", slow)
+    class Slow(libraries.CLASSES["torch"]):
+        def wait(self, x: Any) -> None:  # noqa: ARG002
+            time.sleep(0.02)
+
+    monkeypatch.setitem(libraries.CLASSES, "torch", Slow)
     report = command("--json", "--input", inputs, "--backend", "torch", "--estimator", "rfa").report
     assert all(each["seconds"] >= 0.02 for each in report["rows"] + report["lengths"])
 
@@ -188,7 +198,7 @@ def test_times_wait_for_the_device(command: Any, inputs: Path, monkeypatch: pyte
 def test_speedup_is_over_exact_attention(command: Any, inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = {"softmax": 3.0, "rfa": 0.5, "eva": 6.0}
     monkeypatch.setattr(
-        _measure, "_race", lambda calls, *_, **__: {each: seconds[each.estimator] for each in calls}
+        measure, "_race", lambda calls, *_, **__: {each: seconds[each.estimator] for each in calls}
     )
     arguments = (
         "--json",
@@ -225,7 +235,7 @@ def test_checks_are_measured_where_they_are_asked_for(command: Any, inputs: Path
 
 
 def test_only_what_is_installed(command: Any, inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_backends, "_is_installed", lambda name: name == "numpy")
+    monkeypatch.setattr(libraries, "_is_installed", lambda name: name == "numpy")
     result = command("--json", "--input", inputs)
     assert list(result.report["libraries"]) == ["numpy"]
     assert result.err == ""
@@ -234,10 +244,11 @@ def test_only_what_is_installed(command: Any, inputs: Path, monkeypatch: pytest.
 def test_a_library_that_cannot_be_imported_is_left_out(
     command: Any, inputs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(name: str) -> _backends.Backend:
-        raise ImportError("libcudart.so.12: cannot open shared object file")
+    class Broken(libraries.CLASSES["torch"]):
+        def __init__(self) -> None:
+            raise ImportError("libcudart.so.12: cannot open shared object file")
 
-    monkeypatch.setitem(_backends._OPEN, "torch", broken)
+    monkeypatch.setitem(libraries.CLASSES, "torch", Broken)
     result = command("--json", "--input", inputs, "--estimator", "rfa")
     assert list(result.report["libraries"]) == ["numpy", "jax"]
     assert result.err.startswith("Leaving out torch: cannot be imported (libcudart")
@@ -257,17 +268,24 @@ def test_few_tokens_and_other_numbers_of_keys(
     rows = result.report["rows"]
     counts = {name: [row["samples"] for row in rows if row["estimator"] == name] for name, _ in CONFIGS}
     clamped = sorted({min(count, m) for count in (4, 8)})
-    assert counts == {"softmax": [None], "rfa": [4, 8], "ra": [1, 2], "lara": clamped, "eva": clamped}
+    assert counts == {
+        "softmax": [None],
+        "rfa": [4, 8],
+        "ra": [1, 2],
+        "lara": clamped,
+        "eva": clamped,
+        "adaptive_eva": clamped,
+    }
     eva = [row["relative_error"] for row in rows if row["estimator"] == "eva"]
     # Its window holds them all, but there is none where queries are not keys.
     assert (max(eva) < 1e-6) == (n == m)
 
 
 def test_what_is_not_finite_is_null(command: Any, inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from randattn.cli import _plan
+    def rfa(q: np.ndarray, k: np.ndarray, v: np.ndarray, **_: Any) -> np.ndarray:
+        return q[..., :5] * np.float32(np.nan)
 
-    broken = _plan.ESTIMATORS["rfa"]._replace(function=lambda q, k, v, **_: q[..., :5] * np.float32(np.nan))
-    monkeypatch.setitem(_plan.ESTIMATORS, "rfa", broken)
+    monkeypatch.setitem(registry.ESTIMATORS, "rfa", replace(registry.ESTIMATORS["rfa"], function=rfa))
     arguments = ("--input", inputs, "--backend", "numpy", "--estimator", "rfa")
     result = command("--json", *arguments)
     assert "NaN" not in result.out

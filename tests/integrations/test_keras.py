@@ -64,7 +64,7 @@ def test_as_keras_own(theirs, ours, sizes, estimator, options):
         ("ra", {"rng": 0}),
         ("lara", {"num_landmarks": 4}),
         ("eva", {"num_groups": 4, "window": 4}),
-        ("eva", {"groups": "tree", "exact": "top", "num_groups": 4, "num_exact": 1}),
+        ("adaptive_eva", {"group_size": 4, "num_exact": 4}),
     ],
 )
 def test_estimators_and_padding(estimator, options):
@@ -133,7 +133,7 @@ def test_tensorflow_computes_what_jax_does(estimator, options):
     for size in (5, 1):
         heads_first = [jnp.asarray(x[:size].swapaxes(1, 2)) for x in (q, k, v)]
         expected = np.stack(
-            [ESTIMATORS[estimator](*each, **options) for each in zip(*heads_first, strict=True)]
+            [ESTIMATORS[estimator].function(*each, **options) for each in zip(*heads_first, strict=True)]
         )
         close(program(q[:size], k[:size], v[:size]), expected.swapaxes(1, 2))
     with tf.GradientTape() as tape:

@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 
-from randattn import eva, lara, ra, rfa, softmax_attention
+from randattn import adaptive_eva, eva, lara, ra, rfa, softmax_attention
 
 
 def peak(function, n):
@@ -37,8 +37,7 @@ LINEAR = [
     partial(lara, rng=0),
     partial(lara, weighting="balance"),
     partial(eva, rng=0),
-    partial(eva, groups="tree", exact="top"),
-    partial(eva, groups="tree", exact=("window", "top"), num_exact=1),
+    partial(adaptive_eva),
     partial(eva, is_causal=True),
     partial(rfa, rng=0, is_causal=True),
     partial(lara, rng=0, is_causal=True),

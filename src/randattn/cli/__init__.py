@@ -18,6 +18,6 @@ def main() -> None:
         )
         sys.exit(2)
     # Late, because it imports click and rich.
-    from ._app import run
+    from .app import run
 
     sys.exit(run())

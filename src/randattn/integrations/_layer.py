@@ -1,27 +1,30 @@
-"""What the layers of PyTorch and Flax share: the papers' pooling, T5's buckets, heads, options."""
+"""Share between the layers of PyTorch and Flax: the papers' pooling, T5's buckets, heads, options."""
 
 from __future__ import annotations
 
 import math
 from typing import TYPE_CHECKING, Any
 
-from randattn import _eva_choice, _lara, eva, lara, ra, rfa, softmax_attention
-from randattn._inputs import hide, prepare
-from randattn._plans import blocks
-from randattn._segments import blocks_of_queries, check_grid, pool
-from randattn._shown import shown
-from randattn._tracing import namespace
+from randattn._core.describe import shown
+from randattn._core.inputs import hide, prepare
+from randattn._core.library import namespace
+from randattn._estimators.registry import ESTIMATORS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     import numpy as np
 
     Array = Any
 
-ESTIMATORS: dict[str, Callable[..., Any]] = {
-    function.__name__: function for function in (softmax_attention, rfa, ra, lara, eva)
-}
+
+def check_estimator(name: str) -> None:
+    """Raise where no row of the registry has this name."""
+    if name not in ESTIMATORS:
+        raise ValueError(f"estimator: expected one of {', '.join(ESTIMATORS)}, got {shown(name)}")
+
+
+def draws_in_evaluation(name: str) -> dict[str, Any]:
+    """Return the options with which an estimator that needs draws has the same in each call."""
+    return {"rng": 0} if ESTIMATORS[name].draws == "always" else {}
 
 
 def check_layer(
@@ -36,13 +39,14 @@ def check_layer(
     max_distance: int,
     is_causal: bool,
 ) -> None:
-    """What fits together."""
-    if estimator not in ESTIMATORS:
-        raise ValueError(f"estimator: expected one of {', '.join(ESTIMATORS)}, got {shown(estimator)}")
+    """Raise where sizes and options do not fit together."""
+    check_estimator(estimator)
+    row = ESTIMATORS[estimator]
     if features % num_heads:
         raise ValueError(f"num_heads: expected a divisor of the {features} features, got {shown(num_heads)}")
-    if learned_landmarks and estimator not in ("lara", "eva"):
-        raise ValueError(f"learned_landmarks: lara and eva have landmarks, {estimator} has none")
+    if learned_landmarks and row.landmarks is None:
+        having = " and ".join(name for name, one in ESTIMATORS.items() if one.landmarks is not None)
+        raise ValueError(f"learned_landmarks: {having} have landmarks, {estimator} has none")
     if relative_bias:
         single = num_buckets // (2 if is_causal else 4)
         if single < 1 or num_buckets % 2 or max_distance <= single:
@@ -50,19 +54,19 @@ def check_layer(
                 f"num_buckets: expected an even number, and max_distance above the {single} single ones, "
                 f"got {num_buckets} and {max_distance}"
             )
-    if relative_bias and (estimator != "eva" or not isinstance(options.get("window", 64), int)):
+    if relative_bias and ("window_bias" not in row.options or not isinstance(options.get("window", 64), int)):
         raise ValueError("relative_bias: expected estimator='eva' with a window of tokens in a row")
 
 
 def split_heads(x: Array, num_heads: int) -> Array:
-    """(..., N, H D) -> (..., H, N, D)."""
+    """Split features by heads: (..., N, H D) -> (..., H, N, D)."""
     xp = namespace(x)
     x = xp.reshape(x, (*x.shape[:-1], num_heads, x.shape[-1] // num_heads))
     return xp.moveaxis(x, -2, -3)
 
 
 def merge_heads(x: Array) -> Array:
-    """(..., H, N, D) -> (..., N, H D)."""
+    """Join the features of all heads: (..., H, N, D) -> (..., N, H D)."""
     xp = namespace(x)
     x = xp.moveaxis(x, -3, -2)
     return xp.reshape(x, (*x.shape[:-2], x.shape[-2] * x.shape[-1]))
@@ -98,23 +102,13 @@ def pooled(
     x = prepare(
         q, k, k, scale=None, key_mask=key_mask, query_mask=query_mask, is_self=False, enable_gqa=False
     )
-    grid = options.get("grid")
-    if estimator == "lara":
-        qt, kt, _ = _lara.landmarks_of(x, options.get("num_landmarks"), None, None, grid)
-        return qt, kt
-    tokens = check_grid(grid, q.shape[-2], k.shape[-2])
-    counts = options.get("num_groups"), options.get("group_size")
-    if is_causal:
-        _, sizes = _eva_choice.causal_sizes(tokens, options.get("window", 64), *counts, grid, disjoint=True)
-        groups = blocks(tokens, "tiles", sizes)
-    else:
-        groups = blocks(tokens, *_eva_choice.check_groups(tokens, *counts, None, None))
-    (qt, _), (kt, _) = pool(x.q, blocks_of_queries(x, groups), x.query_mask), pool(x.k, groups, x.key_mask)
-    return qt, kt
+    make = ESTIMATORS[estimator].landmarks
+    assert make is not None
+    return make(x, options, is_causal)
 
 
 def buckets(window: int, num_buckets: int, max_distance: int, *, is_causal: bool) -> np.ndarray:
-    """T5's bucket of each query and key of a window, (W, W) (arXiv 1910.10683, section 2.1).
+    """Return T5's bucket of each query and key of a window, (W, W) (arXiv 1910.10683, section 2.1).
 
     Half of the buckets are single distances, the other half grow with their logarithm up to the largest;
     without a direction of time, half of all are for keys that come later.

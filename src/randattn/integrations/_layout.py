@@ -1,12 +1,12 @@
-"""What frameworks pass, as the estimators take it."""
+"""Turn the arguments of frameworks into arguments of estimators."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from randattn import eva, softmax_attention
-from randattn._inputs import placement
-from randattn._tracing import namespace
+from randattn import softmax_attention
+from randattn._core.library import namespace, placement
+from randattn._estimators.registry import row_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def key_mask_of(mask: Array | None, keys: int, name: str = "mask") -> Array | None:
-    """The key mask (..., H, M) of a mask (..., H, N, M) that is the same for all queries."""
+    """Return the key mask (..., H, M) of a mask (..., H, N, M) that is the same for all queries."""
     if mask is None:
         return None
     shape = tuple(mask.shape)
@@ -46,7 +46,7 @@ def estimate(
             raise TypeError(f"{name}: expected of the call, not among the estimator's options")
     has_query_mask = options.get("query_mask") is not None or ours.get("query_mask") is not None
     if n == m and not has_query_mask and ours.get("key_mask") is not None:
-        # Who masks keys alone has a result for every query, which may be as many of another sequence.
+        # A caller that masks keys alone has a result for every query, which may be as many of another sequence.
         ours["query_mask"] = namespace(q).ones((n,), dtype=namespace(q).bool, device=placement(q))
     if n != m and options.get("window_bias") is not None:
         raise NotImplementedError(f"window_bias: expected as many keys as queries ({n}), got {m}")
@@ -57,7 +57,8 @@ def estimate(
         return softmax_attention(q, k, v, **ours)
     if is_causal:
         ours["is_causal"] = True
-    if estimator is eva and n != m and options.get("exact", "window") == "window":
-        # No window belongs to the query of another sequence.
-        ours["window"] = 0
+    row = row_of(estimator)
+    if row is not None and n != m:
+        # A query of another sequence has no window, say.
+        ours |= row.across
     return estimator(q, k, v, **{**options, **ours})

@@ -8,9 +8,18 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from randattn._shown import shown
+from randattn._core.describe import shown
+from randattn._estimators.registry import ESTIMATORS
 
-from ._layer import ESTIMATORS, buckets, check_layer, masks_of, merge_heads, pooled, split_heads
+from ._layer import (
+    buckets,
+    check_layer,
+    draws_in_evaluation,
+    masks_of,
+    merge_heads,
+    pooled,
+    split_heads,
+)
 from ._layout import estimate, key_mask_of
 
 if TYPE_CHECKING:
@@ -106,7 +115,7 @@ class Attention(nnx.Module):
         Of the inputs, of all heads together, and of the results.
     num_heads : int
         A divisor of them.
-    estimator : {"eva", "lara", "rfa", "ra", "softmax_attention"}, default "eva"
+    estimator : {"eva", "adaptive_eva", "lara", "rfa", "ra", "softmax_attention"}, default "eva"
         The estimator.
     options : dict, optional
         As for the estimator.
@@ -223,16 +232,18 @@ class Attention(nnx.Module):
         if self.relative_bias is not None:
             places = jnp.asarray(buckets(*self.places, is_causal=self.is_causal))
             options["window_bias"] = jnp.moveaxis(self.relative_bias(places), -1, 0)
-        out = estimate(ESTIMATORS[self.estimator], options, q, k, v, is_causal=self.is_causal, **masks)
+        out = estimate(
+            ESTIMATORS[self.estimator].function, options, q, k, v, is_causal=self.is_causal, **masks
+        )
         return self.out(merge_heads(out))
 
     def _draws(self, own: dict[str, Any]) -> dict[str, Any]:
         is_given = any({**self.options, **own}.get(name) is not None for name in ("rng", "noise"))
-        if is_given or self.estimator == "softmax_attention":
+        if is_given or ESTIMATORS[self.estimator].draws == "never":
             return {}
         if not self.deterministic:
             return {"rng": self.rngs.draws()}
-        return {"rng": 0} if self.estimator in ("rfa", "ra") else {}
+        return draws_in_evaluation(self.estimator)
 
     def load(self, weights: Mapping[str, Any]) -> None:
         """Take the weights of PyTorch's layer: its ``state_dict()``, as NumPy arrays or what makes them.

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import keras
 
-from randattn._shown import shown
+from randattn._core.describe import shown
+from randattn._estimators.registry import ESTIMATORS
 
-from ._layer import ESTIMATORS
+from ._layer import check_estimator
 from ._layout import estimate
 
 if TYPE_CHECKING:
@@ -27,12 +28,11 @@ class _Masks(NamedTuple):
 
 
 class _Estimated:
-    """What the two layers have beyond Keras's: an estimator where the weights would be."""
+    """The part of the two layers beyond Keras's: an estimator in the place of the weights."""
 
     def __init__(self, *args: Any, estimator: str = "eva", options: dict[str, Any] | None = None, **own: Any):
         super().__init__(*args, **own)
-        if estimator not in ESTIMATORS:
-            raise ValueError(f"estimator: expected one of {', '.join(ESTIMATORS)}, got {shown(estimator)}")
+        check_estimator(estimator)
         for name in ("dropout", "sliding_window"):
             value = getattr(self, f"_{name}", getattr(self, name, None))
             if value:
@@ -97,16 +97,17 @@ class _Estimated:
         return keras.ops.swapaxes(out, 1, 2), None
 
     def _estimate(self, names: tuple[str, ...], is_causal: bool) -> Callable[..., Array]:
-        """The estimator as a function of q, k, v and of masks by these names."""
+        """Return the estimator as a function of q, k, v and of masks by these names."""
 
         def function(q: Array, k: Array, v: Array, *masks: Array) -> Array:
             named = {"key_mask": None, **dict(zip(names, masks, strict=True))}
-            return estimate(ESTIMATORS[self.estimator], self.options, q, k, v, is_causal=is_causal, **named)
+            own = ESTIMATORS[self.estimator].function
+            return estimate(own, self.options, q, k, v, is_causal=is_causal, **named)
 
         if keras.backend.backend() != "tensorflow":
             return function
-        if "top" in self.options.get("exact", "window"):
-            raise NotImplementedError("exact: expected 'window': TensorFlow cannot read JAX's top_k")
+        if self.estimator == "adaptive_eva":
+            raise NotImplementedError("adaptive_eva: TensorFlow cannot read JAX's top_k")
         from ._tensorflow import by_jax
 
         if (names, is_causal) not in self._programs:
@@ -122,7 +123,7 @@ class MultiHeadAttention(_Estimated, keras.layers.MultiHeadAttention):
     ----------
     *args
         As for Keras's own layer, whose weights it has.
-    estimator : {"eva", "lara", "rfa", "ra", "softmax_attention"}, default "eva"
+    estimator : {"eva", "adaptive_eva", "lara", "rfa", "ra", "softmax_attention"}, default "eva"
         The estimator.
     options : dict, optional
         As for the estimator.
@@ -141,7 +142,7 @@ class MultiHeadAttention(_Estimated, keras.layers.MultiHeadAttention):
     -----
     Keras masks, `use_causal_mask`, and an `attention_mask` (batch, 1, keys) are honoured. On the TensorFlow
     back end JAX's programs compute (`jax.experimental.jax2tf`): JAX must be installed, the number of tokens
-    known, and a whole batch has the same draws; ``exact="top"`` raises NotImplementedError there.
+    known, and a whole batch has the same draws; adaptive_eva raises NotImplementedError there.
 
     Examples
     --------

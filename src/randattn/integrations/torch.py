@@ -8,9 +8,18 @@ import torch
 from torch import nn
 
 from randattn import eva
-from randattn._shown import shown
+from randattn._core.describe import shown
+from randattn._estimators.registry import ESTIMATORS
 
-from ._layer import ESTIMATORS, buckets, check_layer, masks_of, merge_heads, pooled, split_heads
+from ._layer import (
+    buckets,
+    check_layer,
+    draws_in_evaluation,
+    masks_of,
+    merge_heads,
+    pooled,
+    split_heads,
+)
 from ._layout import estimate, key_mask_of
 
 if TYPE_CHECKING:
@@ -104,7 +113,7 @@ class Attention(nn.Module):
         Of the inputs, of all heads together, and of the results.
     num_heads : int
         A divisor of them.
-    estimator : {"eva", "lara", "rfa", "ra", "softmax_attention"}, default "eva"
+    estimator : {"eva", "adaptive_eva", "lara", "rfa", "ra", "softmax_attention"}, default "eva"
         The estimator.
     options : dict, optional
         As for the estimator.
@@ -226,14 +235,16 @@ class Attention(nn.Module):
                 options.pop(name, None)
         if self.relative_bias is not None:
             options["window_bias"] = self.relative_bias(self.places).movedim(-1, 0)
-        out = estimate(ESTIMATORS[self.estimator], options, q, k, v, is_causal=self.is_causal, **masks)
+        out = estimate(
+            ESTIMATORS[self.estimator].function, options, q, k, v, is_causal=self.is_causal, **masks
+        )
         return self.out(merge_heads(out))
 
     def _draws(self, device: torch.device, own: dict[str, Any]) -> dict[str, Any]:
         is_given = any({**self.options, **own}.get(name) is not None for name in ("rng", "noise"))
-        if is_given or self.estimator == "softmax_attention":
+        if is_given or ESTIMATORS[self.estimator].draws == "never":
             return {}
         if self.training:
             seed = int(torch.randint(2**62, ()))
             return {"rng": torch.Generator(device).manual_seed(seed)}
-        return {"rng": 0} if self.estimator in ("rfa", "ra") else {}
+        return draws_in_evaluation(self.estimator)

@@ -20,25 +20,26 @@ from transformers.masking_utils import (
     sdpa_mask,
 )
 
-from randattn import eva, lara, ra, rfa, softmax_attention
-from randattn._checks import check_option
-from randattn._shown import shown
+from randattn._core.checks import check_option
+from randattn._core.describe import shown
+from randattn._estimators.registry import by_label
 
 from ._layout import estimate
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-# What models pass that changes attention, and neither our functions nor PyTorch's take.
+# Arguments of models that change attention, and that neither our functions nor PyTorch's take.
 _CHANGES = ("softcap", "s_aux", "sinks", "cache", "head_mask", "indices", "block_indices")
-NAMES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
-    "randattn_softmax": (softmax_attention, {}),
-    "randattn_rfa": (rfa, {"rng": 0}),
-    "randattn_ra": (ra, {"rng": 0}),
-    "randattn_lara": (lara, {}),
-    "randattn_eva": (eva, {}),
-    "randattn_eva_top": (eva, {"groups": "tree", "exact": "top"}),
-}
+
+
+def names() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
+    """Return the estimators of the registry by the names that models ask for, with the options of each."""
+    rows = by_label().items()
+    return {
+        f"randattn_{label}": (row.function, {"rng": 0} if row.draws == "always" else {})
+        for label, row in rows
+    }
 
 
 def register(
@@ -54,8 +55,9 @@ def register(
     Parameters
     ----------
     name : str, optional
-        What the model is to ask for. By default all of `NAMES`: "randattn_softmax", "randattn_rfa",
-        "randattn_ra", "randattn_lara", "randattn_eva", and "randattn_eva_top" for chosen keys.
+        The `attn_implementation` that the model is to ask for. By default one for each estimator:
+        "randattn_softmax", "randattn_rfa", "randattn_ra", "randattn_lara", "randattn_eva",
+        "randattn_adaptive_eva".
     estimator : function, optional
         `randattn.eva` or another, with a name.
     fallback : {"error", "exact"}, default "error"
@@ -93,7 +95,7 @@ def register(
     """
     check_option("fallback", fallback, ("error", "exact"))
     if name is None and estimator is None and not options:
-        for each, (function, own) in NAMES.items():
+        for each, (function, own) in names().items():
             register(each, function, fallback=fallback, **own)
         return
     if not isinstance(name, str) or not callable(estimator):
@@ -195,7 +197,7 @@ def _mask(
 def _beyond(
     query: torch.Tensor, attention_mask: torch.Tensor | None, marks: _Marks | None, keywords: dict[str, Any]
 ) -> str | None:
-    """Say what of this call estimators do not take."""
+    """Name an argument of this call that estimators do not take; None where there is none."""
     bias, window, new = keywords.get("position_bias"), keywords.get("sliding_window"), query.shape[-2]
     if bias is not None:
         return f"position_bias: expected None, got {shown(bias)}"
@@ -237,7 +239,7 @@ def _attention(
     is_causal: bool | None = None,
     **keywords: Any,
 ) -> tuple[torch.Tensor, None]:
-    """`query` (batch, heads, tokens, features); the result is (batch, tokens, heads, features)."""
+    """Attend from `query` (batch, heads, tokens, features); the result is (batch, tokens, heads, features)."""
     for name in _CHANGES:
         if keywords.get(name) is not None:
             raise NotImplementedError(

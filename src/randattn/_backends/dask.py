@@ -1,0 +1,311 @@
+"""Dask: each chunk of queries with each chunk of keys is a task of its own.
+
+A task attends from its chunks, whatever arrays these are; the averages over chunks of keys are merged by a
+tree. The logits of two chunks live in their task alone, and nothing is computed here.
+"""
+
+from __future__ import annotations
+
+from functools import partial, reduce
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import dask.array as da
+from dask.array.utils import meta_from_array
+
+from randattn._core import average as plain
+from randattn._core import library
+from randattn._core.average import Average, Keys, PairWeight, merge
+from randattn._core.library import namespace, placement
+
+from .generic import Backend
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    Array = Any
+    # A Dask array (..., N) whose chunks are each an `Average` of that many queries.
+    Averages = Any
+    # The axes of an array: those of one name are cut at the same places.
+    Names = tuple[str, ...]
+    Chunks = dict[str, tuple[int, ...]]
+    Operand = tuple[Any, Names | None]
+
+
+class Dask(Backend):
+    """Dask's arrays: plans of chunks."""
+
+    name = "dask"
+    is_lazy = True
+
+    def cut_as(self, x: Array, like: Array) -> Array:
+        """Cut the last axis of a mask as the tokens of `like` are cut."""
+        return x.rechunk({x.ndim - 1: like.chunks[-2]})
+
+    def attend(self, q: Array, sets: tuple[Keys, ...], scale: float) -> Average:
+        """Attend from each chunk of queries in tasks of their own."""
+        is_cut = any(keys.is_causal and max(q.numblocks[-2], keys.k.numblocks[-2]) > 1 for keys in sets)
+        return _causal(q, sets, scale) if is_cut else _attend(q, sets, scale)
+
+    def everywhere(self, x: Average) -> Average:
+        """Bring averages, which are far fewer than tokens, into one chunk."""
+        return Average(x.out.rechunk({-2: -1}, method="tasks"), x.log_norm.rechunk({-1: -1}, method="tasks"))
+
+    def regroup(
+        self, function: Callable[..., Average], averages: Average, shape: tuple[int, ...], *indices: Any
+    ) -> Average:
+        """Return ``function(averages, *indices)`` in a task for all averages, in one chunk."""
+
+        def of_chunks(out: Any, log_norm: Any) -> Average:
+            return function(Average(_chunk(out), _chunk(log_norm)), *indices)
+
+        out, log_norm = self.everywhere(averages)
+        lead = _lead(out.ndim - 2)
+        chunks, operands = _laid_out(lead, [(out, "a", "e"), (log_norm, "a")])
+        names = (*lead, *(f"b{axis}" for axis in range(len(shape))))
+        chunks |= {name: (size,) for name, size in zip(names[len(lead) :], shape, strict=True)}
+        return _apart(_tasks(of_chunks, names, chunks, operands), names, chunks, out.shape[-1])
+
+    def longest_chunk(self, x: Array) -> int | None:
+        """Return the tokens (axis -2) of the longest chunk."""
+        return int(max(x.chunks[-2]))
+
+    def cut_between_blocks(self, x: Array, length: int) -> Array:
+        """Have no chunk end within one of the blocks of so many tokens, and none much longer than it was."""
+        longest = int(max(x.chunks[-2]))
+        return x.rechunk({-2: max(1, longest // length) * length}, method="tasks")
+
+    def cut_tokens_as(self, x: Array, like: Array) -> Array:
+        """Cut the tokens as those of `like` are cut."""
+        return x.rechunk({-2: like.chunks[-2]}, method="tasks")
+
+    def along(self, rows: Any, tokens: Array) -> Array:
+        """Bring a NumPy array beside the tokens, in as many chunks."""
+        return da.from_array(rows, chunks=(-(-rows.shape[0] // tokens.numblocks[-2]), *rows.shape[1:]))
+
+    def take(self, x: Array, index: Any, axis: int) -> Array:
+        """Take from `x` at a NumPy index: a chunk is taken from those that its tokens lie in."""
+        index, axis = index.reshape(-1), axis % x.ndim
+        if x.numblocks[axis] > 1:
+            return da.take(x, index, axis=axis)
+        chunks = (*x.chunks[:axis], (index.size,), *x.chunks[axis + 1 :])
+        return x.map_blocks(
+            _take, index=index, axis=axis, chunks=chunks, dtype=x.dtype, meta=meta_from_array(x)
+        )
+
+    def with_whole_tokens(
+        self, function: Callable[..., Array], size: int, *arrays: tuple[Array | None, int]
+    ) -> Array:
+        """Return ``function(*arrays)`` (..., N, size), N that of the first, a task for each leading chunk."""
+        given: list[tuple[Any, ...]] = []
+        first: Any = arrays[0][0]
+        for number, (x, trailing) in enumerate(arrays):
+            whole = x if x is None else x.rechunk({-1 - axis: -1 for axis in range(trailing)}, method="tasks")
+            given.append((whole, *(f"{axis} {number}" for axis in range(trailing))))
+        lead = _lead(max(x.ndim - trailing for x, trailing in arrays if x is not None))
+        chunks, operands = _laid_out(lead, given)
+        names = (*lead, "0 0", "result")
+        chunks["result"] = (size,)
+        found = da.blockwise(
+            lambda *blocks: function(*map(_chunk, blocks)),
+            names,
+            *(part for x, own in operands for part in (x, own)),
+            new_axes={"result": size},
+            concatenate=True,
+            dtype=first.dtype,
+            meta=meta_from_array(first, ndim=len(names)),
+        )
+        return self.cut_tokens_as(found, first)
+
+
+BACKEND = Dask()
+
+
+class _Rule(NamedTuple):
+    """A set of keys without its arrays."""
+
+    kappa: float | None
+    function: Callable[..., Array] | None  # of the pair weight
+    num_arrays: int  # of the pair weight
+    is_causal: bool
+
+
+def _attend(q: Array, sets: Sequence[Keys], scale: float) -> Average:
+    # Factors of pairs may depend on all keys of a query.
+    sets = [keys if keys.pair_weight is None else _in_one_chunk(keys) for keys in sets]
+    lead = _lead(len(plain.leading_axes(q, sets)))
+    names = (*lead, "n")
+    given: list[tuple[Any, ...]] = [(q, "n", "d")]
+    for number, keys in enumerate(sets):
+        m, weight = f"m{number}", keys.pair_weight
+        given += [(keys.k, m, "d"), (keys.v, m, "e"), (keys.bias, m), (keys.pair_bias, "n", m)]
+        given.append((None if weight is None else weight.mask, "n"))
+        others = () if weight is None else weight.arrays
+        given += [
+            (x, f"rows {number} {which}", f"columns {number} {which}") for which, x in enumerate(others)
+        ]
+    chunks, (of_q, *left) = _laid_out(lead, given)
+
+    parts: list[Averages] = []
+    together: list[Operand] = []
+    rules: list[_Rule] = []
+    for number, keys in enumerate(sets):
+        function, _, arrays = keys.pair_weight or (None, None, ())
+        rule = _Rule(keys.kappa, function, len(arrays), keys.is_causal)
+        operands, left = left[: 5 + len(arrays)], left[5 + len(arrays) :]
+        if keys.k.numblocks[-2] == 1:
+            together += operands
+            rules.append(rule)
+            continue
+        average = partial(_average, rules=[rule], scale=scale)
+        part = _tasks(average, (*names, f"m{number}"), chunks, [of_q, *operands])
+        meta = meta_from_array(q, ndim=len(names))
+        merged = {"axis": -1, "dtype": q.dtype, "meta": meta, "concatenate": False}
+        parts.append(da.reduction(part, _unchanged, _merged_along, **merged))
+    if rules:
+        average = partial(_average, rules=rules, scale=scale)
+        parts.append(_tasks(average, names, chunks, [of_q, *together]))
+    if len(parts) > 1:
+        parts = [_tasks(_merged, names, chunks, [(part, names) for part in parts])]
+    return _apart(parts[0], names, chunks, sets[0].v.shape[-1])
+
+
+def _causal(q: Array, sets: Sequence[Keys], scale: float) -> Average:
+    """Attend from a chunk of queries at a time to the keys beside it, and to earlier ones without a mask."""
+    if any(keys.pair_weight is not None for keys in sets):
+        return plain.attend(q, *sets, scale=scale)
+    done = []
+    for rows in _slices(q.chunks[-2]):
+        queries, parts = q[..., rows, :], []
+        for keys in sets:
+            here = keys.for_queries(rows)
+            if not keys.is_causal:
+                parts.append(_attend(queries, [here], scale))
+                continue
+            beside, before = (
+                here.of(part)._replace(
+                    pair_bias=None if here.pair_bias is None else here.pair_bias[..., part]
+                )
+                for part in (rows, slice(0, rows.start))
+            )
+            parts.append(_attend(queries, [_in_one_chunk(beside)._replace(is_causal=True)], scale))
+            if rows.start:
+                parts.append(_attend(queries, [before], scale))
+        done.append(reduce(merge, parts))
+    outs, log_norms = zip(*done, strict=True)
+    return Average(da.concatenate(outs, axis=-2), da.concatenate(log_norms, axis=-1))
+
+
+def _lead(count: int) -> Names:
+    """Name the leading axes, counted from the last one."""
+    return tuple(f"lead {axis}" for axis in range(-count, 0))
+
+
+def _laid_out(lead: Names, given: Sequence[tuple[Any, ...]]) -> tuple[Chunks, list[Operand]]:
+    """Return how each axis is cut, and the arrays, given with the names of their trailing axes, cut so.
+
+    Tokens stay cut as the first array has them, leading axes as the one with the most chunks; features
+    are not cut.
+    """
+    operands: list[Operand] = []
+    chunks: Chunks = {}
+    for x, *trailing in given:
+        if x is None:
+            operands.append((None, None))
+            continue
+        axes = x.ndim - len(trailing)
+        names = (*lead[len(lead) - axes :], *trailing)
+        operands.append((x, names))
+        for name, cut in zip(names[:axes], x.chunks, strict=False):
+            known = chunks.get(name, (1,))
+            chunks[name] = cut if known == (1,) or len(cut) > len(known) else known
+        for name, cut in zip(trailing, x.chunks[axes:], strict=True):
+            chunks.setdefault(name, cut if name[0] in "nm" else (sum(cut),))
+    return chunks, [_cut(x, names, chunks) for x, names in operands]
+
+
+def _cut(x: Array, names: Names | None, chunks: Chunks) -> Operand:
+    if names is None:
+        return x, names
+    own = zip(names, x.shape, x.chunks, strict=True)
+    return x.rechunk(
+        tuple(cut if size == 1 else chunks[name] for name, size, cut in own), method="tasks"
+    ), names
+
+
+def _tasks(
+    function: Callable[..., Any],
+    names: Names,
+    chunks: Chunks,
+    operands: Sequence[Operand],
+) -> Array:
+    """Apply `function` to the chunks that meet, in a task for each."""
+    like = operands[0][0]
+    known = {name for _, axes in operands if axes for name in axes}
+    whole = {name: chunks[name] for name in names if name not in known}
+    return da.blockwise(
+        function,
+        names,
+        *(x for operand in operands for x in operand),
+        new_axes=whole,
+        adjust_chunks={name: chunks[name] for name in names if name in known},
+        align_arrays=False,
+        dtype=like.dtype,
+        meta=meta_from_array(like, ndim=len(names)),
+    )
+
+
+def _apart(averages: Averages, names: Names, chunks: Chunks, features: int) -> Average:
+    operands: list[Operand] = [(averages, names)]
+    out = _tasks(itemgetter(0), (*names, "e"), {**chunks, "e": (features,)}, operands)
+    return Average(out, _tasks(itemgetter(1), names, chunks, operands))
+
+
+def _average(q: Any, *others: Any, rules: Sequence[_Rule], scale: float) -> Average:
+    """Attend from a chunk of queries to chunks of keys."""
+    q, *left = (_chunk(x) for x in (q, *others))
+    sets = []
+    for kappa, function, count, is_causal in rules:
+        (k, v, bias, pair_bias, mask, *arrays), left = left[: 5 + count], left[5 + count :]
+        weight = None if function is None else PairWeight(function, mask, tuple(arrays))
+        sets.append(Keys(k, v, bias, kappa, pair_bias, weight, is_causal))
+    own: Any = library.known_library(q)
+    found: Average = own.attend(q, tuple(sets), scale)
+    return found
+
+
+def _chunk(x: Any) -> Any:
+    """Take a chunk out of the lists that Dask makes, one for each axis that the result has not."""
+    while isinstance(x, list):
+        (x,) = x
+    return x
+
+
+def _unchanged(x: Average, **_: Any) -> Average:
+    return x
+
+
+def _merged_along(parts: Any, **_: Any) -> Average:
+    return _merged(*(parts if isinstance(parts, list) else [parts]))
+
+
+def _merged(*parts: Average) -> Average:
+    return reduce(merge, parts)
+
+
+def _slices(cut: Sequence[int]) -> Iterator[slice]:
+    start = 0
+    for size in cut:
+        yield slice(start, start + size)
+        start += size
+
+
+def _in_one_chunk(keys: Keys) -> Keys:
+    bias = None if keys.bias is None else keys.bias.rechunk({-1: -1}, method="tasks")
+    k, v = (x.rechunk({-2: -1}, method="tasks") for x in (keys.k, keys.v))
+    return keys._replace(k=k, v=v, bias=bias)
+
+
+def _take(x: Array, index: Any, axis: int) -> Array:
+    xp = namespace(x)
+    return xp.take(x, xp.asarray(index, device=placement(x)), axis=axis)

@@ -1,0 +1,74 @@
+"""Find the backend of an array, once for each type of array.
+
+Estimators call `attend`, and ``backend_of(x)`` for the rest. Files here, a class each: `numpy` and `cupy`
+write in place (`inplace`), `torch` has a kernel, blocks in place and gradients of its own, `torch_tracing` is
+PyTorch while it makes a program, `jax` compiles loops over blocks, `dask` makes a task for each pair of
+chunks, `generic` is the array API alone. A module that imports a library is itself imported with the first
+array of that library.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import array_api_compat as compat
+
+from randattn._core import library
+
+from .generic import Backend
+from .torch_tracing import TorchCompiler
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from randattn._core.average import Average, Keys
+
+    Array = Any
+
+F = TypeVar("F", bound="Callable[..., Any]")
+
+_NAMES = ("numpy", "torch", "jax", "cupy", "dask")
+_GENERIC = Backend()
+
+
+def _find(x: Any) -> Backend | None:
+    for name in _NAMES:
+        if getattr(compat, f"is_{name}_array")(x):
+            module = importlib.import_module(f"randattn._backends.{name}")
+            return cast("Backend", module.BACKEND)
+    return _GENERIC if x is not None and compat.is_array_api_obj(x) else None
+
+
+library.find = _find
+library.compiler = TorchCompiler()
+
+
+def backend_of(x: Array) -> Backend:
+    """Return the backend of an array."""
+    return cast("Backend", library.known_library(x))
+
+
+def attend(q: Array, *sets: Keys, scale: float = 1) -> Average:
+    """Average the values of all sets with weights ``exp(scale q . k + bias)``, as fast as the library can."""
+    return backend_of(q).attend(q, sets, scale)
+
+
+def undisturbed(function: F) -> F:
+    """Let an estimator compute as it would alone, whatever the context that its caller set.
+
+    PyTorch's autocast would take the products, and with them the logits, in half precision; on a JAX mesh
+    with explicit axes every layout inside would have to be given; NumPy would warn of each operation that
+    overflows.
+    """
+
+    @functools.wraps(function)
+    def call(q: Any, *args: Any, **options: Any) -> Any:
+        own = library.library_of(q)
+        if own is None:
+            # The estimator itself has the error for it.
+            return function(q, *args, **options)
+        return cast("Backend", own).call(function, q, *args, **options)
+
+    return cast("F", call)

@@ -1,0 +1,232 @@
+"""Whatever an estimator asks of a library, by the array API standard alone.
+
+A subclass for each library overrides the methods in which its own way is faster or the only one. An array
+that nothing overrides (array-api-strict, and whatever has ``__array_namespace__``) is served by these.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from functools import reduce
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from randattn._core import average as plain
+from randattn._core import block_sizes
+from randattn._core.average import merge
+from randattn._core.indexing import cut, joined, rows, slices
+from randattn._core.library import Library, check_known, hint, is_known, namespace, placement
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from randattn._core.average import Average, Keys
+
+    Array = Any
+
+S = TypeVar("S", bound="tuple[Any, ...]")
+
+
+class Backend(Library):
+    """An array library, as estimators see it.
+
+    Attributes
+    ----------
+    is_lazy : bool
+        Whether an array is a plan of its values, which are computed on demand, chunk by chunk.
+    """
+
+    is_lazy = False
+
+    # The call of an estimator.
+
+    def call(self, function: Callable[..., Any], q: Array, *args: Any, **options: Any) -> Any:
+        """Call an estimator where nothing of the caller's context changes its operations."""
+        return function(q, *args, **options)
+
+    def full_precision(self, x: Array) -> contextlib.AbstractContextManager[object]:  # noqa: ARG002
+        """Return a context in which no operation takes its arrays in a lower precision."""
+        return contextlib.nullcontext()
+
+    # The average.
+
+    def attend(self, q: Array, sets: tuple[Keys, ...], scale: float) -> Average:
+        """Average the values of all sets with weights ``exp(scale q . k + bias)``."""
+        if scale != 1 and all(keys.pair_weight is None for keys in sets):
+            # A factor of pairs is a function of the queries as they are: with one, the scale stays outside.
+            of_keys, of_queries = (
+                hint(sum(math.prod(keys.k.shape) for keys in sets)),
+                hint(math.prod(q.shape)),
+            )
+            if 2 * of_queries < of_keys:
+                # On the far fewer tokens, once for all blocks.
+                q, scale = q * scale, 1.0
+            elif 2 * of_keys < of_queries:
+                sets, scale = tuple(keys.scaled(scale) for keys in sets), 1.0
+        if len(sets) == 1 or all(keys.pair_bias is None for keys in sets):
+            return self.attend_together(q, sets, scale)
+        # A bias of pairs is a matrix of its own: its set is averaged by itself, and merged.
+        together = tuple(keys for keys in sets if keys.pair_bias is None)
+        parts = [self.attend_together(q, (keys,), scale) for keys in sets if keys.pair_bias is not None]
+        if together:
+            parts.insert(0, self.attend_together(q, together, scale))
+        return reduce(merge, parts)
+
+    def attend_together(self, q: Array, sets: tuple[Keys, ...], scale: float) -> Average:
+        """Compute `attend` of sets without a bias of pairs, or of a single set."""
+        return plain.attend(q, *sets, scale=scale)
+
+    # Loops over tokens.
+
+    def by_rows(self, function: Callable[..., Array], size: int, *arrays: tuple[Array, int]) -> Array:
+        """Apply `function` to so many rows at a time, along the given axis (-1 or -2) of each array: (..., rows, E)."""
+        x, axis = arrays[0]
+        if hint(x.shape[axis]) <= size:
+            return function(*(x for x, _ in arrays))
+        if not is_known(x.shape[axis]):
+            count = x.shape[axis]
+            parts = [cut(x, axis, plain.parts_of(count, size)) for x, axis in arrays]
+            return joined([function(*part) for part in zip(*parts, strict=True)], -2, count)
+        done = [
+            function(*(x[..., part] if axis == -1 else x[..., part, :] for x, axis in arrays))
+            for part in slices(x.shape[axis], size)
+        ]
+        return namespace(x).concat(done, axis=-2)
+
+    def carry(
+        self, function: Callable[..., tuple[Any, Array]], state: Any, *arrays: tuple[Array, int]
+    ) -> tuple[Any, Array]:
+        """Go along axis -2 of the arrays, so many rows of each at a time: (state, rows) -> (state, results)."""
+        x, size = arrays[0]
+        check_known("k", "a causal form, which goes along the tokens a block at a time", x.shape[-2])
+        if x.shape[-2] <= size:
+            return function(state, *(x for x, _ in arrays))
+        return self.carry_blocks(function, state, *arrays)
+
+    def carry_blocks(
+        self, function: Callable[..., tuple[Any, Array]], state: Any, *arrays: tuple[Array, int]
+    ) -> tuple[Any, Array]:
+        """Compute `carry` where there is more than one block."""
+        x, done = arrays[0][0], []
+        for parts in zip(*(slices(x.shape[-2], size) for x, size in arrays), strict=True):
+            state, out = function(
+                state, *(x[..., part, :] for (x, _), part in zip(arrays, parts, strict=True))
+            )
+            done.append(out)
+        return state, namespace(x).concat(done, axis=-2)
+
+    # Entries of an array.
+
+    def take(self, x: Array, index: Any, axis: int) -> Array:
+        """Take from `x` at a NumPy index of any shape, which is flattened into the axis."""
+        xp = namespace(x)
+        return xp.take(x, xp.reshape(self.beside(index, x), (-1,)), axis=axis)
+
+    def cumulative_sum(self, x: Array, axis: int) -> Array:
+        """Return for each entry of an axis the sum of all up to it."""
+        return namespace(x).cumulative_sum(x, axis=axis)
+
+    def mean_of_rows(self, x: Array) -> Array:
+        """Return the means (..., D) of rows (..., L, D)."""
+        return namespace(x).mean(x, axis=-2)
+
+    def constant(self, x: Array) -> Array:
+        """Return `x` without gradients."""
+        return x
+
+    def is_at_hand(self, x: Array) -> bool:  # noqa: ARG002
+        """Tell whether the values are known on the host, without a wait for a device or for a program."""
+        return False
+
+    def largest(self, x: Array, count: int) -> Array:
+        """Return the places of the largest entries of the last axis, in any order."""
+        return namespace(x).argsort(x, axis=-1)[..., x.shape[-1] - count :]
+
+    def order_of(self, x: Array, *, stable: bool = False) -> Array:
+        """Return the places of the entries of the last axis from the smallest on; equal ones in any order unless stable."""
+        return namespace(x).argsort(x, axis=-1, stable=stable)
+
+    def in_order(self, x: Array) -> Array:
+        """Return the entries of the last axis from the smallest on."""
+        return namespace(x).sort(x, axis=-1, stable=False)
+
+    def with_last(self, x: Array, part: Array) -> Array:
+        """Return `x` with `part` for its last rows' last entries; `x` may be written over."""
+        xp, count, features = namespace(x), x.shape[-2] - part.shape[-2], x.shape[-1] - part.shape[-1]
+        last = xp.concat([x[..., count:, :features], part], axis=-1)
+        return xp.concat([x[..., :count, :], last], axis=-2)
+
+    def sums_by_group(self, x: Array, index: Array, group: Array, count: int) -> Array:
+        """Sum rows `index` (L, B, T) of `x` (L, S, X) by their groups (L, B, T), which are in order: (L, B, C, X)."""
+        xp, (lanes, blocks, taken_rows) = namespace(x), index.shape
+        number = xp.arange(count, dtype=group.dtype, device=placement(x))
+        ends = xp.sum(xp.astype(group[..., None, :] <= number[None, None, :, None], index.dtype), axis=-1)
+        taken = rows(x, index)
+        sums = self.cumulative_sum(xp.concat([xp.zeros_like(taken[..., :1, :]), taken], axis=-2), -2)
+        sums = xp.reshape(sums, (lanes * blocks, taken_rows + 1, x.shape[-1]))
+        sums = rows(sums, xp.reshape(ends, (lanes * blocks, count)))
+        sums = xp.concat([sums[:, :1, :], sums[:, 1:, :] - sums[:, :-1, :]], axis=1)
+        return xp.reshape(sums, (lanes, blocks, count, x.shape[-1]))
+
+    def when(self, condition: Array, function: Callable[[S], S], state: S) -> S:
+        """Return ``function(state)`` where the condition, one boolean, is true; else the state."""
+        xp = namespace(condition)
+        both = zip(function(state), state, strict=True)
+        return type(state)(*(xp.where(condition, new, old) for new, old in both))
+
+    # Tokens on several devices, or in chunks.
+
+    def lanes_of(self, x: Array) -> int:  # noqa: ARG002
+        """Return in how many parts of one length the tokens of `x` (..., N, D) may lie on devices of their own."""
+        return 1
+
+    def everywhere(self, x: Average) -> Average:
+        """Bring averages of groups to all devices that tokens lie on, or into one chunk."""
+        return x
+
+    def regroup(
+        self,
+        function: Callable[..., Average],
+        averages: Average,
+        shape: tuple[int, ...],  # noqa: ARG002
+        *indices: Any,
+    ) -> Average:
+        """Return ``function(averages, *indices)``, from (..., A) to (..., *shape) averages."""
+        return function(averages, *indices)
+
+    def longest_chunk(self, x: Array) -> int | None:  # noqa: ARG002
+        """Return the tokens (axis -2) of the longest chunk; None where all tokens are in one piece."""
+        return None
+
+    def cut_between_blocks(self, x: Array, length: int) -> Array:  # noqa: ARG002
+        """Have no chunk of tokens end within a block of so many."""
+        return x
+
+    def cut_tokens_as(self, x: Array, like: Array) -> Array:  # noqa: ARG002
+        """Cut the tokens (axis -2) as those of `like` are cut."""
+        return x
+
+    def along(self, rows: Any, tokens: Array) -> Array:
+        """Bring a NumPy array with many rows beside `tokens`, cut in as many chunks."""
+        return self.beside(rows, tokens)
+
+    def with_whole_tokens(
+        self,
+        function: Callable[..., Array],
+        size: int,  # noqa: ARG002
+        *arrays: tuple[Array | None, int],
+    ) -> Array:
+        """Return ``function(*arrays)`` (..., N, size), which needs all tokens of an array at once.
+
+        Each array comes with the number of its trailing axes, of which none may be in chunks.
+        """
+        return function(*(x for x, _ in arrays))
+
+
+def mean_by_product(x: Array) -> Array:
+    """Return the means (..., D) of rows (..., L, D) as a product, in a third of the time of a library's own means."""
+    xp = namespace(x)
+    if hint(math.prod(x.shape)) <= block_sizes.SMALL_LOGITS:
+        return xp.mean(x, axis=-2)
+    share = xp.full((1, x.shape[-2]), 1 / x.shape[-2], dtype=x.dtype, device=placement(x))
+    return xp.matmul(share, x)[..., 0, :]

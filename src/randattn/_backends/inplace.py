@@ -1,0 +1,382 @@
+"""The average and its gradient in blocks that stay in the cache, for arrays that can be written to.
+
+It gives what `_core.average.attend` gives, where nothing is traced and no set has a bias of pairs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import operator
+from functools import reduce
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from randattn._core import block_sizes
+from randattn._core.average import Average, Keys, finite, leading_axes, log_of_sum, past
+from randattn._core.indexing import slices
+from randattn._core.inputs import dot
+from randattn._core.library import namespace, placement
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from randattn._core.average import PairWeight
+
+    from .inplace_ops import Writing
+
+    Array = Any
+    At = tuple[slice, ...]
+    # The factors of some queries; of sum(factors * d), the gradients to the queries and to the arrays.
+    Pullback = Callable[[PairWeight, Array, Array], Sequence[Array | None]]
+
+# Sums of exponentials that need no maximum subtracted, and the most that a bias as a factor may be, in
+# nats: what falls out of float32 is 1e-13 of such a sum, and times values up to 1e18 it stays within.
+_SAFE_SUMS, _SAFE_BIAS = (1e-12, 1e18), 30
+
+
+class _Weights(NamedTuple):
+    """The weights that the keys of a step have for a block of queries."""
+
+    weights: list[Array]  # of each set, (..., M, n), over exp(top)
+    values: list[Array]  # that they weigh
+    total: Array  # (..., n)
+    top: Array
+
+
+class _Block(NamedTuple):
+    """A block of queries, and the keys that it meets: a step for each part of them that is held at a time."""
+
+    at: At  # of the result: its leading axes and its queries
+    q: Array
+    steps: list[list[_Piece]]
+
+    def weights(self, pieces: Sequence[_Piece], scale: float, steps: Writing, top: Array | None) -> _Weights:
+        """Return weights over ``exp`` of the running maximum, `top` included."""
+        xp = namespace(self.q)
+        logits = [piece.logits(self.q, scale, steps) for piece in pieces]
+        # A row of nothing but -inf has no weight at all, and a maximum that can be subtracted.
+        highest = reduce(xp.maximum, [xp.max(x, axis=-2) for x in logits])
+        highest = steps.at_least(highest, xp.finfo(highest.dtype).min)
+        top = highest if top is None else xp.maximum(highest, top)
+        weights = [
+            piece.paired(steps.exp(steps.subtract(x, top[..., None, :])), self.q, steps)
+            for x, piece in zip(logits, pieces, strict=True)
+        ]
+        total = reduce(operator.add, [xp.sum(x, axis=-2) for x in weights])
+        return _Weights(weights, [piece.keys.v for piece in pieces], total, top)
+
+    def plain_weights(self, pieces: Sequence[_Piece], scale: float, steps: Writing) -> _Weights | None:
+        """Return weights without a maximum, two passes less; None where an exponential leaves the range of floats."""
+        xp = namespace(self.q)
+        weights, values, totals = [], [], []
+        with steps.quietly():
+            for piece in pieces:
+                # Sums with factors are products, and those of many small tiles slow where rows are short.
+                factor = piece.factor(self.q) if steps.long_rows or len(pieces) == 1 else None
+                x = steps.exp(piece.logits(self.q, scale, steps, biased=factor is None))
+                x = piece.paired(x, self.q, steps)
+                weights.append(x)
+                if factor is None:
+                    values.append(piece.keys.v)
+                    totals.append(xp.sum(x, axis=-2))
+                    continue
+                absent = piece.keys.bias == -math.inf
+                if piece.has_own_bias(self.q) and xp.any(absent):
+                    x[xp.nonzero(xp.broadcast_to(absent, x.shape[:-1]))] = 0
+                values.append(piece.keys.v * factor[..., None])
+                totals.append(xp.matmul(factor[..., None, :], x)[..., 0, :])
+            total = reduce(operator.add, totals)
+            if not (xp.min(total) > _SAFE_SUMS[0] and xp.max(total) < _SAFE_SUMS[1]):
+                return None
+        return _Weights(weights, values, total, xp.zeros_like(total))
+
+
+class _Piece(NamedTuple):
+    """Keys of one set."""
+
+    keys: Keys
+    number: int  # of the set
+    at: At  # of the set: its leading axes and its keys
+    past: Array | None
+
+    def paired(self, weights: Array, q: Array, steps: Writing) -> Array:
+        """Return weights times the factors of the pairs."""
+        if self.keys.pair_weight is None:
+            return weights
+        return steps.multiply(weights, self.keys.pair_weight.of(q, steps))
+
+    def has_own_bias(self, q: Array) -> bool:
+        """Tell whether tiles of queries that share these keys have each a bias of their own."""
+        k, bias = self.keys.k, self.keys.bias
+        return bias is not None and k.ndim > 2 and k.shape[-3] == 1 < bias.shape[-2] == q.shape[-3]
+
+    def factor(self, q: Array) -> Array | None:
+        """Return the bias as a factor of the values: where they are far fewer than the logits, and none is lost.
+
+        Tiles may have biases of their own if all they do is leave out keys.
+        """
+        k, v, bias = self.keys[:3]
+        tiles = q.shape[-3] if k.ndim > 2 and k.shape[-3] == 1 else 1
+        if bias is None or 4 * k.shape[-2] > tiles * q.shape[-2]:
+            return None
+        xp = namespace(bias)
+        common = xp.max(bias, axis=-2, keepdims=True) if self.has_own_bias(q) else bias
+        if not tuple(common.shape[:-1]) == tuple(k.shape[:-2]) == tuple(v.shape[:-2]):
+            return None
+        safe = (bias == -math.inf) | ((bias == common) & (xp.abs(common) < _SAFE_BIAS))
+        return xp.exp(common) if xp.all(safe) else None
+
+    def logits(self, q: Array, scale: float, steps: Writing, *, biased: bool = True) -> Array:
+        """Return the logits, keys first: (..., M, n)."""
+        x = steps.products(f"logits {self.number}", self.keys.k, q, scale)
+        if biased and self.keys.bias is not None:
+            bias = self.keys.bias[..., None]
+            first = _first_other(bias) if steps.looks and bias.shape[:-2] == x.shape[:-2] else 0
+            if first:
+                steps.add(x[..., first:, :], bias[..., first:, :])
+            else:
+                x = steps.add(x, bias)
+        return x if self.past is None else namespace(x).where(self.past, x, -math.inf)
+
+
+def attend(q: Array, sets: Sequence[Keys], steps: Writing, scale: float, block: int) -> Average:
+    """Average the values of all sets, so many logits at a time."""
+    xp, device = namespace(q), placement(q)
+    lead, n = leading_axes(q, sets), q.shape[-2]
+    out = xp.empty((*lead, n, sets[0].v.shape[-1]), dtype=q.dtype, device=device)
+    tops, totals = (xp.empty((*lead, n), dtype=q.dtype, device=device) for _ in range(2))
+    smallest = xp.asarray(xp.finfo(q.dtype).smallest_normal, dtype=q.dtype, device=device)
+    plain = steps.looks
+    for here in _blocks(q, sets, lead, block, steps.together):
+        top = total = acc = None
+        target = out[here.at]
+        direct = not steps.together and _product_shape(here.q, here.steps[0][0].keys) == tuple(target.shape)
+        steps.hold("acc", target if direct else None)
+        for pieces in here.steps:
+            part = here.plain_weights(pieces, scale, steps) if plain else None
+            if part is None:
+                plain, part = False, here.weights(pieces, scale, steps, top)
+            if top is None:
+                total = part.total
+            else:
+                shrink = xp.exp(top - part.top)
+                total, acc = total * shrink + part.total, steps.multiply(acc, shrink[..., None])
+            top, weights = part.top, part.weights
+            if len(here.steps) == 1:
+                # Weights that add up to one: dividing what they give would take longer over its short rows.
+                share = (1 / xp.maximum(total, smallest))[..., None, :]
+                weights = [steps.multiply(x, share) for x in weights]
+            for x, v in zip(weights, part.values, strict=True):
+                acc = steps.sums(x, v, acc)
+        tops[here.at], totals[here.at] = top, total
+        if len(here.steps) > 1:
+            acc = steps.multiply(acc, 1 / xp.maximum(total, smallest)[..., None])
+        if not direct:
+            target[...] = acc
+    return Average(out, log_of_sum(tops, totals))
+
+
+def gradients(
+    q: Array,
+    sets: Sequence[Keys],
+    steps: Writing,
+    *,
+    average: Average,
+    cotangent: Average,
+    wanted: Iterable[bool],
+    scale: float,
+    pullback: Pullback,
+    block: int,
+) -> tuple[Array | None, list[list[Array | None]], list[list[Array]]]:
+    """Return the gradients of `attend`, from its result: the weights are recomputed, block by block.
+
+    `wanted` tells of `q`, and then of k, v and bias of each set, whether its gradient is. The last list is of
+    the arrays of each set's `pair_weight`.
+    """
+    xp = namespace(q)
+    lead = tuple(average.log_norm.shape[:-1])
+    wanted = iter(wanted)
+    dq = _Sum(q, 2, lead) if next(wanted) else None
+    # Blocks of queries that see different keys cut them differently.
+    dsets = [
+        [
+            None if x is None or not next(wanted) else _Sum(x, n, None if keys.is_causal else lead)
+            for x, n in _trailing(keys)
+        ]
+        for keys in sets
+    ]
+    dpairs = [
+        [] if keys.pair_weight is None else [_Sum(x, 2, lead) for x in keys.pair_weight.arrays]
+        for keys in sets
+    ]
+    # The average is divided by the sum of the weights: its share of each weight's gradient.
+    level = cotangent.log_norm - dot(cotangent.out, average.out)
+    for here in _blocks(q, sets, lead, block, steps.together):
+        g, norm = cotangent.out[here.at], finite(average.log_norm[here.at])
+        for piece in itertools.chain.from_iterable(here.steps):
+            k, v = piece.keys[:2]
+            weights = steps.exp(steps.subtract(piece.logits(here.q, scale, steps), norm[..., None, :]))
+            d = steps.add(steps.products("d", v, g), level[here.at][..., None, :])
+            d = steps.multiply(d, weights)
+            if piece.keys.pair_weight is not None:
+                factor, drows, *darrays = pullback(piece.keys.pair_weight, here.q, d)
+                everywhere = (*here.at[:-1], slice(None))
+                for whole, at, part in [
+                    (dq, here.at, drows),
+                    *((x, everywhere, y) for x, y in zip(dpairs[piece.number], darrays, strict=True)),
+                ]:
+                    if whole is not None and part is not None:
+                        whole.add(at, part)
+                d, weights = steps.multiply(d, factor), steps.multiply(weights, factor)
+            dk, dv, dbias = dsets[piece.number]
+            if dv is not None:
+                dv.add(piece.at, steps.matmul("along k", weights, g))
+            if dbias is not None:
+                dbias.add(piece.at, xp.sum(d, axis=-1))
+            if scale != 1:
+                d = steps.multiply(d, scale)
+            if dq is not None:
+                dq.add(here.at, steps.sums(d, k))
+            if dk is not None:
+                dk.add(piece.at, steps.matmul("along k", d, here.q))
+    return (
+        None if dq is None else dq.total,
+        [[None if x is None else x.total for x in keys] for keys in dsets],
+        [[x.total for x in arrays] for arrays in dpairs],
+    )
+
+
+def sums_by_group(x: Array, index: Array, group: Array, count: int) -> Array:
+    """Compute `Backend.sums_by_group`: sums of all blocks at a time, one row more of each."""
+    xp, (lanes, blocks, size) = namespace(x), index.shape
+    shape, block = (size, lanes * blocks, x.shape[-1]), xp.arange(lanes * blocks)
+    first = xp.arange(0, lanes * x.shape[1], x.shape[1])[:, None, None]
+    index = xp.reshape(xp.moveaxis(index + first, -1, 0), (-1,))
+    sums = xp.reshape(xp.take(xp.reshape(x, (-1, shape[-1])), index, axis=0), shape)
+    for before, here in itertools.pairwise(sums):
+        xp.add(before, here, out=here)
+    group = group + xp.reshape(count * block, (lanes, blocks, 1))
+    counts = xp.bincount(xp.reshape(group, (-1,)), minlength=lanes * blocks * count)
+    ends = xp.cumulative_sum(xp.reshape(counts, (-1, count)), axis=-1)
+    found = sums[xp.maximum(ends - 1, 0), block[:, None]]
+    found[ends == 0] = 0
+    found[:, 1:] -= found[:, :-1].copy()
+    return xp.reshape(found, (lanes, blocks, count, shape[-1]))
+
+
+class _Sum:
+    """A gradient that blocks add their shares to, summed over the axes along which the array is broadcast."""
+
+    def __init__(self, x: Array, trailing: int, lead: tuple[int, ...] | None) -> None:
+        self._trailing = trailing
+        self._seen: set[tuple[int, ...]] = set()
+        # A part that one block alone adds to need not be zero first: a pass less over the memory.
+        self._is_whole = tuple(x.shape[: x.ndim - trailing]) == lead
+        self.total = (namespace(x).empty_like if self._is_whole else namespace(x).zeros_like)(x)
+
+    def add(self, at: At, part: Array) -> None:
+        target = self.total[_index(self.total, at, self._trailing)]
+        where = tuple(-1 if one.start is None else one.start for one in at)
+        if self._is_whole and where not in self._seen:
+            self._seen.add(where)
+            target[...] = part
+            return
+        shared = tuple(
+            axis for axis, (a, b) in enumerate(zip(target.shape, part.shape, strict=True)) if a == 1 < b
+        )
+        target += namespace(part).sum(part, axis=shared, keepdims=True) if shared else part
+
+
+def _trailing(keys: Keys) -> zip[tuple[Array | None, int]]:
+    """Return the arrays of a set, with the number of their trailing axes."""
+    return zip(keys[:3], (2, 2, 1), strict=True)
+
+
+def _blocks(
+    q: Array,
+    sets: Sequence[Keys],
+    lead: tuple[int, ...],
+    block: int,
+    together: bool,
+) -> Iterator[_Block]:
+    """Yield blocks of the leading axes and of the queries, with the keys that they meet."""
+    n = q.shape[-2]
+    m = sum(keys.k.shape[-2] for keys in sets)
+    rows = block // max(1, math.prod(lead) * m)
+    if together and block_sizes.INPLACE_FEW_QUERIES <= rows < n:
+        whole = tuple(slice(0, size) for size in lead)
+        places = [(*whole, part) for part in slices(n, rows)]
+    else:
+        places = list(_cut(lead, n, m, block))
+    # One for all blocks: gradients count on keys that are cut at the same places.
+    longest = max((rows.stop - rows.start for *_, rows in places), default=1)
+    width = max(block_sizes.INPLACE_MIN_KEYS, block // longest)
+    for at in places:
+        queries = at[-1]
+        steps = []
+        for number, keys in enumerate(sets):
+            m = keys.k.shape[-2]
+            # Several sets are met in one step, and factors are made for all keys of a query at once.
+            is_whole = len(sets) > 1 or keys.pair_weight is not None
+            for part in slices(queries.stop if keys.is_causal else m, m if is_whole else width):
+                here = (*at[:-1], part)
+                seen = None
+                if keys.is_causal and part.stop > queries.start + 1:
+                    seen = past(q[..., queries, :], part.stop - part.start, queries.start, part.start)
+                steps.append([_Piece(_of_block(keys, at, here), number, here, seen)])
+        if len(sets) > 1:
+            steps = [list(itertools.chain.from_iterable(steps))]
+        yield _Block(at, _part(q, at, 2), steps)
+
+
+def _of_block(keys: Keys, queries: At, here: At) -> Keys:
+    """Return the keys of a set at some places, with the factors of the pairs with some queries."""
+    weight = keys.pair_weight
+    if weight is not None:
+        everywhere = (*queries[:-1], slice(None))
+        arrays = tuple(_part(x, everywhere, 2) for x in weight.arrays)
+        weight = weight._replace(mask=_part(weight.mask, queries, 1), arrays=arrays)
+    k, v, bias = (_part(x, here, trailing) for x, trailing in _trailing(keys))
+    return Keys(k, v, bias, pair_weight=weight)
+
+
+def _cut(lead: tuple[int, ...], n: int, m: int, block: int) -> Iterator[At]:
+    """Yield slices of the leading axes and of the queries that keep a block within bounds, the first axis first."""
+    if not lead:
+        yield from ((rows,) for rows in slices(n, max(block_sizes.INPLACE_MIN_QUERIES, block // m)))
+        return
+    size, *rest = lead
+    inside = math.prod(rest) * n * m
+    # An odd number: rows a power of two apart share their places in a cache.
+    held = max(1, block // max(1, inside))
+    for part in slices(size, held - 1 if held % 2 == 0 and held < size else held):
+        whole = [tuple(slice(0, length) for length in (*rest, n))]
+        yield from (
+            (part, *others) for others in (whole if inside <= block else _cut(tuple(rest), n, m, block))
+        )
+
+
+def _first_other(bias: Array) -> int:
+    """Count the keys (axis -2) before the first one that has a bias anywhere."""
+    xp, keys = namespace(bias), bias.shape[-2]
+    has = xp.any(xp.reshape(xp.moveaxis(bias, -2, 0), (keys, -1)) != 0, axis=-1)
+    return int(xp.argmax(xp.astype(has, xp.int8))) if xp.any(has) else keys
+
+
+def _part(x: Array | None, at: At, trailing: int) -> Array | None:
+    """Return the part of an array that belongs to a block; the first of its trailing axes is cut too."""
+    if x is None:
+        return None
+    return x[_index(x, at, trailing)]
+
+
+def _index(x: Array, at: At, trailing: int) -> tuple[Any, ...]:
+    *lead, rows = at
+    own = x.shape[: x.ndim - trailing]
+    lead = lead[len(lead) - len(own) :]
+    axes = (slice(None) if size == 1 else part for size, part in zip(own, lead, strict=True))
+    return (*axes, rows, ...)
+
+
+def _product_shape(q: Array, keys: Keys) -> tuple[int, ...]:
+    return (*leading_axes(q, [keys]), q.shape[-2], keys.v.shape[-1])

@@ -1,0 +1,107 @@
+"""JAX: one compiled program for an average, in blocks by loops of its own."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from randattn._core import block_sizes
+from randattn._core.average import Average
+from randattn._core.indexing import rows
+from randattn._core.library import check_known, hint
+
+from . import jax_loops, jax_mesh
+from .generic import Backend
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from randattn._core.average import Keys
+
+    Array = Any
+
+# By itself an eager call is one program; within a caller's jit this is a part of that one.
+_compiled = jax.jit(jax_loops.blocks, static_argnames=("rules", "scale", "limits"))
+
+
+class Jax(Backend):
+    """JAX's arrays and tracers."""
+
+    name = "jax"
+
+    def placement(self, x: Array) -> Any:  # noqa: ARG002
+        """Return None: a new array follows those that it meets, whatever devices they are laid over."""
+        return None
+
+    def call(self, function: Callable[..., Any], q: Array, *args: Any, **options: Any) -> Any:
+        """Call an estimator where explicit axes of a mesh are automatic."""
+        return jax_mesh.laid_by_compiler(function, q, *args, **options)
+
+    def attend_together(self, q: Array, sets: tuple[Keys, ...], scale: float) -> Average:
+        """Compute the average in one program, or on a mesh along its devices."""
+        on_cpu = jax.default_backend() == "cpu"
+        most = block_sizes.COMPILED_MOST_LOGITS if on_cpu else block_sizes.GPU_LOGITS
+        devices = jax_mesh.mesh_size(q, *(keys.k for keys in sets))
+        arrays, rules = jax_loops.apart(sets)
+        if devices > 1:
+            return jax_mesh.attend_on_mesh(
+                q, arrays, rules=rules, scale=scale, devices=devices, most=devices * most
+            )
+        block = block_sizes.COMPILED_LOGITS if on_cpu else block_sizes.GPU_LOGITS
+        limits = jax_loops.Limits(block, most, block_sizes.COMPILED_MIN_QUERIES)
+        return Average(*_compiled(q, arrays, rules=rules, scale=scale, limits=limits))
+
+    def by_rows(self, function: Callable[..., Array], size: int, *arrays: tuple[Array, int]) -> Array:
+        """Apply `function` to so many rows at a time, by a loop of the program."""
+        x, axis = arrays[0]
+        if hint(x.shape[axis]) <= size:
+            return function(*(x for x, _ in arrays))
+        check_known("q", "blocks of queries", x.shape[axis])
+        return jax_loops.by_rows(function, size, *arrays)
+
+    def carry_blocks(
+        self, function: Callable[..., tuple[Any, Array]], state: Any, *arrays: tuple[Array, int]
+    ) -> tuple[Any, Array]:
+        """Go along the arrays by a scan of the program."""
+        return jax_loops.carry(function, state, *arrays)
+
+    def constant(self, x: Array) -> Array:
+        """Return `x` without gradients."""
+        return jax.lax.stop_gradient(x)
+
+    def is_at_hand(self, x: Array) -> bool:
+        """Tell whether the values are known: nothing traces them."""
+        return not isinstance(x, jax.core.Tracer)
+
+    def largest(self, x: Array, count: int) -> Array:
+        """Return the places of the largest entries of the last axis, in any order."""
+        return jax.lax.top_k(x, count)[1]
+
+    def sums_by_group(self, x: Array, index: Array, group: Array, count: int) -> Array:
+        """Sum rows by their groups."""
+        lanes, blocks, _ = index.shape
+        group = group + count * jax.numpy.arange(lanes * blocks).reshape(lanes, blocks, 1)
+        taken = rows(x, index).reshape(-1, x.shape[-1])
+        total = jax.ops.segment_sum(taken, group.reshape(-1), lanes * blocks * count, indices_are_sorted=True)
+        return total.reshape(lanes, blocks, count, x.shape[-1])
+
+    def when(self, condition: Array, function: Callable[[Any], Any], state: Any) -> Any:
+        """Return ``function(state)`` where the condition is true; else the state."""
+        if isinstance(condition, jax.core.Tracer):
+            return jax.lax.cond(condition, function, lambda state: state, state)
+        # Not traced: a program would be made at every call.
+        return function(state) if condition else state
+
+    def lanes_of(self, x: Array) -> int:
+        """Return in how many parts of one length the tokens may lie on devices of their own."""
+        return math.gcd(x.shape[-2], jax_mesh.mesh_size(x))
+
+    def everywhere(self, x: Average) -> Average:
+        """Bring averages of groups to all devices that tokens lie on."""
+        out, log_norm = (jax_mesh.everywhere(array, axes) for array, axes in zip(x, (2, 1), strict=True))
+        return x._replace(out=out, log_norm=log_norm)
+
+
+BACKEND = Jax()

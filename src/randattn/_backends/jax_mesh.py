@@ -1,0 +1,144 @@
+"""JAX arrays that are laid over a mesh of devices: their average, and questions of their layout."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from randattn._core import average as plain
+from randattn._core.average import Average, Keys
+
+from .jax_loops import Rule, Set, together
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Array = Any
+
+
+def mesh_size(*arrays: Array) -> int:
+    """Return the number of devices that one of these arrays may be laid over; 1 where it lies on one."""
+    # Before `jax.typeof` an array that is traced had no layout to ask for.
+    return max(_devices(jax.typeof(x).sharding.mesh) for x in arrays) if hasattr(jax, "typeof") else 1
+
+
+def _devices(mesh: Any) -> int:
+    # Within `jax.shard_map` the mesh's axes are manual: nothing is left to lay out.
+    kinds = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
+    return math.prod(size for size, kind in kinds if kind != jax.sharding.AxisType.Manual)
+
+
+def everywhere(x: Array, trailing: int) -> Array:
+    """Bring all of `x` to each device, but for leading axes (heads, say), which stay as they are laid."""
+    if not isinstance(x, jax.core.Tracer) or mesh_size(x) == 1:
+        return x
+    spec = PartitionSpec(*[PartitionSpec.UNCONSTRAINED] * (x.ndim - trailing), *[None] * trailing)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(jax.typeof(x).sharding.mesh, spec))
+
+
+def laid_by_compiler(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """Call an estimator where a mesh's explicit axes are automatic; its result is laid as its inputs are."""
+    known = hasattr(jax, "typeof") and all(isinstance(x, jax.Array) for x in args[:3])
+    meshes = [jax.typeof(x).sharding.mesh for x in args[:3]] if known else []
+    mesh = next((mesh for mesh in meshes if jax.sharding.AxisType.Explicit in mesh.axis_types), None)
+    if mesh is None:
+        return function(*args, **options)
+    leaves, structure = jax.tree.flatten((args, options))
+    arrays = [x for x in leaves if isinstance(x, jax.Array)]
+
+    def call(*arrays: Array) -> Any:
+        left = iter(arrays)
+        args, options = structure.unflatten([next(left) if isinstance(x, jax.Array) else x for x in leaves])
+        return function(*args, **options)
+
+    # Of q, k and v the axes that the result has; a state is on every device.
+    rank = max(x.ndim for x in args[:3])
+    specs = [(None,) * (rank - x.ndim) + tuple(jax.typeof(x).sharding.spec) for x in args[:3]]
+    lead = [next((axis for axis in axes if axis is not None), None) for axes in zip(*specs, strict=True)]
+    spec = PartitionSpec(*lead[:-2], specs[0][-2], specs[2][-1])
+    layout: Any = NamedSharding(mesh, spec)
+    found = jax.eval_shape(call, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays))
+    if isinstance(found, tuple):
+        layout = (layout, jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), found[1]))
+    return jax.sharding.auto_axes(call, out_sharding=layout)(*arrays)
+
+
+def _on_mesh(
+    q: Array, sets: tuple[Set, ...], *, rules: tuple[Rule, ...], scale: float, devices: int, most: int
+) -> Average:
+    """Attend on a mesh, where a loop along an axis would bring all of it to every device.
+
+    The longer axis of tokens is cut in lanes, each on one device, and a loop goes along all of them at once.
+    """
+    n, m = q.shape[-2], sum(one.k.shape[-2] for one in sets)
+    lead = plain.leading_axes(q, together(sets, rules))
+    has_pairs = any(rule.function is not None or rule.is_causal for rule in rules)
+    by_keys = m > n and len(sets) == 1 and not has_pairs
+    tokens = m if by_keys else n
+    lanes = math.gcd(tokens, devices)
+    length = tokens // lanes
+    rows = min(length, max(1, length * most // max(1, math.prod(lead) * n * m)))
+    rows = next(r for r in range(rows, 0, -1) if length % r == 0)
+    if rows == length:
+        return plain.attend_whole(q, together(sets, rules), scale)
+    shape = (lanes, length // rows, rows)
+    if by_keys:
+        return _by_keys(q, together(sets, rules)[0], scale, lead, shape)
+
+    def of_queries(part: Any) -> Average:
+        step, here, *pairs = part
+        first = length * jnp.arange(lanes)[:, None, None] + rows * step
+        parts = [
+            Set(
+                one.k[..., None, :, :],
+                one.v[..., None, :, :],
+                None if one.bias is None else one.bias[..., None, :],
+                pair_bias,
+                mask,
+                tuple(x[..., None, :, :] for x in one.arrays),
+            )
+            for one, pair_bias, mask in zip(sets, pairs[::2], pairs[1::2], strict=True)
+        ]
+        return plain.attend_whole(here, together(parts, rules), scale, first=(first, 0))
+
+    per_query = [_cut(q, -2, shape)]
+    for one in sets:
+        per_query += [_cut(one.pair_bias, -2, shape), _cut(one.mask, -1, shape)]
+    steps = (jnp.arange(length // rows), *per_query)
+    out, log_norm = jax.lax.map(jax.checkpoint(of_queries), steps)
+    out, log_norm = jnp.moveaxis(out, 0, -3), jnp.moveaxis(log_norm, 0, -2)
+    return Average(out.reshape(*out.shape[:-4], n, out.shape[-1]), log_norm.reshape(*log_norm.shape[:-3], n))
+
+
+def _cut(x: Array | None, axis: int, shape: tuple[int, int, int]) -> Array | None:
+    """Cut the tokens as (lanes, steps, rows), the steps first of all axes."""
+    if x is None:
+        return None
+    axis += x.ndim
+    x = x.reshape(*x.shape[:axis], *shape, *x.shape[axis + 1 :])
+    return jnp.moveaxis(x, axis + 1, 0)
+
+
+def _by_keys(
+    q: Array, keys: Keys, scale: float, lead: tuple[int, ...], shape: tuple[int, int, int]
+) -> Average:
+    """Loop along the lanes of the keys, and average what they give."""
+
+    def of_keys(done: Average, part: Any) -> tuple[Average, None]:
+        k, v, bias, pairs = part
+        pairs = None if pairs is None else jnp.moveaxis(pairs, -2, -3)
+        return plain.merge(done, plain.attend_whole(q, [Keys(k, v, bias, pair_bias=pairs)], scale)), None
+
+    per_key = (_cut(keys.k, -2, shape), _cut(keys.v, -2, shape), _cut(keys.bias, -1, shape))
+    q = q[..., None, :, :]
+    whole = (*lead, shape[0], q.shape[-2])
+    nothing = Average(jnp.zeros((*whole, keys.v.shape[-1]), q.dtype), jnp.full(whole, -math.inf, q.dtype))
+    parts, _ = jax.lax.scan(jax.checkpoint(of_keys), nothing, (*per_key, _cut(keys.pair_bias, -1, shape)))
+    return plain.average_of_all(jnp.moveaxis(parts.log_norm, -2, -1), jnp.moveaxis(parts.out, -3, -2))
+
+
+attend_on_mesh = jax.jit(_on_mesh, static_argnames=("rules", "scale", "devices", "most"))

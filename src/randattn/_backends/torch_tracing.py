@@ -1,0 +1,152 @@
+"""PyTorch while it makes a program: `torch.compile` and `torch.export`. PyTorch is not imported here.
+
+`TorchCompiler` answers what sizes are known; `TracedTorch` has the operations that can be part of a program.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+import sys
+from typing import TYPE_CHECKING, Any
+
+from randattn._core.library import Compiler
+from randattn._core.tracing import TENSORS, Held
+
+from .generic import Backend, mean_by_product
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from randattn._core.library import Library
+
+    Array = Any
+
+
+class TracedTorch(Backend):
+    """Tensors of which a program is made: nothing of their values is known."""
+
+    name = "torch"
+
+    def namespace(self, x: Array) -> Any:  # noqa: ARG002
+        """Return array-api-compat's namespace, without its caches: Dynamo would guard on them."""
+        import array_api_compat.torch
+
+        return array_api_compat.torch
+
+    def beside(self, rows: Any, like: Array) -> Array:
+        """Bring a NumPy array, or the constant that a trace has in its place, to the device of `like`."""
+        if isinstance(rows, Held):
+            return TENSORS[rows.place](like.device)
+        return super().beside(rows, like)
+
+    def call(self, function: Callable[..., Any], q: Array, *args: Any, **options: Any) -> Any:
+        """Call an estimator without autocast, where there is one around."""
+        kind = q.device.type
+        torch = sys.modules["torch"]
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            with torch.autocast(kind, enabled=False):
+                return function(q, *args, **options)
+        return function(q, *args, **options)
+
+    def full_precision(self, x: Array) -> contextlib.AbstractContextManager[object]:
+        """Return a context without autocast."""
+        kind, torch = x.device.type, sys.modules["torch"]
+        if not torch.amp.is_autocast_available(kind):
+            return contextlib.nullcontext()
+        context: contextlib.AbstractContextManager[object] = torch.autocast(kind, enabled=False)
+        return context
+
+    def cumulative_sum(self, x: Array, axis: int) -> Array:
+        """Return for each entry of an axis the sum of all up to it, without array-api-compat's cached look-up."""
+        return x.cumsum(axis)
+
+    def mean_of_rows(self, x: Array) -> Array:
+        """Return the means (..., D) of rows (..., L, D)."""
+        return mean_by_product(x)
+
+    def constant(self, x: Array) -> Array:
+        """Return `x` without gradients."""
+        return x.detach()
+
+    def largest(self, x: Array, count: int) -> Array:
+        """Return the places of the largest entries of the last axis, in any order."""
+        return x.topk(count, sorted=False).indices
+
+    def with_last(self, x: Array, part: Array) -> Array:
+        """Write `part` over the last rows' last entries of `x`."""
+        x[..., -part.shape[-2] :, -part.shape[-1] :] = part
+        return x
+
+
+_TRACED = TracedTorch()
+
+
+class TorchCompiler(Compiler):
+    """Dynamo, which reads this code, and `torch.export`, which runs it; elsewhere sizes are what they are."""
+
+    def is_tracing(self) -> bool:
+        """Tell whether PyTorch makes a program."""
+        torch = sys.modules.get("torch")
+        return torch is not None and bool(torch.compiler.is_compiling())
+
+    def reads_code(self) -> bool:
+        """Tell whether Dynamo makes it."""
+        return self.is_tracing() and bool(sys.modules["torch"].compiler.is_dynamo_compiling())
+
+    def library(self, x: Any) -> Library | None:
+        """Return `TracedTorch` for a tensor of the program; None for every other object."""
+        if self.is_tracing() and isinstance(x, sys.modules["torch"].Tensor):
+            return _TRACED
+        return None
+
+    def constant(self, x: Any, device: Any) -> Array:
+        """Make a parameter of a NumPy array: of a parameter no size is symbolic."""
+        torch = sys.modules["torch"]
+        return torch.nn.Parameter(torch.as_tensor(x, device=device), requires_grad=False)
+
+    def is_known(self, *sizes: Any) -> bool:
+        """Tell whether all sizes are numbers."""
+        if self.is_tracing():
+            known = sys.modules["torch"].fx.experimental.symbolic_shapes.has_static_value
+            return all(known(size) for size in sizes)
+        return all(isinstance(size, int) for size in sizes)
+
+    def hint(self, size: Any) -> int:
+        """Return the size itself, or that of the caller's example; without one, the largest int. Adds no guard."""
+        if self.is_tracing() or not isinstance(size, int):
+            torch = sys.modules.get("torch")
+            if torch is None or not isinstance(size, int | torch.SymInt):
+                return sys.maxsize
+            found: int = torch.fx.experimental.symbolic_shapes.optimization_hint(size)
+            return found
+        return size
+
+    def bound(self, size: Any, most: int) -> None:
+        """Let a compiled program serve no larger size; an exported one has to serve all."""
+        if self.is_tracing() and not sys.modules["torch"].compiler.is_exporting():
+            sys.modules["torch"].fx.experimental.symbolic_shapes.guard_or_true(size <= most)
+
+    def specialize(self, *sizes: Any) -> None:
+        """Let a compiled program have these as constants, which no model changes: it is made in half the time."""
+        if self.reads_code() and not sys.modules["torch"].compiler.is_exporting():
+            for size in sizes:
+                operator.index(size)
+
+    def stays(self, size: Any) -> bool:
+        """Tell whether the caller has asked for a program of all such sizes; `torch.compile` takes one as a constant."""
+        if self.reads_code():
+            # PyTorch's own error names the size.
+            return False
+        if not hasattr(size, "node"):
+            return True
+        if not sys.modules["torch"].compiler.is_exporting():
+            return False
+        asked = set()
+        for one in size.node.shape_env.tracked_fakes or ():
+            # Dim.AUTO has no constraint: it lets the program take the size as a constant.
+            constraints = one.symbolic_context.constraint_sizes if hasattr(one.fake, "shape") else ()
+            for axis, constraint in zip(getattr(one.fake, "shape", ()), constraints, strict=True):
+                if constraint is not None and not self.is_known(axis):
+                    asked |= axis.node.expr.free_symbols
+        return bool(asked & size.node.expr.free_symbols)

@@ -1,0 +1,202 @@
+"""Check what a caller passes: an error names the argument, what is expected and what came."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import operator
+from typing import TYPE_CHECKING, Any
+
+from .describe import shown
+from .describe import type_name as _type_name
+from .library import is_array, namespace
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    Array = Any
+
+# Kinds of PyTorch's tensors, by the property that tells them: few operations take them. And the way out.
+_NOT_DENSE = {
+    "is_nested": "a nested one: pass .to_padded_tensor(0.0) and a key_mask",
+    "is_quantized": "a quantized one: pass .dequantize()",
+    "is_sparse": "a sparse one: pass .to_dense()",
+    "is_mkldnn": "an MKL-DNN one: pass .to_dense()",
+}
+_MASKED = ("MaskedArray", "MaskedTensor")
+
+
+def broadcast_shapes(*shapes: Sequence[int]) -> tuple[int, ...]:
+    """The common shape; ValueError where there is none."""
+    rank = max(map(len, shapes))
+    result = [1] * rank
+    for shape in shapes:
+        for axis, size in enumerate(shape, start=rank - len(shape)):
+            if size != 1 and result[axis] != 1 and result[axis] != size:
+                raise ValueError(f"shapes {list(map(tuple, shapes))} do not broadcast")
+            if size != 1:
+                result[axis] = size
+    return tuple(result)
+
+
+def check_arrays(**arrays: Array) -> None:
+    """Arrays of one library, one device and one real floating dtype."""
+    (first_name, first), *_ = arrays.items()
+    for name, x in arrays.items():
+        check_like(name, x, first, first_name)
+        check_floating(name, x)
+        if x.dtype != first.dtype:
+            raise TypeError(f"{name}: expected the dtype of {first_name}, {first.dtype}, got {x.dtype}")
+
+
+def check_like(name: str, x: Any, like: Array, like_name: str = "q") -> None:
+    """Raise where this is no dense array of the same library and device as another."""
+    check_dense(name, x)
+    if not is_array(x):
+        raise TypeError(f"{name}: expected an array (NumPy, PyTorch, JAX, CuPy, ...), got {_type_name(x)}")
+    if namespace(x) is not namespace(like):
+        raise TypeError(
+            f"{name}: expected an array of the library of {like_name}, {_type_name(like)}, "
+            f"got {_type_name(x)}"
+        )
+    here, there = (getattr(array, "device", None) for array in (x, like))
+    # A tracer has no device, and one that is not committed to its device follows the others.
+    if (
+        here is None
+        or there is None
+        or not getattr(x, "committed", True)
+        or not getattr(like, "committed", True)
+    ):
+        return
+    # Arrays laid out differently over the same devices mix well.
+    if getattr(here, "device_set", here) != getattr(there, "device_set", there):
+        raise ValueError(f"{name}: expected an array on the device of {like_name}, {there}, got {here}")
+
+
+def check_dense(name: str, x: Any) -> None:
+    """Raise where this is an array of a kind that its own library computes little with."""
+    kind = None
+    if type(x).__name__ in _MASKED:
+        kind = "a masked one: pass its data, and a key_mask"
+    elif hasattr(x, "is_nested") and (x.is_nested or x.is_quantized or not str(x.layout).endswith("strided")):
+        found = (kind for flag, kind in _NOT_DENSE.items() if getattr(x, flag))
+        # Tensors of compressed rows or columns have none of these flags.
+        kind = next(found, _NOT_DENSE["is_sparse"])
+    if kind is not None:
+        raise TypeError(f"{name}: expected a dense array, got {kind}")
+
+
+def out_of_range(arrays: dict[str, Array]) -> ValueError:
+    """Make the error of inputs that overflow, which names the first array with an entry that does."""
+    for name, x in arrays.items():
+        xp, limit = namespace(x), math.sqrt(namespace(x).finfo(x.dtype).max / x.shape[-1])
+        largest = float(xp.max(xp.abs(x)))
+        if not largest <= limit:
+            held = f"whose squared norm {x.dtype} holds"
+            return ValueError(f"{name}: expected entries up to {limit:.0e}, {held}, got {largest:.0e}")
+    return ValueError("q: expected logits and sums that its dtype holds, got some that overflow")
+
+
+def check_floating(name: str, x: Array) -> None:
+    if not namespace(x).isdtype(x.dtype, "real floating"):
+        raise TypeError(f"{name}: expected a real floating dtype, got {x.dtype}")
+
+
+def check_attention_shapes(q: Array, k: Array, v: Array) -> None:
+    """``q (..., N, D), k (..., M, D), v (..., M, E)`` with at least one token and one feature."""
+    for name, x, axes in (("q", q, "N, D"), ("k", k, "M, D"), ("v", v, "M, E")):
+        if x.ndim < 2:
+            raise ValueError(f"{name}: expected shape (..., {axes}), got {tuple(x.shape)}")
+    if k.shape[-1] != q.shape[-1]:
+        raise ValueError(
+            f"k: expected the {q.shape[-1]} features of q on its last axis, got shape {tuple(k.shape)}"
+        )
+    if v.shape[-2] != k.shape[-2]:
+        raise ValueError(
+            f"v: expected the {k.shape[-2]} tokens of k on its axis -2, got shape {tuple(v.shape)}"
+        )
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.shape[-2] < 1 or x.shape[-1] < 1:
+            raise ValueError(
+                f"{name}: expected at least one token and one feature, got shape {tuple(x.shape)}"
+            )
+
+
+def check_broadcast(**arrays: tuple[Array, int]) -> None:
+    """Leading axes that broadcast; the number counts an array's trailing axes."""
+    done: tuple[int, ...] = ()
+    for name, (x, trailing) in arrays.items():
+        lead = tuple(x.shape[: x.ndim - trailing])
+        try:
+            done = broadcast_shapes(done, lead)
+        except ValueError:
+            hint = " (enable_gqa=True shares key heads among queries)" if name == "k" else ""
+            raise ValueError(
+                f"{name}: expected leading axes that broadcast with {done}, got {lead}{hint}"
+            ) from None
+
+
+def check_mask(name: str, mask: Any, like: Array, length: int) -> None:
+    """A boolean array (..., length) of the same library and device."""
+    check_like(name, mask, like)
+    if not namespace(mask).isdtype(mask.dtype, "bool"):
+        raise TypeError(f"{name}: expected a boolean array (True = attend), got dtype {mask.dtype}")
+    if mask.ndim < 1 or mask.shape[-1] != length:
+        raise ValueError(f"{name}: expected shape (..., {length}), got {tuple(mask.shape)}")
+
+
+def as_scale(scale: Any, features: int) -> float:
+    if scale is None:
+        return 1 / math.sqrt(features)
+    if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
+        raise TypeError(f"scale: expected a real number or None, got {_type_name(scale)}")
+    return _checked_float("scale", scale, math.ulp(0.0), "a positive finite number")
+
+
+def as_real(name: str, value: Any) -> float:
+    """A finite number that is not negative."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: expected a real number, got {_type_name(value)}")
+    return _checked_float(name, value, 0.0, "a finite number of at least 0")
+
+
+def _checked_float(name: str, value: Any, least: float, expected: str) -> float:
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not least <= number < math.inf:
+        raise ValueError(f"{name}: expected {expected}, got {shown(value)}")
+    return number
+
+
+def check_flags(**flags: Any) -> None:
+    """Booleans alone: a string would count as True."""
+    for name, value in flags.items():
+        # NumPy's own boolean is told by its name: NumPy may not be there.
+        if not isinstance(value, bool) and type(value).__name__ not in ("bool_", "bool"):
+            raise TypeError(f"{name}: expected True or False, got {shown(value)}")
+
+
+def as_count(name: str, value: Any, minimum: int = 1) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name}: expected an integer, got {_type_name(value)}")
+    if value < minimum:
+        raise ValueError(f"{name}: expected at least {minimum}, got {shown(value)}")
+    return operator.index(value)
+
+
+def resolve_count(name: str, value: Any, default: int, **given: tuple[Array | None, int]) -> int:
+    """A count as given; or else as a given array's axis has it; or the default."""
+    if value is not None:
+        return as_count(name, value)
+    for array, axis in given.values():
+        if array is not None and is_array(array) and array.ndim >= -axis and array.shape[axis] > 0:
+            size: int = array.shape[axis]
+            return size
+    return default
+
+
+def check_option(name: str, value: Any, options: Sequence[str]) -> None:
+    if not isinstance(value, str) or value not in options:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, options))}, got {shown(value)}")

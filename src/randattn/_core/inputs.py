@@ -1,0 +1,240 @@
+"""Prepare what an estimator works on: checked arrays of one rank and precision, padding set to zero."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from . import library
+from .checks import (
+    as_scale,
+    broadcast_shapes,
+    check_arrays,
+    check_attention_shapes,
+    check_broadcast,
+    check_flags,
+    check_floating,
+    check_like,
+    check_mask,
+)
+from .library import known_library, namespace, placement
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    Array = Any
+    Namespace = Any
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What an estimator works on: arrays of one rank in float32 or float64, not scaled.
+
+    A scale on whole arrays would cost as much as their products; `scale` belongs to the logits, its `root`
+    to each side.
+
+    With grouped queries the head axis is split in two: `q` (..., Hk, G, N, D), `k` (..., Hk, 1, M, D).
+    """
+
+    q: Array
+    k: Array
+    v: Array
+    key_mask: Array | None
+    scale: float
+    dtype: Any  # of the caller's arrays
+    heads: int | None  # of the keys, where the head axis is split
+    query_mask: Array | None = None
+
+    @property
+    def xp(self) -> Namespace:
+        return namespace(self.q)
+
+    @property
+    def device(self) -> Any:
+        return placement(self.q)
+
+    @property
+    def root(self) -> float:
+        """What scales each side of the logits."""
+        return math.sqrt(self.scale)
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """Leading axes of the result."""
+        shapes = [x.shape[:-2] for x in (self.q, self.k, self.v)]
+        if self.key_mask is not None:
+            shapes.append(self.key_mask.shape[:-1])
+        return broadcast_shapes(*shapes)
+
+    @property
+    def key_bias(self) -> Array | None:
+        """The logarithm of the key mask: 0 for a key to attend to, -inf for one that is not there."""
+        return log_mask(self.key_mask, self.q)
+
+    def finish(self, out: Array) -> Array:
+        """Return the result as the caller expects it: zeros for padding, one head axis, the inputs' dtype."""
+        out = hide(out, self.query_mask)
+        return self.xp.astype(self.merge_heads(out, 2), self.dtype, copy=False)
+
+    def merge_heads(self, x: Array, trailing: int) -> Array:
+        """Split heads in one axis again."""
+        if self.heads is None:
+            return x
+        axis = x.ndim - trailing - 2
+        lead, (heads, groups), rest = x.shape[:axis], x.shape[axis : axis + 2], x.shape[axis + 2 :]
+        return self.xp.reshape(x, (*lead, heads * groups, *rest))
+
+    def match(self, name: str, x: Array, trailing: int) -> Array:
+        """Bring a further array of the caller's to these dtypes, ranks and split heads."""
+        check_like(name, x, self.q)
+        check_floating(name, x)
+        return self.with_heads(name, self.xp.astype(x, self.q.dtype, copy=False), trailing)
+
+    def with_heads(self, name: str, x: Array, trailing: int) -> Array:
+        """Bring it to these ranks and split heads alone."""
+        if self.heads is not None:
+            x = _split_heads(name, x, trailing, self.heads)
+        return with_rank(x, self.q.ndim - 2 + trailing)
+
+    def match_mask(self, name: str, mask: Array, length: int) -> Array:
+        """Bring a further boolean array (..., length) to these ranks and split heads."""
+        check_mask(name, mask, self.q, length)
+        if self.heads is not None:
+            mask = _split_heads(name, mask, 1, self.heads)
+        mask = with_rank(mask, self.q.ndim - 1)
+        check_broadcast(q=(self.q, 2), k=(self.k, 2), v=(self.v, 2), **{name: (mask, 1)})
+        return mask
+
+
+def prepare(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    scale: float | None,
+    key_mask: Array | None,
+    enable_gqa: bool,
+    query_mask: Array | None = None,
+    is_self: bool = True,
+    also: Sequence[tuple[Any, int]] = (),
+) -> Inputs:
+    """Check the arguments that every estimator has, hide padded keys and queries.
+
+    Without a `query_mask`, and where `is_self`, the key mask of as many keys as queries is the queries' too.
+    `also` names further arrays, with the number of their trailing axes, whose leading axes the result has.
+    """
+    check_flags(enable_gqa=enable_gqa)
+    check_arrays(q=q, k=k, v=v)
+    check_attention_shapes(q, k, v)
+    library.compiler.specialize(q.shape[-1], v.shape[-1])
+    heads = _key_heads(q, k, v) if enable_gqa else None
+    if heads is None:
+        check_broadcast(q=(q, 2), k=(k, 2), v=(v, 2))
+    factor = as_scale(scale, q.shape[-1])
+    if key_mask is not None:
+        check_mask("key_mask", key_mask, q, k.shape[-2])
+
+    dtype = q.dtype
+    q, k, v = (working_precision(x) for x in (q, k, v))
+    if heads is not None:
+        q, k, v = (_split_heads(name, x, 2, heads) for name, x in (("q", q), ("k", k), ("v", v)))
+        if key_mask is not None:
+            key_mask = _split_heads("key_mask", key_mask, 1, heads)
+    also = [*also, (query_mask, 1)]
+    more = [getattr(x, "ndim", 0) - trailing + (heads is not None) for x, trailing in also]
+    rank = max(q.ndim, k.ndim, v.ndim, getattr(key_mask, "ndim", 0) + 1, *[axes + 2 for axes in more])
+    q, k, v = (with_rank(x, rank) for x in (q, k, v))
+    if key_mask is not None:
+        key_mask = with_rank(key_mask, rank - 1)
+        check_broadcast(q=(q, 2), k=(k, 2), v=(v, 2), key_mask=(key_mask, 1))
+        # Not a product: what lies under the mask may be NaN.
+        k, v = hide(k, key_mask), hide(v, key_mask)
+    x = Inputs(q, k, v, key_mask, factor, dtype, heads)
+    if query_mask is not None:
+        query_mask = x.match_mask("query_mask", query_mask, q.shape[-2])
+    elif key_mask is not None and is_self and q.shape[-2] == k.shape[-2]:
+        query_mask = key_mask
+    if query_mask is None:
+        return x
+    # A mask in other pieces would cut the queries, and so the results, at its borders too.
+    query_mask = known_library(q).cut_as(query_mask, q)
+    # Results of padded rows need no query, but NaN in one would reach the gradients of real keys.
+    return replace(x, q=hide(q, query_mask), query_mask=query_mask)
+
+
+def hide(x: Array, mask: Array | None) -> Array:
+    """Zeros where the mask (one rank less) is False, whatever is there."""
+    if mask is None:
+        return x
+    return namespace(x).where(mask[..., None], x, 0.0)
+
+
+def log_mask(mask: Array | None, like: Array) -> Array | None:
+    """0 where the mask is True, -inf where it is False."""
+    if mask is None:
+        return None
+    xp = namespace(like)
+    return xp.where(mask, xp.zeros_like(mask, dtype=like.dtype), -math.inf)
+
+
+def with_rank(x: Array, rank: int) -> Array:
+    """Prepend axes of length one, so that no operation promotes a rank."""
+    if x.ndim >= rank:
+        return x
+    return namespace(x).reshape(x, (1,) * (rank - x.ndim) + tuple(x.shape))
+
+
+def check_causal(x: Inputs, is_causal: bool) -> None:
+    """With another number of keys than queries, which of them is a query's past has no one answer."""
+    check_flags(is_causal=is_causal)
+    n, m = x.q.shape[-2], x.k.shape[-2]
+    if is_causal and n != m:
+        raise ValueError(f"is_causal: expected as many keys as queries ({n}), got {m}")
+
+
+def refuse_causal(estimator: str, is_causal: bool) -> None:
+    check_flags(is_causal=is_causal)
+    if is_causal:
+        raise NotImplementedError(
+            f"is_causal: {estimator} has no causal form; softmax_attention, rfa, lara and eva have"
+        )
+
+
+def dot(x: Array, y: Array) -> Array:
+    """``x . y`` over the last axis, as a product of matrices: elementwise it would take an array as large."""
+    return namespace(x).matmul(x[..., None, :], y[..., None])[..., 0, 0]
+
+
+def working_precision(x: Array) -> Array:
+    """Half precision is summed in float32: sums of exponentials do not survive fewer bits."""
+    xp = namespace(x)
+    return xp.astype(x, xp.float32) if xp.finfo(x.dtype).bits < 32 else x
+
+
+def _key_heads(q: Array, k: Array, v: Array) -> int | None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim < 3:
+            raise ValueError(
+                f"{name}: enable_gqa expects a head axis, (..., H, tokens, features), got {tuple(x.shape)}"
+            )
+    heads: int = k.shape[-3]
+    queries: int = q.shape[-3]
+    if v.shape[-3] != heads:
+        raise ValueError(f"v: expected the {heads} heads of k, got shape {tuple(v.shape)}")
+    if heads == 0 or queries % heads:
+        raise ValueError(f"q: expected a multiple of the {heads} heads of k, got {queries}")
+    check_broadcast(q=(q, 3), k=(k, 3), v=(v, 3))
+    return heads
+
+
+def _split_heads(name: str, x: Array, trailing: int, heads: int) -> Array:
+    """(..., heads * G or heads or 1, *trailing) -> (..., heads or 1, G or 1, *trailing)."""
+    lead, rest = tuple(x.shape[: x.ndim - trailing]), tuple(x.shape[x.ndim - trailing :])
+    if not lead:
+        return x
+    *outer, size = lead
+    if size != 1 and size % heads:
+        raise ValueError(f"{name}: expected 1 or a multiple of {heads} heads, got shape {tuple(x.shape)}")
+    inner = (1, 1) if size == 1 else (heads, size // heads)
+    return namespace(x).reshape(x, (*outer, *inner, *rest))

@@ -1,0 +1,291 @@
+"""LARA: multiple importance sampling, one proposal ``N(mu_c, I)`` for each pair of landmarks.
+
+``attend(q, W, f(W), log Z(W) + log alpha_nc - log r_c).out`` with ``w_c ~ N(mu_c, I)``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from randattn._backends.dispatch import attend, undisturbed
+from randattn._core.average import Keys, finite
+from randattn._core.checks import (
+    as_count,
+    as_real,
+    broadcast_shapes,
+    check_flags,
+    check_option,
+    resolve_count,
+)
+from randattn._core.describe import shown
+from randattn._core.draws import normal_draws
+from randattn._core.inputs import check_causal, log_mask, prepare
+from randattn._tokens.grids import blocks, number_on_grid, tokens_on_grid
+from randattn._tokens.pooling import (
+    blocks_of_queries,
+    given_landmarks,
+    pool,
+    pooling_ranks,
+)
+
+from .final_average import final_average
+from .lara_causal import Proposals, causal
+from .lara_weights import only, optimal, probability
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from randattn._core.inputs import Inputs
+    from randattn._tokens.grids import How
+
+    Array = Any
+
+
+@undisturbed
+def lara(
+    q: Array,
+    k: Array,
+    v: Array,
+    /,
+    *,
+    num_landmarks: int | tuple[int, ...] | None = None,
+    landmarks: tuple[Array, Array] | None = None,
+    weighting: str = "optimal",
+    alpha: float = 1,
+    normalize: str | None = None,
+    mix_keys: bool = False,
+    antithetic: bool = False,
+    # Not 1.0: Dynamo would trace twice, with a symbolic float and without.
+    noise_scale: float = 1,
+    rng: Any = None,
+    noise: Array | None = None,
+    query_mask: Array | None = None,
+    grid: tuple[int, ...] | None = None,
+    window: int | None = None,
+    scale: float | None = None,
+    key_mask: Array | None = None,
+    is_causal: bool = False,
+    enable_gqa: bool = False,
+) -> Array:
+    r"""Attend by linear randomized attention (LARA): linear time, consistent, near RA with few samples.
+
+    Parameters
+    ----------
+    q : array, shape (..., N, D)
+        Queries, real floating, heads first. Leading axes of all arrays broadcast.
+    k : array, shape (..., M, D)
+        Keys.
+    v : array, shape (..., M, E)
+        Values.
+    num_landmarks : int or tuple of int, optional
+        Proposals C, by default 64, or as many as `landmarks` or `noise` has; at most M. On a `grid`
+        a tuple gives the number on each axis; an int is laid out as the largest number up to it that
+        fits, in the squarest blocks that this number allows (a prime makes strips).
+    landmarks : tuple of arrays, shapes (..., C, D), optional
+        ``(q_landmarks, k_landmarks)`` of the caller's own, in the units of `q` and `k`. By default the
+        means of C segments (the last ones longer by one token where C does not divide; on a grid of
+        two or three axes those of adaptive pooling, which overlap there).
+    weighting : {"optimal", "balance", "biased"}, default "optimal"
+        How the proposals share the work for a query: the balance heuristic; moved from there towards
+        the landmarks near the query; or the balance heuristic times ``exp(q . mu)``.
+    alpha : float, default 1.0
+        How far "optimal" moves.
+    normalize : {"queries", "landmarks"}, optional
+        What the query's nearness to landmarks, in "optimal", adds up to one over. Over the queries, the
+        default, as in the published results, an output depends on the other queries; over landmarks,
+        the only choice and so the default where `is_causal`, it does not.
+    mix_keys : bool, default False
+        Mix the key landmarks by softmax attention among themselves first.
+    antithetic : bool, default False
+        Use both ``mu + eps`` and ``mu - eps``: 2 C frequencies.
+    noise_scale : float, default 1.0
+        Factor of the draws. The authors' code has ``D ** -0.25``, which is not what the weights assume
+        but trains well.
+    rng : int, numpy.random.Generator, torch.Generator, cupy.random.Generator or JAX key, optional
+        Where the draws come from. One int gives the same draws on every library. With neither `rng` nor
+        `noise` the frequencies are the means of the proposals: deterministic, for inference.
+    noise : array, shape (..., C, D), optional
+        The standard normal draws themselves; broadcasts.
+    query_mask : boolean array, shape (..., N), optional
+        False = padding: a row of zeros, whatever the query holds, no gradient from or to it, and no part in a
+        landmark. By default `key_mask` where N = M, as in self-attention: pass all True where other
+        queries are as many.
+    grid : tuple of int, optional
+        One, two or three sizes of the grid, in row-major order, that the tokens lie on; N = M.
+    window : int, optional
+        Where `is_causal`: tokens of the window that a query sees exactly, by default 64.
+    scale : float, optional
+        Factor of the logits, by default ``D ** -0.5``.
+    key_mask : boolean array, shape (..., M), optional
+        True = attend. What lies under False is never read, whatever it holds; a landmark of padding
+        alone has no weight. Padding may move the borders of the segments, nothing else.
+    is_causal : bool, default False
+        Query n sees the keys up to n: those of its window exactly, those before the window by the
+        proposals whose segments were over, and by as many draws from N(0, I). N = M; weighting "optimal"
+        or "balance".
+    enable_gqa : bool, default False
+        Let `q` have a multiple of the heads (axis -3) of `k` and `v`.
+
+    Returns
+    -------
+    array, shape (..., N, E)
+        Of the inputs' library, dtype and device; half precision is summed in float32. A query with
+        no key left gets zeros.
+
+    Raises
+    ------
+    TypeError
+        Not arrays, or of different libraries or dtypes, or not floating; a generator of another library.
+    ValueError
+        Shapes, devices, counts or options that do not fit; both `rng` and `noise`; ``is_causal=True``
+        with N != M, sums over queries or biased weights.
+
+    Notes
+    -----
+    With f and Z as in `rfa`, :math:`w_c \sim N(\mu_c, I)` and :math:`r_c` its density over that of
+    N(0, I), the self-normalized multiple importance sampler ([1]_, section 4)
+
+    .. math::
+
+        \mathrm{out}_n = \frac{\sum_c h_{nc}\, f(w_c)}{\sum_c h_{nc}}, \qquad
+        h_{nc} = \frac{\alpha_{nc}}{r_c}\, \xi(q_n, w_c)\, Z(w_c), \qquad
+        \mu_c = \tilde q_c + \tilde k_c,
+
+    in O(C (N + M)) time. Causal, for a window that begins when the segments 1, ..., b are over, the
+    proposals are theirs and C times N(0, I), so that the sum over draws estimates the absolute weight
+    :math:`\sum_m \exp(q_n \cdot k_m)` of the keys before the window, and merges with the window's own.
+
+    References
+    ----------
+    .. [1] L. Zheng, C. Wang, L. Kong, "Linear Complexity Randomized Self-attention Mechanism",
+       ICML 2022, arXiv 2204.04667.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from randattn import lara
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 2, 36, 4))
+    >>> lara(q, k, v, num_landmarks=9, rng=0).shape
+    (2, 36, 4)
+    >>> lara(q, k, v, num_landmarks=(3, 3), grid=(6, 6), weighting="balance").shape
+    (2, 36, 4)
+    """
+    check_option("weighting", weighting, ("optimal", "balance", "biased"))
+    check_flags(mix_keys=mix_keys, antithetic=antithetic, is_causal=is_causal)
+    if normalize is None:
+        normalize = "landmarks" if is_causal else "queries"
+    check_option("normalize", normalize, ("queries", "landmarks"))
+    _check_causal_options(is_causal, window, weighting, normalize, grid)
+    alpha, noise_scale = as_real("alpha", alpha), as_real("noise_scale", noise_scale)
+    masks: dict[str, Any] = {"key_mask": key_mask, "query_mask": query_mask}
+    also = pooling_ranks(landmarks, noise)
+    x = prepare(q, k, v, scale=scale, enable_gqa=enable_gqa, also=also, **masks)
+    check_causal(x, is_causal)
+    qt, kt, there = landmarks_of(x, num_landmarks, landmarks, noise, grid)
+    qt, kt = x.root * qt, x.root * kt
+    if mix_keys:
+        kt, _ = attend(kt, Keys(kt, kt, log_mask(there, kt), is_causal=is_causal))
+    mu = qt + kt
+    eps = normal_draws(x, tuple(mu.shape[-2:]), rng=rng, noise=noise, axes="C, D", lead=mu.shape[:-2])
+    if eps is None:
+        noises = [x.xp.zeros_like(mu[..., :1, :])]
+    else:
+        eps = noise_scale * x.xp.broadcast_to(eps, broadcast_shapes(eps.shape, mu.shape))
+        noises = [eps, -eps] if antithetic else [eps]
+    draws = [mu + one for one in noises]
+    if is_causal:
+        # The same draws from N(0, I), turned round: near those of no proposal.
+        standard = x.xp.concat([-one for one in noises], axis=-2)
+        proposals = Proposals(qt, mu, there, tuple(draws), standard)
+        size = as_count("window", 64 if window is None else window)
+        return x.finish(causal(x, proposals, size, weighting=weighting, alpha=alpha))
+    proposals = Proposals(qt, mu, there, tuple(draws), mu[..., :0, :])
+    return x.finish(_weighed(x, proposals, weighting=weighting, alpha=alpha, normalize=normalize))
+
+
+def _weighed(x: Inputs, proposals: Proposals, *, weighting: str, alpha: float, normalize: str) -> Array:
+    """Return the average over all proposals, weighed by how they share the work: (..., N, E)."""
+    xp, (qt, mu, there, draws, _) = x.xp, proposals
+    w = xp.concat(draws, axis=-2)
+    mu = xp.concat([mu] * len(draws), axis=-2)
+    present = None if there is None else xp.concat([there] * len(draws), axis=-1)
+    f, log_z = attend(w, Keys(x.k, x.v, x.key_bias, x.scale), scale=x.root)
+    # Log densities over that of N(0, I), at each draw: of all proposals together, and of its own.
+    half_norm = xp.sum(mu * mu, axis=-1) / 2
+    _, log_mixture = attend(w, Keys(mu, mu, only(present, -half_norm)))
+    log_mixture = finite(log_mixture)
+    if weighting != "optimal":
+        # The balance heuristic over r_c: the proposal's own density cancels.
+        towards = w + mu if weighting == "biased" else w
+        return final_average(x.q, Keys(towards, f, only(present, log_z - log_mixture)), scale=x.root)
+    log_r = xp.sum(w * mu, axis=-1) - half_norm
+    over_queries = normalize == "queries"
+    offset = _over_queries(x, qt) if over_queries else xp.zeros_like(qt[..., 0])
+    alpha_nc = optimal(
+        x.root * qt,
+        only(there, offset),
+        probability(log_r - log_mixture),
+        mask=x.query_mask,
+        alpha=alpha,
+        over_queries=over_queries,
+        copies=len(draws),
+    )
+    keys = Keys(w, f, only(present, log_z - log_r), pair_weight=alpha_nc)
+    return final_average(x.q, keys, scale=x.root)
+
+
+def _check_causal_options(is_causal: bool, window: Any, weighting: str, normalize: str, grid: Any) -> None:
+    if not is_causal:
+        if window is not None:
+            raise ValueError("window: lara has one where is_causal=True")
+        return
+    if isinstance(grid, tuple | list) and len(grid) > 1:
+        raise ValueError(f"is_causal: expected tokens in a row, got grid {shown(grid)}")
+    if normalize == "queries":
+        raise ValueError("is_causal: expected normalize='landmarks': a sum over queries has those to come")
+    if weighting == "biased":
+        raise ValueError(
+            "is_causal: expected weighting 'optimal' or 'balance': 'biased' weights are on no scale "
+            "that they share with the window's"
+        )
+
+
+def landmarks_of(
+    x: Inputs,
+    num_landmarks: int | tuple[int, ...] | None,
+    landmarks: tuple[Array, Array] | None,
+    noise: Array | None,
+    grid: tuple[int, ...] | None,
+) -> tuple[Array, Array, Array | None]:
+    """Return the landmarks' means (..., C, D), and whether there is a token behind each (..., C)."""
+    sizes = tokens_on_grid(grid, x.q.shape[-2], x.k.shape[-2])
+    given = landmarks[-1] if isinstance(landmarks, tuple | list) and landmarks else None
+    count = num_landmarks
+    if not isinstance(count, tuple | list):
+        count = resolve_count("num_landmarks", count, 64, landmarks=(given, -2), noise=(noise, -2))
+    if landmarks is not None:
+        total = math.prod(count) if isinstance(count, tuple | list) else count
+        return *given_landmarks(x, landmarks, total), None
+    how: How = "segments" if len(sizes) == 1 else "cells"
+    counts = number_on_grid("num_landmarks", count, sizes)
+    keys = blocks(sizes, how, counts)
+    queries = blocks_of_queries(x, keys)
+    qt, log_queries = pool(x.q, queries, x.query_mask)
+    kt, log_keys = pool(x.k, keys, x.key_mask)
+    if x.query_mask is None and x.key_mask is None:
+        return qt, kt, None
+    return qt, kt, (log_queries > -math.inf) | (log_keys > -math.inf)
+
+
+def lara_landmarks(x: Inputs, options: Mapping[str, Any], is_causal: bool) -> tuple[Array, Array]:  # noqa: ARG001
+    """Return the means of queries and keys (..., C, D) of each segment."""
+    qt, kt, _ = landmarks_of(x, options.get("num_landmarks"), None, None, options.get("grid"))
+    return qt, kt
+
+
+def _over_queries(x: Inputs, qt: Array) -> Array:
+    """Return the log factor (..., C) with which the queries' weights ``exp(q . qt)`` add up to one."""
+    # The sum of the weights alone: values without features.
+    _, log_norm = attend(qt, Keys(x.q, x.q[..., :0], log_mask(x.query_mask, x.q)), scale=x.root)
+    return -finite(log_norm)

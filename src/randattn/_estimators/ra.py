@@ -1,0 +1,166 @@
+"""Randomized attention: the mean over s of ``f(w_ns)``, unbiased at quadratic cost."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from randattn._backends.dispatch import attend, backend_of, undisturbed
+from randattn._core.average import Keys, finite, rows_of_block
+from randattn._core.checks import check_broadcast, resolve_count
+from randattn._core.draws import no_draws, normal_draws, uniform_draws
+from randattn._core.inputs import prepare, refuse_causal, with_rank
+from randattn._core.library import namespace
+
+if TYPE_CHECKING:
+    from randattn._core.inputs import Inputs
+
+    Array = Any
+
+
+@undisturbed
+def ra(
+    q: Array,
+    k: Array,
+    v: Array,
+    /,
+    *,
+    num_samples: int | None = None,
+    rng: Any = None,
+    noise: Array | None = None,
+    components: Array | None = None,
+    scale: float | None = None,
+    key_mask: Array | None = None,
+    query_mask: Array | None = None,
+    is_causal: bool = False,
+    enable_gqa: bool = False,
+) -> Array:
+    r"""Randomized attention: unbiased, at quadratic cost.
+
+    Parameters
+    ----------
+    q : array, shape (..., N, D)
+        Queries, real floating, heads first. Leading axes of all arrays broadcast.
+    k : array, shape (..., M, D)
+        Keys.
+    v : array, shape (..., M, E)
+        Values.
+    num_samples : int, optional
+        Frequencies S for each query, by default 1, or as many as `noise` has.
+    rng : int, numpy.random.Generator, torch.Generator, cupy.random.Generator or JAX key, optional
+        Where the draws come from. One int gives the same draws on every library. One of `rng` and
+        `noise` is needed.
+    noise : array, shape (..., S, N, D), optional
+        The standard normal draws themselves; broadcasts. Goes with `components`.
+    components : array, shape (..., S, N), optional
+        Uniform draws in [0, 1) that choose the key whose proposal is drawn from, by inversion of the
+        softmax's distribution function. Goes with `noise`.
+    scale : float, optional
+        Factor of the logits, by default ``D ** -0.5``.
+    key_mask : boolean array, shape (..., M), optional
+        True = attend. What lies under False is never read, whatever it holds; any amount of it
+        leaves the other outputs unchanged to rounding.
+    query_mask : boolean array, shape (..., N), optional
+        False = padding: a row of zeros, whatever the query holds, and no gradient from or to it. By default
+        `key_mask` where N = M, as in self-attention: pass all True where other queries are as many.
+    is_causal : bool, default False
+        Not there: a draw comes from a softmax over the keys.
+    enable_gqa : bool, default False
+        Let `q` have a multiple of the heads (axis -3) of `k` and `v`.
+
+    Returns
+    -------
+    array, shape (..., N, E)
+        Of the inputs' library, dtype and device; half precision is summed in float32. A query with
+        no key left gets zeros.
+
+    Raises
+    ------
+    TypeError
+        Not arrays, or of different libraries or dtypes, or not floating; a generator of another library.
+    ValueError
+        Shapes, devices, counts or options that do not fit; both or neither of `rng` and `noise`.
+    NotImplementedError
+        ``is_causal=True``.
+
+    Notes
+    -----
+    .. math::
+
+        \mathrm{out}_n = \frac1S \sum_s f(w_{ns}), \qquad w_{ns} = q_n + k_{m'} + \epsilon, \quad
+        m' \sim \mathrm{softmax}(q_n \cdot k), \quad \epsilon \sim N(0, I),
+
+    with f as in `rfa`: softmax attention is the expectation of f under this mixture ([1]_, section 3).
+    Time is O(S N M), memory O(S N D) for the draws and a block of queries. A gradient takes the chosen
+    keys as they fell.
+
+    References
+    ----------
+    .. [1] L. Zheng, C. Wang, L. Kong, "Linear Complexity Randomized Self-attention Mechanism",
+       ICML 2022, arXiv 2204.04667.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from randattn import ra, softmax_attention
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 2, 5, 4))
+    >>> estimate = ra(q, k, v, num_samples=4096, rng=0)
+    >>> bool(np.max(np.abs(estimate - softmax_attention(q, k, v))) < 0.1)
+    True
+    """
+    refuse_causal("ra", is_causal)
+    also = [(noise, 3), (components, 2)]
+    x = prepare(
+        q,
+        k,
+        v,
+        scale=scale,
+        key_mask=key_mask,
+        query_mask=query_mask,
+        enable_gqa=enable_gqa,
+        also=also,
+    )
+    count = resolve_count("num_samples", num_samples, 1, noise=(noise, -3), components=(components, -2))
+    n, d = x.q.shape[-2:]
+    if (noise is None) != (components is None):
+        raise ValueError("components: expected noise and components together, or rng instead of both")
+    eps = normal_draws(x, (count, n, d), rng=rng, noise=noise, axes="S, N, D")
+    if eps is None:
+        raise no_draws("ra")
+    u = uniform_draws(x, (count, n), rng=rng, components=components, axes="S, N")
+    check_broadcast(noise=(eps, 3), components=(u, 2))
+
+    xp = x.xp
+    bias = None if x.key_bias is None else x.key_bias[..., None, :]
+    keys = Keys(x.k[..., None, :, :], x.v[..., None, :, :], bias, x.scale).biased()
+
+    def mean(q: Array, u: Array, eps: Array) -> Array:
+        w = x.root * (q[..., None, :, :] + _sample_keys(x, q, u)) + eps
+        f, _ = attend(w, keys, scale=x.root)
+        return xp.mean(f, axis=-3)
+
+    rows = rows_of_block(math.prod(x.lead) * count * x.k.shape[-2])
+    eps = xp.broadcast_to(eps, (*eps.shape[:-2], n, d))
+    u = xp.broadcast_to(u, (*u.shape[:-1], n))
+    return x.finish(backend_of(x.q).by_rows(mean, rows, (x.q, -2), (u, -1), (eps, -2)))
+
+
+def _sample_keys(x: Inputs, q: Array, u: Array) -> Array:
+    """Return for uniforms (..., S, N) the keys (..., S, N, D) at which each query's softmax passes them."""
+    xp = x.xp
+    logits = xp.matmul(x.scale * q, xp.matrix_transpose(x.k))
+    if x.key_mask is not None:
+        logits = xp.where(x.key_mask[..., None, :], logits, -math.inf)
+    mass = xp.exp(logits - finite(xp.max(logits, axis=-1, keepdims=True)))
+    passed = backend_of(mass).cumulative_sum(mass, -1)[..., None, :, :]
+    total = passed[..., -1:]
+    # A key without mass is never chosen, not even where rounding makes u one.
+    first = xp.minimum(_count(passed <= u[..., None] * total), _count(passed < total))
+    index = xp.arange(x.k.shape[-2], dtype=first.dtype, device=x.device)
+    one_hot = xp.astype(first[..., None] == with_rank(index, first.ndim + 1), q.dtype)
+    return xp.matmul(one_hot, x.k[..., None, :, :])
+
+
+def _count(found: Array) -> Array:
+    xp = namespace(found)
+    return xp.sum(xp.astype(found, xp.int32), axis=-1, dtype=xp.int32)

@@ -1,0 +1,332 @@
+"""Random-feature attention: ``attend(q, W, f(W), log Z(W)).out`` with ``W ~ N(0, I)``.
+
+Causal, a block of tokens at a time: f(W) and log Z(W) of the keys before it are all there is to carry.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from randattn._backends.dispatch import attend, undisturbed
+from randattn._core import block_sizes
+from randattn._core.average import Average, Keys, finite, nonzero, past
+from randattn._core.checks import check_flags, check_option, resolve_count
+from randattn._core.draws import no_draws, normal_draws
+from randattn._core.inputs import check_causal, dot, prepare, with_rank
+from randattn._core.library import namespace, placement
+
+from .causal_scan import nothing, scan
+from .final_average import final_average
+from .rfa_features import optimal_spread, preconditioned, trigonometric
+from .states import match_state
+
+if TYPE_CHECKING:
+    from randattn._core.inputs import Inputs
+
+    from .causal_scan import Block
+
+    Array = Any
+
+
+class RFAState(NamedTuple):
+    """What `rfa` keeps of all tokens so far; its size is that of a few tokens, however many there were.
+
+    Attributes
+    ----------
+    frequencies : array, shape (..., S, D)
+    out : array, shape (..., S, E)
+        For each frequency w the average f(w) of the values so far.
+    log_norm : array, shape (..., S)
+        ``log Z(w)``, in nats; -inf before the first key.
+    scale : array, shape ()
+        Factor of the logits.
+    """
+
+    frequencies: Array
+    out: Array
+    log_norm: Array
+    scale: Array
+
+
+@undisturbed
+def rfa(
+    q: Array,
+    k: Array,
+    v: Array,
+    /,
+    *,
+    num_samples: int | None = None,
+    features: str = "positive",
+    draws: str = "iid",
+    precondition: bool = False,
+    rng: Any = None,
+    noise: Array | None = None,
+    scale: float | None = None,
+    key_mask: Array | None = None,
+    query_mask: Array | None = None,
+    is_causal: bool = False,
+    return_state: bool = False,
+    enable_gqa: bool = False,
+) -> Any:
+    r"""Random-feature attention (RFA, Performer): linear time, consistent.
+
+    Parameters
+    ----------
+    q : array, shape (..., N, D)
+        Queries, real floating, heads first. Leading axes of all arrays broadcast.
+    k : array, shape (..., M, D)
+        Keys.
+    v : array, shape (..., M, E)
+        Values.
+    num_samples : int, optional
+        Frequencies S, by default 64, or as many as `noise` has.
+    features : {"positive", "optimal", "trigonometric"}, default "positive"
+        "positive": ``exp(w.x - |x|^2/2)`` (FAVOR+), an average of the values. "optimal": the same with
+        frequencies from ``N(0, s I)``, weighed to the same kernel, with the s of least variance for the
+        mean of ``|q + k|^2`` (FAVOR++). "trigonometric": cosines and sines, whose signs can take the
+        estimate out of the range of the values, to which it is cut.
+    draws : {"iid", "orthogonal", "simplex", "antithetic", "qmc"}, default "iid"
+        How frequencies depend on each other, each still standard normal: not; orthogonal in each D of
+        them; to the corners of a simplex; each with its negative; scrambled Sobol points (an int seed
+        or NumPy's generator; needs SciPy).
+    precondition : bool, default False
+        Scale each feature of the queries by what the keys' is divided by, so that their squares are as
+        large (SADERF's diagonal form): the products stay, their estimates' variance is less.
+    rng : int, numpy.random.Generator, torch.Generator, cupy.random.Generator or JAX key, optional
+        Where the draws come from. One int gives the same draws on every library. One of `rng` and
+        `noise` is needed.
+    noise : array, shape (..., S, D), optional
+        The frequencies themselves, standard normal; leading axes broadcast.
+    scale : float, optional
+        Factor of the logits, by default ``D ** -0.5``.
+    key_mask : boolean array, shape (..., M), optional
+        True = attend. What lies under False is never read, whatever it holds; any amount of it
+        leaves the other outputs unchanged to rounding.
+    query_mask : boolean array, shape (..., N), optional
+        False = padding: a row of zeros, whatever the query holds, and no gradient from or to it. By default
+        `key_mask` where N = M, as in self-attention: pass all True where other queries are as many.
+    is_causal : bool, default False
+        Query n sees the keys up to n; N = M, positive features. Of the pairs within 64 tokens, those
+        whose kernel is 87 nats below what their norms allow are taken at that distance: with norms of
+        tens, in the units of the logits' square root, single rows may be off by as much as the values.
+    return_state : bool, default False
+        With ``is_causal=True``: return the state after the last token too, for `rfa_step`.
+    enable_gqa : bool, default False
+        Let `q` have a multiple of the heads (axis -3) of `k` and `v`.
+
+    Returns
+    -------
+    array, shape (..., N, E)
+        Of the inputs' library, dtype and device; half precision is summed in float32. A query with
+        no key left gets zeros. With ``return_state=True``, a pair of this and an `RFAState`.
+
+    Raises
+    ------
+    TypeError
+        Not arrays, or of different libraries or dtypes, or not floating; a generator of another library.
+    ValueError
+        Shapes, devices, counts or options that do not fit; both or neither of `rng` and `noise`;
+        ``is_causal=True`` with N != M.
+    NotImplementedError
+        ``is_causal=True`` with other features than positive ones, or with `precondition`: what they take
+        from the data is of all tokens.
+
+    See Also
+    --------
+    rfa_step : The next tokens.
+
+    Notes
+    -----
+    With :math:`\xi(x, w) = \exp(w \cdot x - |x|^2/2)` and :math:`w_s \sim N(0, I)`,
+
+    .. math::
+
+        f(w) = \frac{\sum_m \xi(k_m, w)\, v_m}{Z(w)}, \quad Z(w) = \sum_m \xi(k_m, w), \qquad
+        \mathrm{out}_n = \frac{\sum_s \xi(q_n, w_s) Z(w_s) f(w_s)}{\sum_s \xi(q_n, w_s) Z(w_s)},
+
+    the self-normalized importance sampler of [1]_ with the proposal N(0, I), in O(S (N + M)) time.
+    Computed in log space: no additive epsilon, no maximum over the sequence, no overflow. Its variance
+    grows as :math:`\exp(|q + k|^2)`: on inputs of a trained model it is often worse than the mean of
+    the values.
+
+    References
+    ----------
+    .. [1] L. Zheng, C. Wang, L. Kong, "Linear Complexity Randomized Self-attention Mechanism",
+       ICML 2022, arXiv 2204.04667.
+    .. [2] K. Choromanski et al., "Rethinking Attention with Performers", arXiv 2009.14794: the
+       positive features, orthogonal draws.
+    .. [4] V. Likhosherstov et al., "Chefs' Random Tables", arXiv 2205.15317: the optimal positive
+       features. "FAVOR#", arXiv 2302.00787: the scaling of features. I. Reid et al., "Simplex Random
+       Features", arXiv 2301.13856.
+    .. [3] H. Peng et al., "Random Feature Attention", arXiv 2103.02143: the trigonometric features.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from randattn import rfa, softmax_attention
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 2, 5, 4))
+    >>> estimate = rfa(q, k, v, num_samples=4096, draws="orthogonal", rng=0)
+    >>> bool(np.max(np.abs(estimate - softmax_attention(q, k, v))) < 0.2)
+    True
+    """
+    check_option("features", features, ("positive", "optimal", "trigonometric"))
+    check_option("draws", draws, ("iid", "orthogonal", "simplex", "antithetic", "qmc"))
+    check_flags(return_state=return_state, precondition=precondition)
+    x = prepare(
+        q,
+        k,
+        v,
+        scale=scale,
+        key_mask=key_mask,
+        query_mask=query_mask,
+        enable_gqa=enable_gqa,
+        also=[(noise, 2)],
+    )
+    check_causal(x, is_causal)
+    if return_state and not is_causal:
+        raise ValueError("return_state: expected is_causal=True with it")
+    if is_causal and (features != "positive" or precondition):
+        raise NotImplementedError(
+            "is_causal: only features='positive' without precondition have a causal form"
+        )
+    count = resolve_count("num_samples", num_samples, 64, noise=(noise, -2))
+    w = normal_draws(x, (count, x.q.shape[-1]), rng=rng, noise=noise, axes="S, D", kind=draws)
+    if w is None:
+        raise no_draws("rfa")
+    if precondition:
+        x = preconditioned(x)
+    if features == "trigonometric":
+        return x.finish(trigonometric(x, w))
+    if is_causal:
+        state, out = _causal(x, w, nothing(x, w), x.root)
+        scale = x.xp.asarray(x.scale, dtype=x.q.dtype, device=x.device)
+        return (x.finish(out), _given_back(x, w, state, scale)) if return_state else x.finish(out)
+    if features == "optimal":
+        spread = optimal_spread(x)
+        w = w * x.xp.sqrt(spread)
+        log_weight = (1 / spread - 1)[..., 0] / 2 * dot(w, w)
+    f, log_z = attend(w, Keys(x.k, x.v, x.key_bias, x.scale), scale=x.root)
+    if features == "optimal":
+        log_z = log_z + log_weight
+    return x.finish(final_average(x.q, Keys(w, f, log_z), scale=x.root))
+
+
+@undisturbed
+def rfa_step(
+    q: Array,
+    k: Array,
+    v: Array,
+    state: RFAState,
+    /,
+    *,
+    key_mask: Array | None = None,
+    enable_gqa: bool = False,
+) -> tuple[Array, RFAState]:
+    """Causal `rfa` of the next tokens.
+
+    Parameters
+    ----------
+    q : array, shape (..., T, D)
+        One or more tokens, heads first.
+    k : array, shape (..., T, D)
+        Their keys.
+    v : array, shape (..., T, E)
+        Their values.
+    state : RFAState
+        Of all tokens before, from `rfa` with ``return_state=True`` or from this function.
+    key_mask : boolean array, shape (..., T), optional
+        True = attend, also in later steps.
+    enable_gqa : bool, default False
+        Let `q` have a multiple of the heads (axis -3) of `k` and `v`.
+
+    Returns
+    -------
+    out : array, shape (..., T, E)
+        What one call of `rfa` on all tokens gives for these.
+    state : RFAState
+        After these tokens.
+
+    Raises
+    ------
+    TypeError
+        Not arrays, or of different libraries or dtypes; not an `RFAState` of these.
+    ValueError
+        Shapes or devices that do not fit each other or the state.
+
+    See Also
+    --------
+    rfa
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from randattn import rfa, rfa_step
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 2, 6, 4))
+    >>> prefill, state = rfa(q[:, :5], k[:, :5], v[:, :5], rng=0, is_causal=True, return_state=True)
+    >>> step, state = rfa_step(q[:, 5:], k[:, 5:], v[:, 5:], state)
+    >>> bool(np.allclose(step, rfa(q, k, v, rng=0, is_causal=True)[:, 5:]))
+    True
+    """
+    also = [(getattr(state, "out", None), 2)]
+    x = prepare(q, k, v, scale=1.0, key_mask=key_mask, enable_gqa=enable_gqa, also=also)
+    check_causal(x, is_causal=True)
+    sizes = {
+        "frequencies": (None, x.q.shape[-1]),
+        "out": (None, x.v.shape[-1]),
+        "log_norm": (None,),
+        "scale": (),
+    }
+    w, f, log_z, scale = match_state("rfa", RFAState, state, x, sizes, shared=("frequencies",))
+    after, out = _causal(x, w, Average(f, log_z), x.xp.sqrt(scale))
+    return x.finish(out), _given_back(x, w, after, scale)
+
+
+def _given_back(x: Inputs, w: Array, state: Average, scale: Array) -> RFAState:
+    return RFAState(x.merge_heads(w, 2), x.merge_heads(state.out, 2), x.merge_heads(state.log_norm, 1), scale)
+
+
+def _causal(x: Inputs, w: Array, before: Average, root: Any) -> tuple[Average, Array]:
+    """Return the averages after the last token, and the results."""
+
+    def results(block: Block, q: Array) -> Array:
+        if q.shape[-2] == 1:
+            return attend(root * q, Keys(w, *block.after)).out
+        along_q = x.xp.matmul(root * q, x.xp.matrix_transpose(w))
+        return _by_kernel(along_q, block, is_masked=x.key_mask is not None)
+
+    size = block_sizes.CAUSAL_TOKENS
+    return scan(x, w, before, results, size, (x.q, size), root=root)
+
+
+def _by_kernel(along_q: Array, block: Block, *, is_masked: bool) -> Array:
+    """Attend to the keys before the block through the state, to its own keys by their kernel with each query."""
+    xp, (before, _, log_xi, v) = namespace(along_q), block
+    # xi(q, w) xi(k, w), each over its maximum. What is moved from one to the other first, and what is
+    # subtracted, is of the past alone: a key to come must not push the others below the smallest float.
+    level = xp.logaddexp(before.log_norm, _of_first(log_xi, before) if is_masked else log_xi[..., 0])
+    along_q, log_xi = along_q + level[..., None, :], log_xi - level[..., None]
+    top_k = xp.max(log_xi, axis=-2, keepdims=True)
+    features_q = xp.exp(along_q - xp.max(along_q, axis=-1, keepdims=True))
+    kernel = xp.matmul(features_q, xp.exp(log_xi - finite(top_k)))
+    smallest = xp.asarray(xp.finfo(kernel.dtype).smallest_normal, dtype=kernel.dtype, device=placement(v))
+    seen = xp.matrix_transpose(past(along_q, v.shape[-2], 0, 0))
+    log_weights = xp.where(seen, xp.log(xp.maximum(kernel, smallest)) + top_k, -math.inf)
+    # In these units the first key and the past together weigh at least one.
+    top = xp.max(log_weights, axis=-1, keepdims=True)
+    top = xp.where(top > 0, top, 0.0)
+    weights = xp.exp(log_weights - top)
+    share = features_q * xp.exp(before.log_norm - level)[..., None, :] * xp.exp(-top)
+    total = xp.sum(weights, axis=-1, keepdims=True) + xp.sum(share, axis=-1, keepdims=True)
+    return (xp.matmul(weights, v) + xp.matmul(share, before.out)) / nonzero(total)
+
+
+def _of_first(log_xi: Array, before: Average) -> Array:
+    """Return `log_xi` of a block's first key (..., S); where it is padding and has no past, of the first real key."""
+    xp, n = namespace(log_xi), log_xi.shape[-1]
+    order = with_rank(xp.arange(n, device=placement(log_xi)), log_xi.ndim)
+    is_real = log_xi > -math.inf
+    number = xp.min(xp.where(is_real, order, n), axis=-1, keepdims=True)
+    found = xp.sum(xp.where(is_real & (order == number), log_xi, 0.0), axis=-1)
+    first = log_xi[..., 0]
+    return xp.where((first == -math.inf) & (before.log_norm == -math.inf), found, first)

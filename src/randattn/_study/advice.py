@@ -1,0 +1,68 @@
+"""Advise for `diagnose`: a call that may do better, and one plain sentence."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from randattn._estimators.adaptive_eva import adaptive_eva
+from randattn._estimators.eva import eva
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from randattn._estimators.registry import Estimator
+
+    Array = Any
+
+_SHARED = ("scale", "key_mask", "query_mask", "enable_gqa")
+
+
+def beside(row: Estimator | None, options: dict[str, Any]) -> tuple[str, Callable[..., Array]] | None:
+    """Return a call that may do better than an estimator, and its name; None where there is none."""
+    is_causal = bool(options.get("is_causal", False))
+    better: Callable[..., Array] = eva if is_causal else adaptive_eva
+    if row is not None and (row.is_exact or row.function is better):
+        return None
+    own: dict[str, Any] = {"is_causal": True} if is_causal else {}
+    shared = {name: options[name] for name in _SHARED if name in options}
+    name = f"{better.__name__}({', '.join(f'{key}={value!r}' for key, value in own.items())})"
+    return name, functools.partial(better, **own, **shared)
+
+
+class Found(NamedTuple):
+    """Relative errors."""
+
+    name: str
+    is_exact: bool
+    error: float
+    standard_error: float | None
+    mean_error: float
+    beside: str | None = None
+    beside_error: float | None = None
+
+
+def recommendation(found: Found) -> str:
+    """Return one plain sentence."""
+    name, error, mean_error = found.name, found.error, found.mean_error
+    if found.is_exact:
+        return "softmax_attention is exact."
+    if not math.isfinite(error):
+        return f"No error of {name} is relative to exact attention that is zero or not finite in a layer."
+    is_worse = error >= mean_error > 0
+    use = "use softmax_attention"
+    if found.beside_error is not None and found.beside_error < min(
+        mean_error, error / (1 if is_worse else 2)
+    ):
+        use = f"use {found.beside}, which errs by {found.beside_error:.2g}"
+    if is_worse:
+        says = f"{name} would be worse than mean(V) here (relative error {error:.2g} to {mean_error:.2g})"
+        return f"{says}: {use}."
+    says = f"{name} errs by {error:.2g} here, where mean(V) errs by {mean_error:.2g}"
+    if use != "use softmax_attention":
+        return f"{says}: {use}."
+    if found.standard_error is not None:
+        share = min(1.0, (found.standard_error / error) ** 2) if error else 0.0
+        says = f"{says}; {share:.0%} of its mean square comes from the draws, the rest is bias"
+    return f"{says}."

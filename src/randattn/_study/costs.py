@@ -1,0 +1,79 @@
+"""Count the multiply-adds of an estimator, by the formula in its row of the registry."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from randattn._core.checks import as_count
+from randattn._core.describe import shown
+from randattn._estimators.registry import ESTIMATORS, row_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def multiply_adds(
+    estimator: Callable[..., Any],
+    n: int,
+    m: int,
+    d: int,
+    e: int,
+    /,
+    **options: Any,
+) -> int:
+    """Count the multiply-adds of one head.
+
+    Parameters
+    ----------
+    estimator : function
+        `softmax_attention`, `rfa`, `ra`, `lara`, `eva` or `adaptive_eva`.
+    n : int
+        Queries N.
+    m : int
+        Keys M.
+    d : int
+        Features D of queries and keys.
+    e : int
+        Features E of values.
+    **options
+        As for the estimator. Arrays may be left out.
+
+    Returns
+    -------
+    int
+        Multiply-adds of products of matrices and of weighted sums, those that choose groups and keys
+        included. Exponentials, comparisons, sorts and sums without weights are not.
+
+    Raises
+    ------
+    TypeError
+        Another function, or an option that it does not have.
+    ValueError
+        A count that is not positive.
+    NotImplementedError
+        ``is_causal=True``.
+
+    Notes
+    -----
+    Exact attention takes ``N M (D + E)``. Blocks count as large as they are when filled up.
+
+    Examples
+    --------
+    >>> from randattn import adaptive_eva, multiply_adds, softmax_attention
+    >>> whole = multiply_adds(softmax_attention, 4096, 4096, 64, 64)
+    >>> whole
+    2147483648
+    >>> round(multiply_adds(adaptive_eva, 4096, 4096, 64, 64) / whole, 3)
+    0.151
+    """
+    row = row_of(estimator)
+    if row is None:
+        raise TypeError(f"estimator: expected one of {', '.join(ESTIMATORS)}, got {shown(estimator)}")
+    sizes = [as_count(name, size) for name, size in zip("nmde", (n, m, d, e), strict=True)]
+    for name in options:
+        if name not in row.options:
+            raise TypeError(f"{row.name} has no option {shown(name)}")
+    if options.get("is_causal"):
+        raise NotImplementedError("is_causal: causal calls are not counted")
+    return math.ceil(row.cost(*sizes, {**row.options, **options}))

@@ -1,0 +1,341 @@
+"""When to trust an estimator: what its weights, its replicates and exact attention say of it."""
+
+from __future__ import annotations
+
+import functools
+import math
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from randattn._backends.dispatch import attend, backend_of
+from randattn._core.average import Keys, nonzero
+from randattn._core.checks import as_count, broadcast_shapes, check_arrays
+from randattn._core.describe import shown
+from randattn._core.draws import spawned
+from randattn._core.indexing import slices
+from randattn._core.inputs import check_causal, dot, hide, prepare, with_rank, working_precision
+from randattn._core.library import is_array
+from randattn._estimators.final_average import parted, watched
+from randattn._estimators.registry import row_of
+
+from .advice import Found, beside, recommendation
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from randattn._core.inputs import Inputs
+
+    Array = Any
+
+# Pairs of queries and keys, over all heads, up to which each is looked at; up to which a better estimator is
+# run beside; and at a time.
+_MOST_PAIRS, _MOST_PAIRS_BESIDE, _AT_HAND = 1 << 24, 1 << 28, 1 << 22
+# Queries that are looked at where there are more pairs.
+_FEW_QUERIES = 64
+
+
+@dataclass(frozen=True, repr=False)
+class Diagnosis:
+    """What `diagnose` found. Arrays are of the inputs' library; what was not computed is None.
+
+    Attributes
+    ----------
+    estimator : str
+        Its name.
+    effective_samples : array, shape (..., N), or None
+        Of each query's self-normalized weights ``p``, of draws (rfa, lara), of keys and groups (eva) or
+        of keys (softmax): ``(sum p)^2 / sum p^2``, Kish's effective sample size. None where the result is
+        no such average: `ra`, trigonometric features, causal rfa and lara, other functions.
+    largest_weight : array, shape (..., N), or None
+        The largest of those weights, which add up to one.
+    num_weights : array, shape (..., N), or None
+        How many there are.
+    standard_error : array, shape (..., N), or None
+        The standard deviation of one call's output over replicates with draws of their own, the root of
+        the sum over features. None where nothing is drawn.
+    queries : tuple of int
+        The Q queries that the following are of.
+    error : array, shape (..., Q)
+        ``|out - exact|``, the root mean square over replicates.
+    entropy : array, shape (..., Q)
+        Of the exact attention weights, in nats. NaN where no key is left, and for padding.
+    rows : array, shape (..., Q, M), or None
+        What the estimator, as it drew first, multiplies the values by: its attention matrix. None where
+        there are too many pairs, or where the result is no weighting of the values.
+    relative_error : float
+        ``|out - exact| / |exact|`` of a layer (the last three axes), averaged over layers and replicates;
+        padded queries are left out.
+    relative_standard_error : float or None
+        The same of the standard errors.
+    mean_error : float
+        The relative error of the trivial answer, the same mean(V) for every query.
+    alternative : str or None
+        Another call that was measured beside.
+    alternative_error : float or None
+        Its relative error.
+    recommendation : str
+        One plain sentence.
+    """
+
+    estimator: str
+    effective_samples: Array | None
+    largest_weight: Array | None
+    num_weights: Array | None
+    standard_error: Array | None
+    queries: tuple[int, ...]
+    error: Array
+    entropy: Array
+    rows: Array | None
+    relative_error: float
+    relative_standard_error: float | None
+    mean_error: float
+    alternative: str | None
+    alternative_error: float | None
+    recommendation: str
+
+    def __repr__(self) -> str:
+        return f"Diagnosis({self.recommendation!r})"
+
+
+def diagnose(
+    estimator: Callable[..., Array],
+    q: Array,
+    k: Array,
+    v: Array,
+    /,
+    *,
+    num_replicates: int = 8,
+    queries: Sequence[int] | None = None,
+    **options: Any,
+) -> Diagnosis:
+    r"""Say when to trust an estimator, on inputs of the caller's own.
+
+    Parameters
+    ----------
+    estimator : callable
+        `softmax_attention`, `rfa`, `ra`, `lara`, `eva`, a `functools.partial` of one, or any function
+        ``estimator(q, k, v, **options)`` that returns (..., N, E).
+    q : array, shape (..., N, D)
+        Queries, real floating, heads first. Half precision is looked at in float32.
+    k : array, shape (..., M, D)
+        Keys.
+    v : array, shape (..., M, E)
+        Values.
+    num_replicates : int, default 8
+        Calls with draws of their own, at least two; one where nothing is drawn.
+    queries : sequence of int, optional
+        The queries that are compared with exact attention, and whose rows are computed, in time N x M. By
+        default all, up to 2**24 pairs of a query and a key over all heads; beyond, 64 of them, without rows.
+    **options
+        As for the estimator. Where `rng` is given, replicates draw from seeds or keys made of it.
+
+    Returns
+    -------
+    Diagnosis
+        What was found, and one plain sentence of advice.
+
+    Raises
+    ------
+    TypeError
+        An `estimator` that cannot be called, or gives no array; Dask's arrays; whatever it raises itself.
+    ValueError
+        Queries that are not there; fewer than two replicates; whatever the estimator raises itself.
+
+    Notes
+    -----
+    The standard error is of the draws alone: what draws nothing, or where few draws decide, can be far from
+    exact attention with a small one.
+
+    For itself, not for a program: it calls the estimator again and again, cannot be traced by ``jit``, and
+    nothing of it is differentiated. The entropy of a row of exact attention is
+    :math:`\log Z(q) - \sum_m p_m\, q \cdot k_m`. The rows are the estimator's results for values that are
+    one at one key each, beside the values and too small to be seen.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from randattn import diagnose, rfa
+    >>> q, k, v = 3 * np.random.default_rng(0).standard_normal((3, 2, 128, 16))
+    >>> found = diagnose(rfa, q, k, v, num_samples=64, rng=0)
+    >>> found.relative_error > found.mean_error
+    True
+    >>> found.recommendation[:43]
+    'rfa would be worse than mean(V) here (relat'
+    """
+    while isinstance(estimator, functools.partial) and not estimator.args:
+        options = {**estimator.keywords, **options}
+        estimator = estimator.func
+    if not callable(estimator):
+        raise TypeError(f"estimator: expected a function of q, k and v, got {shown(estimator)}")
+    check_arrays(q=q, k=k, v=v)
+    if backend_of(q).is_lazy:
+        raise TypeError(f"q: expected arrays in memory, got {shown(q)}: compute() a part of them first")
+    as_count("num_replicates", num_replicates, minimum=2)
+    with backend_of(q).full_precision(q):
+        return _diagnosed(estimator, (q, k, v), num_replicates, queries, options)
+
+
+def _diagnosed(
+    estimator: Callable[..., Array],
+    given: tuple[Array, ...],
+    num_replicates: int,
+    queries: Sequence[int] | None,
+    options: dict[str, Any],
+) -> Diagnosis:
+    constant = backend_of(given[0]).constant
+    q, k, v = (constant(working_precision(x)) for x in given)
+    options = {name: constant(value) if is_array(value) else value for name, value in options.items()}
+    shared: dict[str, Any] = {name: options.get(name) for name in ("scale", "key_mask", "query_mask")}
+    x = prepare(q, k, v, enable_gqa=options.get("enable_gqa", False), **shared)
+    is_causal = options.get("is_causal", False)
+    check_causal(x, is_causal)
+    pairs = math.prod(x.lead) * q.shape[-2] * k.shape[-2]
+    if not pairs:
+        raise ValueError(f"q: expected at least one head, got leading axes {x.lead}")
+    index = _index(queries, q.shape[-2], pairs)
+
+    own: list[dict[str, Any]] = [{}]
+    if options.get("rng") is not None:
+        own = [{"rng": source} for source in spawned(options["rng"], num_replicates, x)]
+    row = row_of(estimator)
+    # A caller's own function may keep the program that it makes here.
+    with watched() if row is not None else nullcontext():
+        whole = estimator(q, k, v, **{**options, **own[0]})
+    if not is_array(whole):
+        raise TypeError(f"estimator: expected one array of results, got {type(whole).__name__}")
+    first, spread = parted(whole, v.shape[-1])
+    outs = [first, *(estimator(q, k, v, **{**options, **draws}) for draws in own[1:])]
+    variance = _variance(outs) if len(outs) > 1 else None
+    rows = None
+    if queries is not None or pairs <= _MOST_PAIRS:
+        rows = _rows(functools.partial(estimator, **{**options, **own[0]}), x, (q, k, v), first, index)
+
+    exact = _Exact(x, index, is_causal=is_causal)
+    squares = [exact.square(out) for out in outs]
+    found = Found(
+        name=getattr(estimator, "__name__", type(estimator).__name__),
+        is_exact=row is not None and row.is_exact,
+        error=sum(map(exact.relative, squares)) / len(squares),
+        standard_error=None if variance is None else exact.relative(exact.at(variance, -1)),
+        mean_error=exact.relative(exact.square_of_mean),
+    )
+    better = beside(row, options) if pairs <= _MOST_PAIRS_BESIDE else None
+    if better is not None:
+        name, function = better
+        found = found._replace(beside=name, beside_error=exact.relative(exact.square(function(q, k, v))))
+    return Diagnosis(
+        estimator=found.name,
+        effective_samples=None if spread is None else spread.effective,
+        largest_weight=None if spread is None else spread.largest,
+        num_weights=None if spread is None else spread.number,
+        standard_error=None if variance is None else x.xp.sqrt(variance),
+        queries=index,
+        error=x.xp.sqrt(sum(squares) / len(squares)),
+        entropy=exact.entropy,
+        rows=rows,
+        relative_error=found.error,
+        relative_standard_error=found.standard_error,
+        mean_error=found.mean_error,
+        alternative=found.beside,
+        alternative_error=found.beside_error,
+        recommendation=recommendation(found),
+    )
+
+
+def _index(queries: Sequence[int] | None, n: int, pairs: int) -> tuple[int, ...]:
+    """The queries to look at."""
+    if queries is None:
+        if pairs <= _MOST_PAIRS:
+            return tuple(range(n))
+        return tuple(sorted({number * n // _FEW_QUERIES for number in range(_FEW_QUERIES)}))
+    index = tuple(as_count("queries", number, minimum=0) for number in queries)
+    if not index or max(index) >= n:
+        raise ValueError(f"queries: expected some in range({n}), got {shown(index)}")
+    return index
+
+
+class _Exact:
+    """Exact attention at some queries, and how far results are from it.
+
+    Figures of queries are in the caller's heads, (..., Q).
+    """
+
+    def __init__(self, x: Inputs, index: tuple[int, ...], *, is_causal: bool) -> None:
+        xp, (n, m) = x.xp, (x.q.shape[-2], x.k.shape[-2])
+        self._x, self._index = x, index
+        q, past = self.at(x.q, -2), None
+        if is_causal:
+            number = xp.asarray(index, device=x.device)[:, None]
+            seen = number >= xp.arange(m, device=x.device)[None, :]
+            past = with_rank(xp.where(seen, xp.zeros_like(seen, dtype=q.dtype), -math.inf), q.ndim)
+        lead = broadcast_shapes(x.k.shape[:-2], x.v.shape[:-2])
+        values = xp.concat([xp.broadcast_to(y, (*lead, *y.shape[-2:])) for y in (x.v, x.k)], axis=-1)
+        both, log_norm = attend(q, Keys(x.k, values, x.key_bias, pair_bias=past), scale=x.scale)
+        is_empty, mean_key = log_norm == -math.inf, both[..., x.v.shape[-1] :]
+        self._mask, self._out = None, both[..., : x.v.shape[-1]]
+        if x.query_mask is not None:
+            # Estimators give zeros for padding: so does exact attention.
+            is_query = self.at(xp.broadcast_to(x.query_mask, (*x.lead, n)), -1)
+            self._mask, self._out = x.merge_heads(is_query, 1), hide(self._out, is_query)
+            is_empty = is_empty | ~is_query
+        entropy = log_norm - x.scale * dot(q, mean_key)
+        entropy = xp.where(is_empty, math.nan, xp.where(entropy < 0, 0.0, entropy))
+        self.entropy = x.merge_heads(entropy, 1)
+        self._total = self._of_layers(x.merge_heads(dot(self._out, self._out), 1))
+        mean, _ = attend(xp.zeros_like(q), Keys(x.k, x.v, x.key_bias, pair_bias=past))
+        self.square_of_mean = self._square(mean)
+
+    def at(self, x: Array, axis: int) -> Array:
+        """Of what has an axis of queries, these."""
+        if self._index == tuple(range(x.shape[axis])):
+            return x
+        return self._x.xp.take(x, self._x.xp.asarray(self._index, device=self._x.device), axis=axis)
+
+    def square(self, out: Array) -> Array:
+        """``|out - exact|^2`` of an estimator's result."""
+        return self._square(self.at(self._x.with_heads("out", out, 2), -2))
+
+    def relative(self, squares: Array) -> float:
+        """Their root over exact attention's in a layer, averaged over layers."""
+        xp, total = self._x.xp, self._total
+        root = xp.sqrt(self._of_layers(squares) / nonzero(total))
+        return float(xp.mean(xp.where(total == 0, math.nan, root)))
+
+    def _square(self, out: Array) -> Array:
+        lost = out - with_rank(self._out, out.ndim)
+        return self._x.merge_heads(dot(lost, lost), 1)
+
+    def _of_layers(self, squares: Array) -> Array:
+        xp = self._x.xp
+        if self._mask is not None:
+            squares = xp.where(with_rank(self._mask, squares.ndim), squares, 0.0)
+        return xp.sum(squares, axis=tuple(range(-min(2, squares.ndim), 0)))
+
+
+def _variance(outs: Sequence[Array]) -> Array:
+    """Of one call, from independent ones: (..., N), the sum over features."""
+    mean = sum(outs[1:], outs[0]) / len(outs)
+    return sum(dot(out - mean, out - mean) for out in outs) / (len(outs) - 1)
+
+
+def _rows(
+    estimate: Callable[..., Array], x: Inputs, given: tuple[Array, ...], out: Array, index: tuple[int, ...]
+) -> Array | None:
+    """What results are of the values, (..., Q, M); None where they are no such thing."""
+    xp, (q, k, v), m = x.xp, given, x.k.shape[-2]
+    # A power of two, so that nothing is rounded; beside the values its square is below their rounding.
+    largest = float(xp.max(xp.abs(x.v)))
+    unit = 2.0 ** (math.frexp(largest)[1] - math.ceil(-0.75 * math.log2(xp.finfo(v.dtype).eps)))
+    number, done = xp.arange(m, device=x.device), []
+    taken = xp.asarray(index, device=x.device)
+    for columns in slices(m, max(1, _AT_HAND // (math.prod(x.lead) * max(q.shape[-2], m)))):
+        one_hot = unit * xp.astype(number[:, None] == number[None, columns], v.dtype)
+        beside = xp.broadcast_to(with_rank(one_hot, v.ndim), (*v.shape[:-1], one_hot.shape[-1]))
+        found = estimate(q, k, xp.concat([v, beside], axis=-1))[..., v.shape[-1] :]
+        done.append(xp.take(found, taken, axis=-2) / unit)
+    rows = xp.concat(done, axis=-1)
+    lost = xp.matmul(x.with_heads("rows", rows, 2), x.v) - x.with_heads(
+        "out", xp.take(out, taken, axis=-2), 2
+    )
+    return rows if float(xp.max(xp.abs(lost))) <= 1e-3 * largest else None

@@ -1,0 +1,192 @@
+"""Lay tokens out in blocks on a grid: segments, groups and windows, as plain NumPy indices.
+
+Tokens lie in row-major order on a grid of one, two or three sizes. Indices are made once for each shape, on
+the host; NumPy is imported late, so that `import randattn` stays light. `device_parts` lays the same blocks
+over devices.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import numbers
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from randattn._core.checks import as_count
+from randattn._core.describe import shown
+from randattn._core.library import check_known
+from randattn._core.tracing import plain, static
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    Sizes = tuple[int, ...]
+    How = Literal["segments", "cells", "tiles"]
+
+
+class Blocks(NamedTuple):
+    """Blocks of tokens, each filled up to one length by repeating a token of its own.
+
+    Attributes
+    ----------
+    index : ndarray of int, shape (B, L)
+        The tokens of each block; in lanes, their places in lanes with edges.
+    valid : ndarray of bool, shape (B, L), or None
+        False where a block is filled up; None where none is.
+    place : ndarray of int, shape (N,)
+        Where each token stands among the B x L (the last place, where it stands in several).
+    in_order : bool
+        The blocks are the tokens as they stand: a reshape will do.
+    lanes : int
+        As many as the tokens are cut in, 1 where they are not.
+    edge : int
+        Tokens of the next lane that a lane has too.
+    own : ndarray of bool, shape (lanes, N / lanes), or None
+        Whether a token is in a block of the lane that it lies in; None where all are.
+    laid : tuple (grid, how, sizes), or None
+        What `blocks` was asked for, where that made them.
+    """
+
+    index: Any
+    valid: Any
+    place: Any
+    in_order: bool
+    lanes: int = 1
+    edge: int = 0
+    own: Any = None
+    laid: tuple[Sizes, How, Sizes] | None = None
+
+
+@static
+def blocks(grid: Sizes, how: How, sizes: Sizes) -> Blocks:
+    """Lay blocks over a grid.
+
+    "segments": so many on each axis, of equal sizes, or the last ones by one token longer.
+    "cells": so many on each axis, overlapping by a token where they do not divide it, repeating
+    tokens where they are more; those of adaptive pooling.
+    "tiles": of that size on each axis, the last one cut off by the border.
+    """
+    return host_blocks(grid, how, sizes)
+
+
+@functools.lru_cache(maxsize=64)
+def host_blocks(grid: Sizes, how: How, sizes: Sizes) -> Blocks:
+    import numpy as np
+
+    rank = len(grid)
+    index = np.zeros((1,) * 2 * rank, dtype=np.int64)
+    valid = np.ones((1,) * 2 * rank, dtype=bool)
+    for axis, (n, size) in enumerate(zip(grid, sizes, strict=True)):
+        starts, stops = _borders(n, how, size)
+        steps = np.arange(np.max(stops - starts))
+        tokens = starts[:, None] + steps
+        shape = [1] * (2 * rank)
+        shape[axis], shape[rank + axis] = tokens.shape
+        inside = tokens < stops[:, None]
+        tokens = np.where(inside, tokens, starts[:, None])
+        index = index * n + tokens.reshape(shape)
+        valid = valid & inside.reshape(shape)
+    count = math.prod(index.shape[:rank])
+    index, valid, n = index.reshape(count, -1), valid.reshape(count, -1), math.prod(grid)
+    return listed(index, valid, n)._replace(laid=(grid, how, sizes))
+
+
+def listed(index: Any, valid: Any, n: int) -> Blocks:
+    """Return blocks of n tokens by their indices (B, L)."""
+    import numpy as np
+
+    place = np.zeros(n, dtype=np.int64)
+    place[index[valid]] = np.flatnonzero(valid)
+    in_order = index.size == n and bool(np.all(index.ravel() == np.arange(n)))
+    return Blocks(index, None if valid.all() else valid, place, in_order)
+
+
+def _borders(n: int, how: How, size: int) -> tuple[Any, Any]:
+    import numpy as np
+
+    if how == "tiles":
+        starts = np.arange(0, n, size)
+        return starts, np.minimum(starts + size, n)
+    i = np.arange(size)
+    if how == "cells":
+        return i * n // size, -((i + 1) * -n // size)
+    short, longer = divmod(n, size)
+    stops = np.cumsum(short + (i >= size - longer))
+    return np.concatenate([[0], stops[:-1]]), stops
+
+
+@static
+def blocks_over(grid: Sizes, of: tuple[How, Sizes], window: Sizes) -> Any:
+    """Tell whether a block of tokens in a row is over where a window begins: bools, (windows, blocks)."""
+    ends, starts = host_blocks(grid, *of).index.max(axis=1), host_blocks(grid, "tiles", window).index[:, 0]
+    return ends[None, :] < starts[:, None]
+
+
+@static
+def blocks_before(grid: Sizes, of: tuple[How, Sizes], window: Sizes) -> Any:
+    """Return for each window how many blocks are over where it begins, (windows,)."""
+    return blocks_over(grid, of, window).sum(axis=1)
+
+
+def tokens_on_grid(grid: Any, n: int, m: int) -> Sizes:
+    """Return the caller's grid, or a row of all keys."""
+    if grid is None:
+        check_known("k", "segments and windows that are laid by the number of tokens", m)
+        return plain((m,))
+    if not isinstance(grid, tuple | list) or not 1 <= len(grid) <= 3:
+        raise ValueError(f"grid: expected a tuple of one, two or three sizes, got {shown(grid)}")
+    sizes = tuple(as_count("grid", size) for size in grid)
+    if not math.prod(sizes) == n == m:
+        raise ValueError(f"grid: expected as many places as queries ({n}) and keys ({m}), got {shown(sizes)}")
+    return sizes
+
+
+def number_on_grid(name: str, value: Any, grid: Sizes) -> Sizes:
+    """Return a number of blocks as numbers on the axes of a grid: the caller's own, or the best that fit."""
+    return _on_grid(name, value, grid, by_tokens=False)
+
+
+def size_on_grid(name: str, value: Any, grid: Sizes) -> Sizes:
+    """Return the tokens of a block as its sizes on the axes of a grid: the caller's own, or the best that fit."""
+    return _on_grid(name, value, grid, by_tokens=True)
+
+
+def _on_grid(name: str, value: Any, grid: Sizes, *, by_tokens: bool) -> Sizes:
+    if isinstance(value, numbers.Integral):
+        return _factors(grid, as_count(name, value), by_tokens)
+    if not isinstance(value, tuple | list):
+        raise TypeError(f"{name}: expected an integer or one for each axis of the grid, got {shown(value)}")
+    sizes = tuple(as_count(name, size) for size in value)
+    if len(sizes) != len(grid) or any(size > n for size, n in zip(sizes, grid, strict=False)):
+        raise ValueError(
+            f"{name}: expected a size for each axis that fits the grid {grid}, got {shown(sizes)}"
+        )
+    return sizes
+
+
+@static
+def _factors(grid: Sizes, total: int, cubes: bool) -> Sizes:
+    """Return sizes that fit the grid with the largest product up to `total`.
+
+    Of several, sizes that are nearest to cubes themselves (`cubes`) or that cut the grid into blocks nearest
+    to cubes.
+    """
+    return _best_factors(grid, total, cubes)
+
+
+@functools.lru_cache(maxsize=256)
+def _best_factors(grid: Sizes, total: int, cubes: bool) -> Sizes:
+    def preference(sizes: Sizes) -> tuple[int, float]:
+        edges = sizes if cubes else [n / size for n, size in zip(grid, sizes, strict=True)]
+        return math.prod(sizes), -max(edges) / min(edges)
+
+    return max(_sizes_within(grid, total), key=preference)
+
+
+def _sizes_within(grid: Sizes, total: int) -> Iterator[Sizes]:
+    *others, last = grid
+    for sizes in itertools.product(*(range(1, min(n, total) + 1) for n in others)):
+        rest = total // math.prod(sizes)
+        if rest:
+            yield (*sizes, min(last, rest))

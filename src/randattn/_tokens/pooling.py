@@ -1,0 +1,264 @@
+"""Gather, pool and merge tokens by the blocks that `grids` and `device_parts` lay."""
+
+from __future__ import annotations
+
+import math
+from functools import reduce
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from randattn._backends.dispatch import backend_of
+from randattn._core.average import Average, average_of_all, merge
+from randattn._core.checks import check_broadcast
+from randattn._core.inputs import hide, log_mask, with_rank
+from randattn._core.library import check_known, namespace, placement
+from randattn._core.tracing import plain
+
+from .device_parts import divided, pieces
+from .grids import blocks
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from randattn._core.inputs import Inputs
+
+    from .device_parts import Cuts, Members, Pieces
+    from .grids import Blocks
+
+    Array = Any
+
+
+def pool(x: Array, at: Blocks, mask: Array | None) -> Average:
+    """Return the mean token (..., B, D) of each block and the logarithm of its size, padding left out.
+
+    A block of padding alone has a mean of zero and the size's logarithm -inf.
+    """
+    parts = in_pieces(x, at)
+    if parts is not None:
+        return union(pool(x, parts.atoms, mask), parts)[0]
+    bias = gather_bias(x, mask, at)
+    tokens = gather(hide(x, mask), at)
+    if bias is None:
+        xp, length = namespace(x), at.index.shape[1]
+        mean = backend_of(x).mean_of_rows(tokens)
+        return Average(mean, xp.full(mean.shape[:-1], math.log(length), dtype=x.dtype, device=placement(x)))
+    return average_of_all(bias, tokens)
+
+
+def in_pieces(x: Array, at: Blocks) -> Pieces | None:
+    """Return blocks in pieces, where their tokens are laid over devices, or in chunks shorter than a block."""
+    if at.laid is None:
+        return None
+    longest = backend_of(x).longest_chunk(x)
+    if longest is not None:
+        return divided(at, longest)
+    lanes = backend_of(x).lanes_of(x)
+    return pieces(at, lanes) if lanes > 1 else None
+
+
+def gather(x: Array, at: Blocks) -> Array:
+    """Gather the tokens of blocks: (..., N, D) -> (..., B, L, D)."""
+    xp = namespace(x)
+    if not at.in_order:
+        x = _take(_with_edges(x, at), at.index, axis=-2, lanes=at.lanes)
+    x = backend_of(x).cut_between_blocks(x, at.index.shape[1])
+    *lead, _, d = x.shape
+    return xp.reshape(x, (*lead, *at.index.shape, d))
+
+
+def _with_edges(x: Array, at: Blocks) -> Array:
+    """Give each lane the first tokens of the next one: all that leaves a device."""
+    if not at.edge:
+        return x
+    xp = namespace(x)
+    *lead, n, d = x.shape
+    x = xp.reshape(x, (*lead, at.lanes, n // at.lanes, d))
+    x = xp.concat([x, xp.roll(x[..., : at.edge, :], -1, axis=-3)], axis=-2)
+    return xp.reshape(x, (*lead, n + at.lanes * at.edge, d))
+
+
+def gather_bias(x: Array, mask: Array | None, at: Blocks) -> Array | None:
+    """Return 0 for the tokens of each block, -inf for padding and for entries that fill it up: (..., B, L).
+
+    None where all are 0.
+    """
+    if mask is None and at.valid is None:
+        return None
+    keep: Array = None
+    if at.valid is not None:
+        keep = with_rank(backend_of(x).along(at.valid, x), x.ndim)
+    if mask is not None:
+        tokens = gather(mask[..., None], at)[..., 0]
+        keep = tokens if keep is None else tokens & keep
+    return log_mask(keep, x)
+
+
+def scatter(x: Array, at: Blocks, like: Array) -> Array:
+    """Bring the rows of blocks back to their tokens: (..., B, L, E) -> (..., N, E), in the chunks of `like`."""
+    return backend_of(x).cut_tokens_as(_scattered(x, at), like)
+
+
+def _scattered(x: Array, at: Blocks) -> Array:
+    xp = namespace(x)
+    *lead, b, length, e = x.shape
+    x = xp.reshape(x, (*lead, b * length, e))
+    if at.in_order:
+        return x
+    x = _take(x, at.place, axis=-2, lanes=at.lanes)
+    if not at.edge:
+        return x
+    # A row of the edge belongs to the next lane.
+    x = xp.reshape(x, (*lead, at.lanes, -1, e))
+    mine, edge = x[..., : -at.edge, :], xp.roll(x[..., -at.edge :, :], 1, axis=-3)
+    own = with_rank(xp.asarray(at.own[..., None], device=placement(x)), x.ndim)
+    x = xp.where(own, mine, xp.concat([edge, mine[..., at.edge :, :]], axis=-2))
+    return xp.reshape(x, (*lead, -1, e))
+
+
+def _take(x: Array, index: Any, axis: int, lanes: int) -> Array:
+    """Take from `x` at a NumPy index of any shape, which is flattened into the axis.
+
+    With lanes, each of an equal share of the index is into the same share of the axis.
+    """
+    xp = namespace(x)
+    if lanes == 1:
+        return backend_of(x).take(x, index, axis)
+    axis, size = axis + x.ndim, x.shape[axis]
+    shape, rest = tuple(x.shape[:axis]), tuple(x.shape[axis + 1 :])
+    within = index.reshape(lanes, -1) % (size // lanes)
+    at = xp.asarray(within.reshape(*[1] * len(shape), *within.shape, *[1] * len(rest)), device=placement(x))
+    x = xp.reshape(x, (*shape, lanes, size // lanes, *rest))
+    return xp.reshape(xp.take_along_axis(x, at, axis=axis + 1), (*shape, index.size, *rest))
+
+
+class Parted(NamedTuple):
+    """The parts of groups: averages over the smallest pieces, and at each level the parts of each group.
+
+    The parts are made once; of lazy arrays, in the task of each caller.
+    """
+
+    atoms: Average
+    members: list[Average]
+
+
+def union(atoms: Average, parts: Pieces | None) -> tuple[Average, Parted]:
+    """Merge averages over pieces to averages over groups (no pieces: they are the groups); return their parts too."""
+    if parts is None:
+        return atoms, Parted(atoms, [])
+    own = backend_of(atoms.out)
+    if not parts.levels:
+        return own.everywhere(atoms), Parted(atoms, [])
+    if own.is_lazy:
+        return own.regroup(_union, atoms, parts.levels[-1].index.shape[:1], parts), Parted(atoms, [])
+    levels = list(_levels(atoms, parts))
+    return own.everywhere(levels[-1][0]), Parted(atoms, [members for _, members in levels])
+
+
+def others(groups: Parted, cut: Cuts) -> Average:
+    """Return for each window and each group that it cuts the average over the other parts: (..., B, R, E)."""
+    if groups.members:
+        return _others(groups.members, cut)
+    return backend_of(groups.atoms.out).regroup(_others_of_atoms, groups.atoms, cut.is_cut.shape, cut)
+
+
+def _union(atoms: Average, parts: Pieces) -> Average:
+    *_, (groups, _) = _levels(atoms, parts)
+    return groups
+
+
+def _others_of_atoms(atoms: Average, cut: Cuts) -> Average:
+    return _others([members for _, members in _levels(atoms, cut.pieces)], cut)
+
+
+def _others(members: Sequence[Average], cut: Cuts) -> Average:
+    parts = zip(members, cut.pieces.levels, strict=True)
+    out, log_norm = reduce(merge, [_all_but(one, level) for one, level in parts])
+    return Average(out, namespace(out).where(backend_of(out).beside(cut.is_cut, out), log_norm, -math.inf))
+
+
+def _levels(atoms: Average, parts: Pieces) -> Iterator[tuple[Average, Average]]:
+    """Yield at each level the averages over its groups, and the parts of each of them."""
+    for level in parts.levels:
+        members = _of_groups(backend_of(atoms.out).everywhere(atoms) if level.lanes == 1 else atoms, level)
+        atoms = average_of_all(members.log_norm, members.out)
+        yield atoms, members
+
+
+def _of_groups(atoms: Average, level: Members) -> Average:
+    """Gather the parts of each group: (..., C, r, E)."""
+    xp, shape = namespace(atoms.out), level.index.shape
+    log_norm = _take(atoms.log_norm, level.index, axis=-1, lanes=level.lanes)
+    log_norm = xp.reshape(log_norm, (*log_norm.shape[:-1], *shape))
+    log_norm = xp.where(backend_of(log_norm).beside(level.valid, log_norm), log_norm, -math.inf)
+    out = _take(atoms.out, level.index, axis=-2, lanes=level.lanes)
+    return Average(xp.reshape(out, (*out.shape[:-2], *shape, out.shape[-1])), log_norm)
+
+
+def _all_but(members: Average, level: Members) -> Average:
+    """Return for each window the groups that it cuts without its own part: (..., B, R, E)."""
+    xp, shape = namespace(members.out), level.inside.shape
+    before, after = (
+        _before(members),
+        _before(Average(xp.flip(members.out, axis=-2), xp.flip(members.log_norm, axis=-1))),
+    )
+    rest = merge(before, Average(xp.flip(after.out, axis=-2), xp.flip(after.log_norm, axis=-1)))
+    out = xp.reshape(rest.out, (*rest.out.shape[:-3], -1, rest.out.shape[-1]))
+    log_norm = xp.reshape(rest.log_norm, (*rest.log_norm.shape[:-2], -1))
+    out = _take(out, level.inside, axis=-2, lanes=level.lanes)
+    log_norm = _take(log_norm, level.inside, axis=-1, lanes=level.lanes)
+    out = xp.reshape(out, (*out.shape[:-2], *shape, out.shape[-1]))
+    return Average(out, xp.reshape(log_norm, (*log_norm.shape[:-1], *shape)))
+
+
+def _before(parts: Average) -> Average:
+    """Return for each part (..., r, E) the average over the parts before it: a scan of `merge`, by doubling."""
+    xp = namespace(parts.out)
+
+    def later(x: Average, step: int) -> Average:
+        out, log_norm = x.out[..., :step, :], x.log_norm[..., :step]
+        return Average(
+            xp.concat([xp.zeros_like(out), x.out[..., :-step, :]], axis=-2),
+            xp.concat([xp.full_like(log_norm, -math.inf), x.log_norm[..., :-step]], axis=-1),
+        )
+
+    count, step = parts.out.shape[-2], 1
+    parts = later(parts, 1)
+    while step < count:
+        parts = merge(parts, later(parts, step))
+        step *= 2
+    return parts
+
+
+def blocks_of_queries(x: Inputs, keys: Blocks) -> Blocks:
+    """Lay as many blocks of queries as of keys, the very same ones where N = M."""
+    n, m = x.q.shape[-2], x.k.shape[-2]
+    check_known("q", "segments that are laid by the number of tokens", n, m)
+    n, m = plain((n, m))
+    if n == m:
+        return keys
+    count = keys.index.shape[0]
+    return blocks((n,), "segments" if n >= count else "cells", (count,))
+
+
+def pooling_ranks(landmarks: Any, noise: Any) -> list[tuple[Any, int]]:
+    """Return the further arrays of an estimator that pools, with the number of their trailing axes."""
+    pair = landmarks if isinstance(landmarks, tuple | list) else ()
+    return [(noise, 2), *[(array, 2) for array in pair]]
+
+
+def given_landmarks(x: Inputs, landmarks: Any, count: int) -> tuple[Array, Array]:
+    """Return the caller's own landmarks (..., C, D), checked."""
+    if not isinstance(landmarks, tuple | list) or len(landmarks) != 2:
+        raise TypeError(
+            f"landmarks: expected a pair (q_landmarks, k_landmarks), got {type(landmarks).__name__}"
+        )
+    names = ("landmarks[0]", "landmarks[1]")
+    pair = [x.match(name, array, 2) for name, array in zip(names, landmarks, strict=True)]
+    for name, array, ours in zip(names, landmarks, pair, strict=True):
+        if array.ndim < 2 or tuple(ours.shape[-2:]) != (count, x.q.shape[-1]):
+            raise ValueError(
+                f"{name}: expected shape (..., {count}, {x.q.shape[-1]}), got {tuple(array.shape)}"
+            )
+    check_broadcast(
+        q=(x.q, 2), k=(x.k, 2), v=(x.v, 2), **{n: (a, 2) for n, a in zip(names, pair, strict=True)}
+    )
+    return pair[0], pair[1]

@@ -1,0 +1,1 @@
+"""Compare the estimators: errors, times, agreement."""

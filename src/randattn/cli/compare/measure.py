@@ -1,0 +1,278 @@
+"""The measurements: errors, agreement and times, for every library, estimator and number of samples."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from randattn import softmax_attention
+from randattn.cli.errors import Refused
+from randattn.cli.libraries import open_library
+
+from .plan import EXACT, Config
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from randattn.cli.files import Inputs
+    from randattn.cli.libraries import ArrayLibrary
+
+    from .plan import Plan
+
+    Array = Any
+    Call = Callable[[], Array]
+    Advance = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One library, estimator and number of samples. A figure that is no finite number is None."""
+
+    backend: str
+    estimator: str
+    samples: int | None
+    relative_error: float | None
+    seconds: float
+    speedup: float
+    max_abs_diff: float | None
+
+
+@dataclass(frozen=True)
+class Length:
+    """The time of one call at one number of tokens."""
+
+    backend: str
+    estimator: str
+    samples: int | None
+    length: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """All measurements, and the machine's load before them (the average of a minute, where it is known)."""
+
+    rows: list[Row]
+    mean_v_error: float
+    lengths: list[Length]
+    input: str
+    shapes: dict[str, list[int]]
+    seeds: int
+    load_per_core: float | None
+    libraries: dict[str, dict[str, str]]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return asdict(self)
+
+
+@dataclass
+class _Steps:
+    total: int
+    advance: Advance
+    done: int = 0
+
+    def begin(self, what: str) -> None:
+        self.advance(self.done, self.total, what)
+        self.done += 1
+
+
+# Overflow is refused or reported; NumPy's warnings would stand between.
+@np.errstate(all="ignore")
+def measure(
+    inputs: Inputs,
+    libraries: Sequence[ArrayLibrary],
+    estimators: Sequence[str],
+    *,
+    plan: Plan,
+    seeds: int,
+    start: float,
+    advance: Advance,
+) -> Report:
+    """Measure errors, agreement and times, then time against length.
+
+    Parameters
+    ----------
+    inputs : Inputs
+        The arrays to attend with.
+    libraries, estimators : sequences
+        The libraries and the estimators to compare.
+    plan : Plan
+        How much is measured.
+    seeds : int
+        The errors are averaged over the seeds 0, 1, ...
+    start : float
+        When the command was started, by `time.perf_counter`.
+    advance : callable
+        Called with the number of steps done, that of all steps, and the step in hand.
+
+    Returns
+    -------
+    Report
+    """
+    load = os.getloadavg()[0] / (os.cpu_count() or 1) if hasattr(os, "getloadavg") else None
+    exact, mean_v_error = truth(inputs)
+    configs = plan.configs(estimators, inputs.k.shape[-2])
+    numbers = {config: range(1 if config == EXACT else seeds) for config in configs}
+    runs = sum(map(len, numbers.values()))
+    steps = _Steps(len(libraries) * (runs + 1 + len(plan.lengths)), advance)
+
+    accuracy = {
+        config: _accuracy(inputs, libraries, config, seeds=numbers[config], exact=exact, steps=steps)
+        for config in configs
+    }
+    rows = []
+    for library in libraries:
+        steps.begin(f"{library.name}: time")
+        race = {config: accuracy[config][library.name].call for config in configs}
+        if EXACT not in race:
+            race[EXACT] = _call(inputs, library, EXACT, seed=0)
+            race[EXACT]()
+        seconds = _race(race, plan.rounds, plan.seconds)
+        for config in configs:
+            of_it = accuracy[config][library.name]
+            rows.append(
+                Row(
+                    library.name,
+                    *config,
+                    relative_error=of_it.error,
+                    seconds=seconds[config],
+                    speedup=seconds[EXACT] / seconds[config],
+                    max_abs_diff=of_it.difference,
+                )
+            )
+    lengths = list(_lengths(inputs, libraries, estimators, plan=plan, start=start, steps=steps))
+    advance(steps.total, steps.total, "")
+    return Report(
+        rows,
+        mean_v_error,
+        lengths,
+        inputs.name,
+        {"q": list(inputs.q.shape), "k": list(inputs.k.shape), "v": list(inputs.v.shape)},
+        seeds,
+        load,
+        {library.name: {"version": library.version, "device": library.device} for library in libraries},
+    )
+
+
+def truth(inputs: Inputs) -> tuple[np.ndarray, float]:
+    """Return exact attention in float64, and the error of the trivial answer mean(V)."""
+    arrays = (inputs.q, inputs.k, inputs.v)
+    with np.errstate(all="ignore"):
+        is_finite = np.isfinite(softmax_attention(*arrays, scale=inputs.scale)).all()
+    if not is_finite:
+        raise Refused(f"{inputs.name}: exact attention overflows in float32")
+    q, k, v = (x.astype(np.float64) for x in arrays)
+    exact = softmax_attention(q, k, v, scale=inputs.scale)
+    if not _layer_norms(exact).all():
+        raise Refused(f"{inputs.name}: exact attention is zero in a layer, and no error is relative to that")
+    return exact, _relative_error(np.mean(v, axis=-2, keepdims=True), exact)
+
+
+def _layer_norms(x: np.ndarray) -> np.ndarray:
+    """Return the norm of each layer. A layer has three axes: heads, tokens and features."""
+    layer = x.shape[-3:]
+    norms: np.ndarray = np.linalg.norm(x.reshape(-1, int(np.prod(layer))), axis=-1)
+    return norms
+
+
+def _relative_error(out: np.ndarray, exact: np.ndarray) -> float:
+    return float(np.mean(_layer_norms(out - exact) / _layer_norms(exact)))
+
+
+class _Accuracy(NamedTuple):
+    error: float | None
+    difference: float | None  # from NumPy
+    call: Call  # with the first seed, for its time
+
+
+def _accuracy(
+    inputs: Inputs,
+    libraries: Sequence[ArrayLibrary],
+    config: Config,
+    *,
+    seeds: range,
+    exact: np.ndarray,
+    steps: _Steps,
+) -> dict[str, _Accuracy]:
+    """Return for each library the mean error, and the largest difference from NumPy with the same seed."""
+    reference = open_library("numpy")
+    wanted = [_call(inputs, reference, config, seed)() for seed in seeds]
+    accuracy = {}
+    for library in libraries:
+        calls, errors, differences = [], [], []
+        for seed, want in zip(seeds, wanted, strict=True):
+            steps.begin(f"{library.name}: error of {config}")
+            calls.append(_call(inputs, library, config, seed))
+            got = library.to_numpy(calls[-1]())
+            errors.append(_relative_error(got.astype(np.float64), exact))
+            differences.append(np.max(np.abs(got - want)))
+        accuracy[library.name] = _Accuracy(_finite(np.mean(errors)), _finite(np.max(differences)), calls[0])
+    return accuracy
+
+
+def _finite(x: Any) -> float | None:
+    return float(x) if np.isfinite(x) else None
+
+
+def _call(inputs: Inputs, library: ArrayLibrary, config: Config, seed: int) -> Call:
+    """Return the estimator on these inputs, to be called again and again; it waits for the device."""
+    is_self = inputs.q.shape[-2] == inputs.k.shape[-2]
+    function = library.compiled(config.bind(inputs.scale, seed, is_self=is_self))
+    arrays = [library.asarray(x) for x in (inputs.q, inputs.k, inputs.v)]
+
+    def call() -> Array:
+        out = function(*arrays)
+        library.wait(out)
+        return out
+
+    return call
+
+
+def _race(calls: Mapping[Config, Call], rounds: int, seconds: float) -> dict[Config, float]:
+    """Return the median time of each call, all called in turn: a slow machine slows them all."""
+    times: dict[Config, list[float]] = {config: [] for config in calls}
+    begun = time.perf_counter()
+    done, elapsed = 0, 0.0
+    while elapsed < seconds or (done < rounds and elapsed < 3 * seconds):
+        for config, call in calls.items():
+            start = time.perf_counter()
+            call()
+            times[config].append(time.perf_counter() - start)
+        done, elapsed = done + 1, time.perf_counter() - begun
+    return {config: median(each) for config, each in times.items()}
+
+
+def _lengths(
+    inputs: Inputs,
+    libraries: Sequence[ArrayLibrary],
+    estimators: Sequence[str],
+    *,
+    plan: Plan,
+    start: float,
+    steps: _Steps,
+) -> Iterator[Length]:
+    """Time one head of the inputs, repeated to each length, as far as the plan's time goes."""
+    entrants = {library.name: plan.curves(estimators) for library in libraries}
+    cost = dict.fromkeys(entrants, 0.0)
+    for length in plan.lengths:
+        one_head = inputs.one_head(length)
+        for library in libraries:
+            begun = time.perf_counter()
+            steps.begin(f"{library.name}: {length} tokens")
+            # A longer length takes a little longer: quadratic calls drop out, and compiling takes as long as before.
+            if not entrants[library.name] or begun - start + 1.2 * cost[library.name] > plan.deadline:
+                continue
+            calls = {config: _call(one_head, library, config, seed=0) for config in entrants[library.name]}
+            for call in calls.values():
+                call()
+            seconds = _race(calls, rounds=3, seconds=plan.seconds / 8)
+            for config in calls:
+                yield Length(library.name, *config, length, seconds[config])
+            entrants[library.name] = [config for config in calls if seconds[config] <= plan.slowest]
+            cost[library.name] = time.perf_counter() - begun

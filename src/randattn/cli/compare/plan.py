@@ -1,0 +1,117 @@
+"""Plan what `compare` measures: each estimator of the registry with some numbers of samples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from randattn._estimators.registry import by_label
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+
+class Config(NamedTuple):
+    """An estimator with a number of samples."""
+
+    estimator: str
+    samples: int | None
+
+    def __str__(self) -> str:
+        return self.estimator if self.samples is None else f"{self.estimator} {self.samples}"
+
+    def bind(self, scale: float, seed: int, *, is_self: bool) -> Callable[..., Any]:
+        """Return the library's function of q, k and v alone; `is_self`: there are as many queries as keys."""
+        row = by_label()[self.estimator]
+        keywords: dict[str, Any] = {"scale": scale}
+        if row.count is not None:
+            keywords[row.count] = self.samples
+        if row.draws != "never":
+            keywords["rng"] = seed
+        if not is_self:
+            keywords |= row.across
+        return lambda q, k, v: row.function(q, k, v, **keywords)
+
+
+EXACT = Config("softmax", None)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured.
+
+    Attributes
+    ----------
+    linear, quadratic : tuples of int
+        The numbers of samples of most estimators, and of an estimator whose default is one.
+    seeds : int
+        Seeds that errors are averaged over by default.
+    rounds : int
+        How often each call is timed, if that does not take three times `seconds`.
+    seconds : float
+        How long calls are timed at least, together.
+    quadratic_curves : bool
+        Whether time is measured against length of estimators that are neither linear nor exact, too.
+    lengths : tuple of int
+        The numbers of tokens.
+    slowest : float
+        Seconds: a call that takes longer at one length is left out of the next.
+    deadline : float
+        Seconds after the start, before which the measurements of lengths end.
+    """
+
+    linear: tuple[int, ...]
+    quadratic: tuple[int, ...]
+    seeds: int
+    rounds: int
+    seconds: float
+    quadratic_curves: bool
+    lengths: tuple[int, ...]
+    slowest: float
+    deadline: float
+
+    def configs(self, estimators: Iterable[str], tokens: int) -> list[Config]:
+        """Return each estimator with each number of samples that `tokens` keys allow."""
+        configs = []
+        for label in estimators:
+            row = by_label()[label]
+            counts: Iterable[int | None] = self.quadratic if row.default == 1 else self.linear
+            if row.count is None:
+                counts = [None]
+            elif row.counts_tokens:
+                counts = sorted({min(count, tokens) for count in self.linear})
+            configs += [Config(label, count) for count in counts]
+        return configs
+
+    def curves(self, estimators: Iterable[str]) -> list[Config]:
+        """Return the estimators whose time is measured against length, each with its default count."""
+        rows = [(label, by_label()[label]) for label in estimators]
+        return [
+            Config(label, row.default)
+            for label, row in rows
+            if self.quadratic_curves or row.is_linear or row.is_exact
+        ]
+
+
+FULL = Plan(
+    linear=(16, 64, 256),
+    quadratic=(1, 4),
+    seeds=3,
+    rounds=7,
+    seconds=3.0,
+    quadratic_curves=True,
+    lengths=(256, 512, 1024, 2048, 4096, 8192, 16384),
+    slowest=0.5,
+    deadline=110.0,
+)
+QUICK = Plan(
+    linear=(16, 64),
+    quadratic=(1,),
+    seeds=1,
+    rounds=3,
+    seconds=0.3,
+    quadratic_curves=False,
+    lengths=(1024, 4096),
+    slowest=0.05,
+    deadline=12.0,
+)

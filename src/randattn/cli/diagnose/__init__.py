@@ -1,0 +1,1 @@
+"""Diagnose the estimators on inputs of the caller's own."""

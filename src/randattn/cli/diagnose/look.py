@@ -1,0 +1,187 @@
+"""Diagnose each estimator of the registry on the inputs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from randattn import diagnose
+from randattn._estimators.registry import by_label
+from randattn.cli.compare.measure import truth
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from randattn import Diagnosis
+    from randattn.cli.compare.measure import Advance
+    from randattn.cli.files import Inputs
+
+QUANTILES = (0.05, 0.5, 0.95)
+BINS = 16
+
+
+def labels() -> list[str]:
+    """Return the short names of the estimators to diagnose: all but exact attention."""
+    return [label for label, row in by_label().items() if not row.is_exact]
+
+
+@dataclass(frozen=True)
+class Look:
+    """The diagnosis of an estimator in figures; a figure that was not computed is None.
+
+    Attributes
+    ----------
+    estimator : str
+    samples : int
+        Draws, landmarks, groups or exact keys.
+    relative_error, mean_error : float
+    relative_standard_error : float or None
+    effective_samples, largest_weight : tuple of float, or None
+        Below these figures are 5 %, half and 95 % of queries.
+    num_weights : float or None
+        Half of the queries have as many weights.
+    histogram : list of int, or None
+        Queries by effective samples over weights, in equal bins from 0 to 1.
+    recommendation : str
+    """
+
+    estimator: str
+    samples: int
+    relative_error: float
+    mean_error: float
+    relative_standard_error: float | None
+    effective_samples: tuple[float, ...] | None
+    largest_weight: tuple[float, ...] | None
+    num_weights: float | None
+    histogram: list[int] | None
+    recommendation: str
+
+
+@dataclass(frozen=True)
+class Looks:
+    """All of them, and figures of exact attention.
+
+    Attributes
+    ----------
+    input : str
+    shapes : dict
+    queries : int
+        So many of each head are compared with exact attention.
+    entropy : tuple of float
+        Of their exact rows, in nats, as `Look` has figures.
+    looks : list of Look
+    diagnoses : dict of Diagnosis
+        By estimator, for pictures.
+    exact : array, shape (N, M), or None
+        The attention matrix of the first head, for pictures.
+    """
+
+    input: str
+    shapes: dict[str, list[int]]
+    queries: int
+    entropy: tuple[float, ...]
+    looks: list[Look]
+    diagnoses: dict[str, Diagnosis]
+    exact: np.ndarray | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values for JSON, without the arrays for pictures."""
+        looks = [asdict(look) for look in self.looks]
+        return {
+            "input": self.input,
+            "shapes": self.shapes,
+            "queries": self.queries,
+            "entropy": self.entropy,
+            "looks": looks,
+        }
+
+
+def look(
+    inputs: Inputs,
+    estimators: Sequence[str],
+    *,
+    samples: int | None,
+    seed: int,
+    replicates: int,
+    advance: Advance,
+) -> Looks:
+    """Diagnose each estimator.
+
+    Parameters
+    ----------
+    inputs : Inputs
+    estimators : sequence of str
+        Their short names in the registry.
+    samples : int or None
+        Draws, landmarks, groups or exact keys; by default the default of each row.
+    seed, replicates : int
+        Of the draws.
+    advance : callable
+        Called with the number of steps done, that of all steps, and the step in hand.
+
+    Returns
+    -------
+    Looks
+    """
+    truth(inputs)
+    arrays = (inputs.q, inputs.k, inputs.v)
+    found: dict[str, Diagnosis] = {}
+    looks = []
+    for number, name in enumerate(estimators):
+        advance(number, len(estimators), name)
+        row = by_label()[name]
+        count = row.default if samples is None else samples
+        options: dict[str, Any] = {} if row.count is None else {row.count: count}
+        if row.draws != "never":
+            options["rng"] = seed
+        if inputs.q.shape[-2] != inputs.k.shape[-2]:
+            options |= row.across
+        with np.errstate(all="ignore"):
+            found[name] = diagnose(
+                row.function, *arrays, scale=inputs.scale, num_replicates=replicates, **options
+            )
+        looks.append(_look(name, count or 0, found[name]))
+    advance(len(estimators), len(estimators), "")
+    (first, *_) = found.values()
+    return Looks(
+        inputs.name,
+        {"q": list(inputs.q.shape), "k": list(inputs.k.shape), "v": list(inputs.v.shape)},
+        len(first.queries),
+        _quantiles(first.entropy),
+        looks,
+        found,
+        None if first.rows is None else _exact(inputs),
+    )
+
+
+def _look(name: str, samples: int, found: Diagnosis) -> Look:
+    effective, number = found.effective_samples, found.num_weights
+    return Look(
+        name,
+        samples,
+        found.relative_error,
+        found.mean_error,
+        found.relative_standard_error,
+        None if effective is None else _quantiles(effective),
+        None if found.largest_weight is None else _quantiles(found.largest_weight),
+        None if number is None else float(np.median(number)),
+        None
+        if effective is None or number is None
+        else np.histogram(np.clip(effective / number, 0, 1), bins=BINS, range=(0, 1))[0].tolist(),
+        found.recommendation,
+    )
+
+
+def _quantiles(x: np.ndarray) -> tuple[float, ...]:
+    return tuple(float(value) for value in np.quantile(x, QUANTILES))
+
+
+def _exact(inputs: Inputs) -> np.ndarray:
+    """Return the attention matrix of the first head."""
+    q, k = (x.reshape(-1, *x.shape[-2:])[0].astype(np.float64) for x in (inputs.q, inputs.k))
+    logits = inputs.scale * q @ k.T
+    weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    rows: np.ndarray = weights / weights.sum(axis=-1, keepdims=True)
+    return rows

@@ -1,0 +1,65 @@
+"""Print the diagnoses in the terminal."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from rich.text import Text
+
+from randattn.cli.terminal import console, table
+
+if TYPE_CHECKING:
+    from .look import Looks
+
+_BARS = " ▁▂▃▄▅▆▇█"
+
+
+def print_looks(found: Looks) -> None:
+    """Print errors, weights and advice, and explain the columns."""
+    out = console()
+    q, keys = found.shapes["q"], found.shapes["k"][-2]
+    rows = table(f"{found.input}, {' x '.join(map(str, q))}", "estimator")
+    for header in ("samples", "error", "standard error", "mean(V)", "effective", "largest weight"):
+        rows.add_column(header, justify="right")
+    rows.add_column("effective share, 0 to 1", no_wrap=True)
+    for each in found.looks:
+        rows.add_row(
+            each.estimator,
+            str(each.samples),
+            Text(f"{each.relative_error:.3f}", style="bold red" * (each.relative_error >= each.mean_error)),
+            _number(each.relative_standard_error),
+            f"{each.mean_error:.3f}",
+            "-"
+            if each.effective_samples is None or each.num_weights is None
+            else f"{each.effective_samples[1]:.1f} of {each.num_weights:.0f}",
+            "-" if each.largest_weight is None else f"{each.largest_weight[1]:.2f}",
+            "-" if each.histogram is None else _bars(each.histogram),
+        )
+    out.print(rows)
+    low, half, high = (math.exp(value) for value in found.entropy)
+    notes = (
+        "",
+        "error: relative to exact attention, of a layer; red where mean(V), the same for all queries, errs less.",
+        "standard error: of one call, over replicates that draw anew; without the bias.",
+        "effective: Kish's effective sample size of a query's self-normalized weights (of draws; in eva and",
+        "adaptive_eva of keys and groups), of the number of weights; the bars count queries by the share of the",
+        "two. effective and largest weight are medians over queries. -: no such average, or nothing drawn.",
+        f"Exact rows have the entropy of {half:.3g} equal keys of {keys} (5 %: {low:.3g}, 95 %: {high:.3g}).",
+        "",
+    )
+    out.print("\n".join(notes), markup=False, soft_wrap=True)
+    for each in found.looks:
+        says = each.recommendation
+        named = says if says.startswith(f"{each.estimator} ") else f"{each.estimator}: {says}"
+        out.print(named, markup=False, soft_wrap=True)
+
+
+def _number(x: float | None) -> str:
+    return "-" if x is None else f"{x:.3f}"
+
+
+def _bars(histogram: list[int]) -> str:
+    """Return a bar for each bin; the lowest for a single query, too."""
+    top = max(histogram)
+    return "".join(_BARS[math.ceil(count / top * (len(_BARS) - 1))] for count in histogram)

@@ -1,0 +1,267 @@
+"""Read the arrays, write the report."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import tempfile
+import zipfile
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from randattn import data
+
+from .errors import Refused
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+_AXES = {"q": "N, D", "k": "M, D", "v": "M, E"}
+
+
+class _Unfit(Exception):  # noqa: N818  (a file's fault)
+    """The fault of a file, without its name."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Inputs of attention: q (..., N, D), k (..., M, D), v (..., M, E) in float32, and the scale."""
+
+    name: str
+    q: np.ndarray
+    k: np.ndarray
+    v: np.ndarray
+    scale: float
+
+    def one_head(self, length: int) -> Inputs:
+        """Return the first head, its tokens repeated or cut to a length."""
+
+        def repeated(x: np.ndarray) -> np.ndarray:
+            tokens: np.ndarray = x.reshape(-1, *x.shape[-2:])[0]
+            return np.take(tokens, np.arange(length), axis=0, mode="wrap")
+
+        return Inputs(self.name, repeated(self.q), repeated(self.k), repeated(self.v), self.scale)
+
+
+def read_sample() -> Inputs:
+    """Return the embedded sample."""
+    q, k, v, scale = data.read_sample()
+    return _checked("embedded sample", {"q": q, "k": k, "v": v, "scale": np.asarray(scale)})
+
+
+def read_inputs(path: Path) -> Inputs:
+    """Read and check a caller's file; raise `Refused` with its fault.
+
+    Parameters
+    ----------
+    path : Path
+        A .npz or .safetensors file.
+
+    Returns
+    -------
+    Inputs
+    """
+    try:
+        return _checked(str(path), _read(path))
+    except _Unfit as error:
+        reason = str(error)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+    except MemoryError:
+        reason = "does not fit in memory"
+    raise Refused(f"{path}: {reason}")
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+    if path.exists() and not path.is_file():
+        raise _Unfit("is not a file")
+    content = path.read_bytes()
+    if path.suffix.lower() == ".npz":
+        return _read_npz(content)
+    if path.suffix.lower() == ".safetensors":
+        return _read_safetensors(content)
+    raise _Unfit("expected a name that ends in .npz or .safetensors")
+
+
+def _read_npz(content: bytes) -> dict[str, np.ndarray]:
+    """Return the arrays, each checked against its sum, none of them unpickled."""
+    if content[:1] == b"\x80":
+        raise _Unfit("is a pickle, which could run any code and is not read")
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            names = [name.removesuffix(".npy") for name in archive.namelist()]
+            _check_names(names)
+            return {
+                name: np.lib.format.read_array(io.BytesIO(archive.read(member)), allow_pickle=False)
+                for name, member in zip(names, archive.namelist(), strict=True)
+            }
+    except (_Unfit, MemoryError):
+        raise
+    except Exception as error:  # noqa: BLE001  (damaged bytes make zip, zlib and NumPy raise anything)
+        if "allow_pickle" in str(error):
+            raise _Unfit("holds pickled objects, which could run any code and are not read") from None
+        raise _Unfit(f"is truncated, damaged or no .npz file ({error})") from None
+
+
+def _read_safetensors(content: bytes) -> dict[str, np.ndarray]:
+    from safetensors import SafetensorError, deserialize
+
+    try:
+        tensors = dict(deserialize(content))  # type: ignore[no-untyped-call]
+    except SafetensorError as error:
+        raise _Unfit(f"is truncated, damaged or no .safetensors file ({error})") from None
+    _check_names(tensors)
+    return {name: _from_safetensors(name, tensor) for name, tensor in tensors.items()}
+
+
+def _from_safetensors(name: str, tensor: Mapping[str, Any]) -> np.ndarray:
+    dtype, shape = tensor["dtype"], tensor["shape"]
+    if dtype == "BF16":
+        # The upper half of a float32, and NumPy has no such type.
+        upper = np.frombuffer(tensor["data"], dtype="<u2").astype(np.uint32)
+        return (upper << 16).view(np.float32).reshape(shape)
+    if dtype not in ("F16", "F32", "F64"):
+        raise _Unfit(f"{name}: expected float16, bfloat16, float32 or float64, got {dtype}")
+    return np.frombuffer(tensor["data"], dtype=f"<f{int(dtype[1:]) // 8}").reshape(shape)
+
+
+def _check_names(names: Iterable[str]) -> None:
+    got = sorted(names)
+    if got not in (sorted(_AXES), sorted((*_AXES, "scale"))):
+        raise _Unfit(f"expected the arrays q, k, v and optionally scale, got {', '.join(got) or 'none'}")
+
+
+def _checked(name: str, arrays: Mapping[str, np.ndarray]) -> Inputs:
+    for which, x in arrays.items():
+        if not np.issubdtype(x.dtype, np.floating):
+            raise _Unfit(f"{which}: expected a real floating dtype, got {x.dtype}")
+    for which, axes in _AXES.items():
+        shape = arrays[which].shape
+        if len(shape) < 2 or 0 in shape:
+            raise _Unfit(f"{which}: expected shape (..., {axes}) and no axis of length 0, got {shape}")
+    q, k, v = (arrays[which].shape for which in _AXES)
+    if k[-1] != q[-1]:
+        raise _Unfit(f"k: expected the {q[-1]} features of q on its last axis, got shape {k}")
+    if v[-2] != k[-2]:
+        raise _Unfit(f"v: expected the {k[-2]} tokens of k on its axis -2, got shape {v}")
+    try:
+        np.broadcast_shapes(q[:-2], k[:-2], v[:-2])
+    except ValueError:
+        raise _Unfit(f"leading axes of q, k, v: expected some that broadcast, got {q}, {k}, {v}") from None
+    single = {which: _single(which, arrays[which]) for which in _AXES}
+    return Inputs(name, **single, scale=_scale(arrays.get("scale"), q[-1]))
+
+
+def _single(which: str, x: np.ndarray) -> np.ndarray:
+    if not np.isfinite(x).all():
+        raise _Unfit(f"{which}: holds NaN or infinity")
+    with np.errstate(over="ignore"):
+        single = np.ascontiguousarray(x, dtype=np.float32)
+    if not np.isfinite(single).all():
+        raise _Unfit(f"{which}: holds values too large for float32")
+    with np.errstate(over="ignore"):
+        squares = np.vecdot(single, single)
+    if which != "v" and not np.isfinite(squares).all():
+        raise _Unfit(f"{which}: holds values whose squared norms are too large for float32")
+    return single
+
+
+def _scale(scale: np.ndarray | None, features: int) -> float:
+    if scale is None:
+        return float(features**-0.5)
+    if scale.size != 1 or not 0 < scale.item() < np.inf:
+        raise _Unfit("scale: expected one positive, finite number")
+    return float(scale.item())
+
+
+def check_output(folder: Path) -> None:
+    """Refuse, before anything is measured, a folder that cannot be written to.
+
+    Parameters
+    ----------
+    folder : Path
+        It may not exist yet.
+    """
+    try:
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    except OSError as error:
+        raise _not_written(folder, error) from None
+    if not there.is_dir():
+        raise Refused(f"--output {folder}: {'is' if there == folder else f'{there} is'} not a directory")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise Refused(f"--output {folder}: permission denied")
+
+
+def write_report(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Put files in a folder, in place of files of their names: all of them or none.
+
+    Files are first written whole, and older files copied, to a hidden folder within `folder`; then
+    each is renamed into place, which the system does at once or not at all. If one rename fails, or
+    the program is interrupted between two, the older files are renamed back from their copies. A
+    machine that stops between two renames leaves a mixture.
+
+    Parameters
+    ----------
+    folder : Path
+        Made where it does not exist; then it is removed again if a file cannot be written.
+    files : mapping of str to bytes
+        The files' names and contents.
+    """
+    made: list[Path] = []
+    try:
+        made += [path for path in (folder, *folder.absolute().parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".report-", dir=folder) as temporary:
+            new, old = Path(temporary, "new"), Path(temporary, "old")
+            new.mkdir()
+            old.mkdir()
+            for name, content in files.items():
+                _write(new / name, content)
+                if os.path.lexists(folder / name):
+                    shutil.copy2(folder / name, old / name, follow_symlinks=False)
+            _replace(folder, files, new, old)
+    except OSError as error:
+        _remove_empty(made)
+        raise _not_written(folder, error) from None
+    except BaseException:
+        _remove_empty(made)
+        raise
+
+
+def _replace(folder: Path, names: Iterable[str], new: Path, old: Path) -> None:
+    try:
+        for name in names:
+            (new / name).replace(folder / name)
+    except BaseException:
+        # The folders are asked, no list is kept: an interrupt may come right after a rename.
+        for name in names:
+            if (new / name).exists():
+                continue
+            if os.path.lexists(old / name):
+                (old / name).replace(folder / name)
+            else:
+                (folder / name).unlink()
+        raise
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write to the disk, so that a rename never comes before what it names."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
+
+
+def _not_written(folder: Path, error: OSError) -> Refused:
+    return Refused(f"--output {folder}: the report is not written, {(error.strerror or str(error)).lower()}")

@@ -1,0 +1,30 @@
+"""The look of tables in a terminal."""
+
+from __future__ import annotations
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+
+def console() -> Console:
+    """Return standard output."""
+    out = Console(highlight=False)
+    # A file or a pipe has no width; Rich would take 80 columns.
+    return out if out.is_terminal else Console(highlight=False, width=100)
+
+
+def table(title: str, *names: str) -> Table:
+    """Return a table that begins with columns of names."""
+    made = Table(
+        title=Text(title, style="bold"),
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        show_edge=False,
+    )
+    for name in names:
+        made.add_column(name, no_wrap=True)
+    return made
