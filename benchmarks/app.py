@@ -13,7 +13,7 @@ from . import fidelity as fronts
 from . import guard as guarding
 from . import machine, peers, rows, sessions, sharding, streaming
 from .baselines import NAMES, open_library
-from .sizes import plan_for
+from .sizes import sizes_for
 from .table import tables
 
 if TYPE_CHECKING:
@@ -49,10 +49,10 @@ def _register(name: str) -> None:
     def session(device: str, *, quick: bool, output: Path | None) -> None:
         library = open_library(name, "cuda" if name == "cupy" else device)
         about = machine.describe()
-        plan = plan_for(name, on_gpu=library.on_gpu, quick=quick)
+        sizes = sizes_for(name, on_gpu=library.on_gpu, quick=quick)
         if library.on_gpu:
             about["gpu_bandwidth"] = float(f"{sessions.measured_bandwidth(library):.4g}")
-        found = list(sessions.measure(library, plan, _say))
+        found = list(sessions.measure(library, sizes, _say))
         _finish(name, library.device, about, found, quick=quick, output=output)
 
 
@@ -65,10 +65,10 @@ for _name in NAMES:
 @_OUTPUT
 def measure_peers(*, quick: bool, output: Path | None) -> None:
     """Measure over other packages, on the CPU."""
-    # First, so that the machine's description has its threads.
+    # Opened first, so that the machine's description has PyTorch's threads.
     open_library("torch")
     about = machine.describe()
-    found = list(peers.measure(plan_for("torch", quick=quick), _say))
+    found = list(peers.measure(sizes_for("torch", quick=quick), _say))
     _finish("peers", "cpu", about, found, quick=quick, output=output)
 
 
@@ -77,10 +77,10 @@ def measure_peers(*, quick: bool, output: Path | None) -> None:
 @_QUICK
 @_OUTPUT
 def measure_causal(name: str, *, quick: bool, output: Path | None) -> None:
-    """Measure causal attention over the same that is not, on the CPU."""
+    """Measure causal calls over the same calls without is_causal, on the CPU."""
     library = open_library(name)
     about = machine.describe()
-    found = list(sessions.causal(library, plan_for(name, quick=quick), _say))
+    found = list(sessions.causal(library, sizes_for(name, quick=quick), _say))
     _finish(f"causal-{name}", "cpu", about, found, quick=quick, output=output)
 
 
@@ -89,10 +89,10 @@ def measure_causal(name: str, *, quick: bool, output: Path | None) -> None:
 @_QUICK
 @_OUTPUT
 def measure_adaptive(name: str, *, quick: bool, output: Path | None) -> None:
-    """Measure EVA with chosen keys over the library's exact attention, on the CPU."""
+    """Measure adaptive_eva over the library's exact attention, on the CPU."""
     library = open_library(name)
     about = machine.describe()
-    found = list(sessions.adaptive(library, plan_for(name, quick=quick), _say))
+    found = list(sessions.adaptive(library, sizes_for(name, quick=quick), _say))
     _finish(f"adaptive-{name}", "cpu", about, found, quick=quick, output=output)
 
 
@@ -101,7 +101,7 @@ def measure_adaptive(name: str, *, quick: bool, output: Path | None) -> None:
 @_QUICK
 @_OUTPUT
 def measure_streaming(libraries: tuple[str, ...], *, quick: bool, output: Path | None) -> None:
-    """Measure decoding a token at a time, on one thread, on the CPU; by default on all of these."""
+    """Measure decoding a token at a time, on one thread of the CPU; by default on all of these libraries."""
     about = machine.describe() | {"threads": streaming.ONE_THREAD}
     found = [
         row
@@ -148,10 +148,12 @@ def guard(libraries: tuple[str, ...], device: str, *, quick: bool, results: Path
         if not path.exists():
             click.echo(f"{name} on {library.device}: no {path.name} is committed, nothing to compare with")
             continue
-        plan = plan_for(name, on_gpu=library.on_gpu, quick=quick)
+        sizes = sizes_for(name, on_gpu=library.on_gpu, quick=quick)
 
-        def measure(only: Collection[Case] | None, library: Any = library, plan: Any = plan) -> Iterable[Row]:
-            return sessions.products(library, plan, _say, only)
+        def measure(
+            only: Collection[Case] | None, library: Any = library, sizes: Any = sizes
+        ) -> Iterable[Row]:
+            return sessions.products(library, sizes, _say, only)
 
         verdict = guarding.judge(rows.read(path), measure)
         compared += len(verdict.kept) + len(verdict.losses)
@@ -177,14 +179,14 @@ def guard(libraries: tuple[str, ...], device: str, *, quick: bool, results: Path
 )
 @click.option("--output", type=click.Path(path_type=Path, file_okay=False), default=rows.PLOTS)
 def plot(results: Path, output: Path) -> None:
-    """Draw the results that are there."""
+    """Draw the results that exist."""
     _draw(results, output)
 
 
 @app.command(name="sharding")
 @click.option("--output", type=click.Path(path_type=Path, file_okay=False), default=rows.PLOTS)
 def measure_sharding(output: Path) -> None:
-    """Say what sharding a sequence costs, hold it to compiled programs, and draw it."""
+    """Print the cost of sharding a sequence, compare it with compiled programs, and draw it."""
     wrong = 0
     sharding.force_devices()
     for label, at, expected, found in sharding.check():
@@ -217,7 +219,7 @@ def _finish(
 
 
 def _draw(results: Path, output: Path) -> None:
-    # Late: it takes a second to import, and is not what is measured.
+    # Imported late: it takes a second, which no measurement needs.
     from .plots import draw
 
     for path in draw(list(rows.read_all(results)), output):
@@ -225,7 +227,7 @@ def _draw(results: Path, output: Path) -> None:
 
 
 def _console() -> Console:
-    """Wide enough for the tables where there is no terminal to ask."""
+    """Return a console that is wide enough for the tables where no terminal gives a width."""
     console = Console()
     return console if console.is_terminal else Console(width=140)
 

@@ -1,4 +1,4 @@
-"""The array libraries with their own exact attention, which times are compared with."""
+"""The array libraries and their own exact attention, the baseline of many times."""
 
 from __future__ import annotations
 

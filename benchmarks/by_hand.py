@@ -1,6 +1,6 @@
 """The estimators' formulas as one would write them down for one library: no checks, no options.
 
-What is left between these and the library, on the smallest inputs, is what its checks cost. One head
+The difference between these and randattn, on the smallest inputs, is the cost of its checks. One head
 size, no masks, tokens that divide evenly into segments, groups and windows.
 """
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Operations(NamedTuple):
-    """What libraries call differently, or have and NumPy has not."""
+    """Operations with another name in each library, or that NumPy lacks."""
 
     xp: Any
     average: Callable[[Array, Array], tuple[Array, Array]]
@@ -29,7 +29,7 @@ class Operations(NamedTuple):
 
 
 def operations(library: Library) -> Operations:
-    """The shortest way to each in a library."""
+    """Return the shortest form of each operation in a library."""
     xp = library.xp
     if library.name == "torch":
         device = "cuda" if library.on_gpu else "cpu"
@@ -60,21 +60,21 @@ def operations(library: Library) -> Operations:
 
 
 def rfa(ops: Operations, q: Array, k: Array, v: Array, noise: Array) -> Array:
-    """Positive random features, in log space."""
+    """Compute RFA with positive features, in log space."""
     q, k = _scaled(q, k)
     f, log_z = ops.average(noise @ ops.transpose(k) - _half_norms(k)[..., None, :], v)
     return ops.softmax(q @ ops.transpose(noise) + log_z[..., None, :]) @ f
 
 
 def lara_balance(ops: Operations, q: Array, k: Array, v: Array, noise: Array) -> Array:
-    """LARA with the balance heuristic: its own density cancels."""
+    """Compute LARA with the balance heuristic, in which a proposal's own density cancels."""
     q, k = _scaled(q, k)
     w, _, _, log_mixture, f, log_z = _proposals(ops, q, k, v, noise)
     return ops.softmax(q @ ops.transpose(w) + (log_z - log_mixture)[..., None, :]) @ f
 
 
 def lara_optimal(ops: Operations, q: Array, k: Array, v: Array, noise: Array) -> Array:
-    """LARA with the weights moved towards the landmarks near the query."""
+    """Compute LARA with the weights moved towards the landmarks near the query."""
     xp = ops.xp
     q, k = _scaled(q, k)
     w, qt, log_r, log_mixture, f, log_z = _proposals(ops, q, k, v, noise)
@@ -86,7 +86,7 @@ def lara_optimal(ops: Operations, q: Array, k: Array, v: Array, noise: Array) ->
 
 
 def eva(ops: Operations, q: Array, k: Array, v: Array, noise: Array) -> Array:
-    """EVA with as long a window as there are groups, each of which is whole in one window."""
+    """Compute EVA with a window as long as the number of groups; no window cuts a group."""
     xp = ops.xp
     q, k = _scaled(q, k)
     (*lead, n, _), count = q.shape, noise.shape[-2]
@@ -127,7 +127,7 @@ def _means(x: Array, count: int) -> Array:
 
 
 def _proposals(ops: Operations, q: Array, k: Array, v: Array, noise: Array) -> tuple[Array, ...]:
-    """Frequencies, query landmarks, their log densities, and the average of the values for each."""
+    """Return frequencies, query landmarks, their log densities, and the average of the values for each."""
     qt, count = _means(q, noise.shape[-2]), noise.shape[-2]
     mu = qt + _means(k, count)
     w = mu + noise

@@ -1,4 +1,4 @@
-"""The calls that are timed: estimators, the four matrix products, exact attention, on arrays that all share."""
+"""The calls that are timed: estimators, the four matrix products, exact attention, on shared arrays."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LINEAR: tuple[tuple[str, str], ...] = (
 )
 
 
-# Each over the same without `is_causal`.
+# The baseline of each is the same call without `is_causal`.
 CAUSAL: tuple[tuple[str, str], ...] = (
     ("rfa", ""),
     ("lara", "weighting=balance"),
@@ -37,7 +37,7 @@ CAUSAL: tuple[tuple[str, str], ...] = (
     ("softmax_attention", ""),
 )
 
-# Over exact attention.
+# The baseline is exact attention.
 ADAPTIVE: tuple[tuple[str, str], ...] = (
     ("adaptive_eva", ""),
     ("adaptive_eva", "block_size=64"),
@@ -46,13 +46,13 @@ ADAPTIVE: tuple[tuple[str, str], ...] = (
 
 
 def case_of(library: Library, estimator: str, tokens: int, options: str = "", **more: Any) -> Case:
-    """A case of a library, in the way in which it is called."""
+    """Return a case of a library, in the library's own mode."""
     more.setdefault("mode", library.mode)
     return Case(library.name, library.device, estimator, tokens, options, **more)
 
 
 def keywords(options: str) -> dict[str, Any]:
-    """``"weighting=balance window=64"`` as keywords."""
+    """Return ``"weighting=balance window=64"`` as keywords."""
     pairs = (option.split("=") for option in options.split())
     return {name: {"True": True}.get(value) or _number(value) for name, value in pairs}
 
@@ -62,10 +62,10 @@ def _number(value: str) -> int | str:
 
 
 @dataclass(frozen=True)
-class Inputs:
+class Operands:
     """Standard normal queries, keys, values and draws, the same for every library, as its arrays.
 
-    Of entries of 1, logits are standard normal too; no function here is faster on other values.
+    The logits have a standard deviation of one; no function here is faster on other values.
     """
 
     library: Library
@@ -76,7 +76,7 @@ class Inputs:
     dtype: str
 
     def _normal(self, which: int, rows: int) -> Array:
-        # A generator each: one array at a time is all of NumPy's memory that is needed.
+        # One generator for each array, so that NumPy holds one array at a time.
         rng = np.random.default_rng(which)
         drawn = rng.standard_normal((1, self.heads, rows, self.head_dim), dtype=np.float32)
         return self.library.own.asarray(drawn, self.dtype)
@@ -98,7 +98,7 @@ class Inputs:
 
     @cached_property
     def f(self) -> Array:
-        """What stands in for the averages of the values (1, heads, features, head_dim)."""
+        """A stand-in for the averages of the values (1, heads, features, head_dim)."""
         return self._normal(4, self.features)
 
     @cached_property
@@ -112,17 +112,17 @@ class Workbench:
 
     def __init__(self, library: Library) -> None:
         self.library = library
-        self._inputs: dict[tuple[Any, ...], Inputs] = {}
+        self._inputs: dict[tuple[Any, ...], Operands] = {}
 
-    def inputs(self, case: Case) -> Inputs:
-        """The inputs of a case."""
+    def inputs(self, case: Case) -> Operands:
+        """Return the inputs of a case."""
         shape = (case.tokens, case.heads, case.head_dim, case.features or 64, case.dtype)
         if shape not in self._inputs:
-            self._inputs[shape] = Inputs(self.library, *shape)
+            self._inputs[shape] = Operands(self.library, *shape)
         return self._inputs[shape]
 
     def function(self, case: Case) -> Callable[[Array, Array, Array], Any]:
-        """What is timed, as a function of q, k and v, compiled where the case says so."""
+        """Return the timed function of q, k and v, compiled where the case says so."""
         library, inputs = self.library, self.inputs(case)
         function: Callable[..., Any] = self._plain(case)
         if case.passes == "forward+backward":
@@ -140,12 +140,12 @@ class Workbench:
         return library.compile[case.mode](function)
 
     def arrays(self, case: Case) -> tuple[Array, ...]:
-        """What that function is called on."""
+        """Return the arguments of that function."""
         inputs = self.inputs(case)
         return inputs.exact_qkv if case.estimator == self.library.exact_name else inputs.qkv
 
     def call(self, case: Case) -> Callable[[], Any]:
-        """The function on its arrays."""
+        """Return a call of the function on its arrays, without arguments."""
         function, arrays = self.function(case), self.arrays(case)
         return lambda: function(*arrays)
 

@@ -1,4 +1,4 @@
-"""How near estimators come to exact attention for what they cost, on what trained models attend to."""
+"""Errors of the estimators against exact attention and their costs, on inputs of trained models."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ class Entry:
 
 @dataclass(frozen=True)
 class Point:
-    """What was measured of an entry.
+    """A measurement of an entry.
 
     Attributes
     ----------
     inputs : {"sample", "model"}
     curve, options : str
     share : float or None
-        Multiply-adds over exact attention's; None of what is no estimator.
+        Multiply-adds over exact attention's; None for a reference that is no estimator.
     error : float
         ``|out - exact| / |exact|`` of a layer, mean over layers, texts and seeds.
     deviation : float
-        Standard deviation over seeds; 0 of what draws nothing.
+        Standard deviation over seeds; 0 for an estimator without draws.
     similarity, least_similarity : float or None
         Cosine of the model's embeddings with its own, mean over texts and seeds, and the least.
     """
@@ -62,7 +62,7 @@ class Point:
 
 
 def entries() -> Iterator[Entry]:
-    """All that is compared, by what it costs."""
+    """Yield the compared estimators with their options, cheap ones first."""
     for count in (16, 32, 64, 128, 256):
         yield Entry("rfa", rfa, {"num_samples": count})
     yield Entry("ra", ra, {"num_samples": 1})
@@ -89,7 +89,7 @@ def entries() -> Iterator[Entry]:
 
 
 def measure(*, with_model: bool, say: Callable[[str], None]) -> Iterator[Point]:
-    """Every entry on the sample, then with the model."""
+    """Measure every entry on the sample, then with the model."""
     sample = read_sample()
     arrays = [np.asarray(x, dtype=np.float64) for x in (sample.q, sample.k, sample.v)]
     yield from _of_inputs(SAMPLE, [tuple(arrays)], sample.scale, say)
@@ -161,7 +161,7 @@ def _references(scale: float | None) -> Iterator[tuple[str, str, Callable[..., n
 
 
 def _error(out: np.ndarray, exact: np.ndarray) -> float:
-    """Relative, of each layer (axis 0), averaged."""
+    """Return the relative error of a layer (axis 0), averaged over layers."""
     axes = tuple(range(1, exact.ndim))
     lost = np.sqrt(((out - exact) ** 2).sum(axis=axes)) / np.sqrt((exact**2).sum(axis=axes))
     return float(lost.mean())
@@ -170,7 +170,7 @@ def _error(out: np.ndarray, exact: np.ndarray) -> float:
 def _similarities(
     call: Callable[..., np.ndarray], seeds: int, *, model: models.Model, texts: Any, own: Any
 ) -> tuple[float, float]:
-    """Mean and least over texts and seeds."""
+    """Return the mean and the least similarity over texts and seeds."""
     found = [
         float(model.embedding(tokens, lambda q, k, v, seed=seed: call(q, k, v, seed)) @ own[name])
         for name, tokens in texts.items()
@@ -180,7 +180,7 @@ def _similarities(
 
 
 def table(points: list[Point]) -> Table:
-    """The points, those of each input together."""
+    """Return a table of the points, ordered by input."""
     found = Table("inputs", "estimator", "options", "of exact's multiply-adds", "error", "similarity (least)")
     for point in points:
         share = "" if point.share is None else f"{point.share:.3f}"
@@ -191,14 +191,14 @@ def table(points: list[Point]) -> Table:
 
 
 def write(path: Path, about: dict[str, Any], points: list[Point]) -> None:
-    """The committed file."""
+    """Write the file that is committed."""
     rows = [{key: _short(value) for key, value in asdict(point).items()} for point in points]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"about": about, "points": rows}, indent=1) + "\n", encoding="utf-8")
 
 
 def read(path: Path) -> list[Point]:
-    """What `write` wrote."""
+    """Read a file that `write` wrote."""
     return [Point(**row) for row in json.loads(path.read_text(encoding="utf-8"))["points"]]
 
 

@@ -1,7 +1,7 @@
-"""Whether the estimators have become slower than the committed results say.
+"""Check that the estimators have not become slower than the committed results.
 
-Ratios over the matrix products alone are compared, not seconds: they hold from one machine to another of
-the same kind as far as anything does.
+Ratios over the matrix products alone are compared, not seconds: among machines of one kind they change
+least.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Loss:
 
 @dataclass
 class Verdict:
-    """What the comparison found; each list is of rows.
+    """The result of the comparison; each list is of rows.
 
     Attributes
     ----------
@@ -44,7 +44,7 @@ class Verdict:
     kept : list of Row
         Measured, committed, and not slower.
     new : list of Row
-        Measured, and nothing committed to compare with.
+        Measured, without a committed row to compare with.
     gone : list of Row
         Committed, and no longer measured.
     """
@@ -72,13 +72,13 @@ def compare(committed: Iterable[Row], measured: Iterable[Row], limit: float = LI
 
 
 def judge(committed: Iterable[Row], measure: Measure, limit: float = LIMIT) -> Verdict:
-    """Compare, and measure again what failed before it counts: machines are noisy.
+    """Compare, and measure failed rows once more before they count: machines are noisy.
 
     Parameters
     ----------
     committed : rows
     measure : callable
-        Of the cases that are measured again, or None for all, gives rows.
+        Takes the cases to measure, or None for all; gives rows.
     limit : float
         The ratio of ratios above which a row fails.
 

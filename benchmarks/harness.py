@@ -1,7 +1,7 @@
 """Times that can be compared on a noisy machine: interleaved rounds, medians, ratios of medians.
 
-What slows the machine for a second slows all calls of a round alike, so that the ratio of two medians
-holds where neither of the medians does.
+Other work on the machine slows all calls of a round alike, so that the ratio of two medians is right even
+where each median is too large.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 ROUNDS = 5
 SETS = 2
-# Over the better set's median.
+# The most that a set's baseline may be over the better set's.
 _DISTURBED = 1.1
 
 
@@ -41,16 +41,16 @@ def race(
     Parameters
     ----------
     calls : mapping of callables
-        What is timed, by name.
+        The timed calls, by name.
     wait : callable
         Waits until the device has computed a result.
     rounds : int
-        How many times a median is of.
+        Times in a median.
     sets : int
-        How many medians.
+        Number of medians.
     number : int
-        Calls in a row that one time is the mean of: more than one where a call is near the clock's
-        own cost. The device is waited for after the last of them.
+        Calls in a row, whose mean is one time: more than one where a call is near the clock's own
+        cost. The device is waited for after the last of them.
     clock : callable
         Seconds.
 
@@ -92,15 +92,15 @@ def _seconds(
 
 
 def best(medians: Medians) -> float:
-    """The smaller of the medians, in seconds."""
+    """Return the smaller of the medians, in seconds."""
     return min(medians)
 
 
 def best_ratio(medians: Medians, baseline: Medians) -> float:
-    """The better of the sets' ratios of medians, each of times that were taken in turn.
+    """Return the better of the sets' ratios of medians, each of times that were taken in turn.
 
-    A set whose baseline was disturbed does not count: a slow baseline would flatter what it is compared
-    with, and the better ratio would be the wrong one.
+    A set whose baseline was disturbed does not count: a slow baseline would make the ratio too small, and the
+    better ratio would be the wrong one.
     """
     pairs = zip(medians, baseline, strict=True)
     return min(a / b for a, b in pairs if b <= _DISTURBED * best(baseline))

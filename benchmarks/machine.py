@@ -1,4 +1,4 @@
-"""What the numbers were measured on: no paths, no names of users or hosts."""
+"""The machine that the numbers were measured on: no paths, no names of users or hosts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _PACKAGES = (
 
 
 def describe() -> dict[str, Any]:
-    """The machine, as it is found when a session begins."""
+    """Describe the machine at the beginning of a session."""
     found = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": _commit(),
@@ -71,7 +71,7 @@ def _cpu() -> str:
 
 
 def _cores() -> int | None:
-    """Those that this process may use."""
+    """Count the cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
@@ -91,7 +91,7 @@ def _version(package: str) -> str | None:
 
 def _blas() -> dict[str, str]:
     about = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
-    # Of the rest, most are paths of the machine that built it.
+    # Most other entries are paths of the machine that built NumPy.
     return {name: str(about[name]) for name in ("name", "version", "openblas configuration") if name in about}
 
 
@@ -110,7 +110,7 @@ def _load() -> list[float] | None:
 
 
 def _gpu() -> dict[str, str] | None:
-    """The first device's name and the driver's version, from the driver's own tool."""
+    """Ask the driver's own tool for the first device's name and the driver's version."""
     command = ("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader")
     try:
         answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout

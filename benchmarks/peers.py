@@ -1,7 +1,7 @@
-"""Other packages' attention on the same inputs: what they are, and how they are called.
+"""Other packages' attention on the same inputs.
 
-Their cores take q, k and v, heads first, as ours do; where a package has none apart from its
-projections, the row's note says so.
+Their functions take q, k and v, heads first, as randattn's do. Where a package has no such function apart
+from its projections, the row's note says so.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from .baselines import Library
-    from .sizes import Plan
+    from .sizes import Sizes
 
     Array = Any
     Say = Callable[[str], None]
@@ -28,19 +28,19 @@ _PROJECTIONS = "the peer's time has its three input projections and the output p
 _OTHER_KERNEL = "the peer approximates no softmax: its kernel is a product of softmaxes of q and of k"
 
 
-def measure(plan: Plan, say: Say, device: str = "cpu") -> Iterator[Row]:
-    """All rows over peers, PyTorch's first."""
+def measure(sizes: Sizes, say: Say, device: str = "cpu") -> Iterator[Row]:
+    """Measure all rows over peers, PyTorch's first."""
     torch = open_library("torch", device)
-    for tokens, passes in ((plan.peers, "forward"), (plan.peers_backward, "forward+backward")):
+    for tokens, passes in ((sizes.peers, "forward"), (sizes.peers_backward, "forward+backward")):
         say(f"{tokens} tokens over PyTorch's peers, {passes}")
-        yield from _on_torch(torch, plan, tokens, passes)
+        yield from _on_torch(torch, sizes, tokens, passes)
     jax = open_library("jax", device)
     for passes in ("forward", "forward+backward"):
-        say(f"{plan.peers_exact} tokens over {jax.exact_name}, {passes}")
-        yield from _on_jax(jax, plan, passes)
+        say(f"{sizes.peers_exact} tokens over {jax.exact_name}, {passes}")
+        yield from _on_jax(jax, sizes, passes)
 
 
-def _on_torch(library: Library, plan: Plan, tokens: int, passes: str) -> Iterator[Row]:
+def _on_torch(library: Library, sizes: Sizes, tokens: int, passes: str) -> Iterator[Row]:
     bench = Workbench(library)
     ours = {
         "rfa 64": case_of(library, "rfa", tokens, passes=passes),
@@ -57,7 +57,7 @@ def _on_torch(library: Library, plan: Plan, tokens: int, passes: str) -> Iterato
         "linear-attention-transformer": _linear(bench, ours["rfa 64"]),
         "nystrom-attention, 64 landmarks": _nystrom(bench, ours["lara"]),
     }
-    medians = race(calls, wait=library.own.wait, number=plan.number)
+    medians = race(calls, wait=library.own.wait, number=sizes.number)
 
     def row(name: str, peer: str, note: str | None = None) -> Row:
         return time_row("peers", ours[name], medians[ours[name]], peer, medians[peer], note=note)
@@ -71,15 +71,15 @@ def _on_torch(library: Library, plan: Plan, tokens: int, passes: str) -> Iterato
         yield row(name, library.exact_name)
 
 
-def _on_jax(library: Library, plan: Plan, passes: str) -> Iterator[Row]:
-    bench, tokens = Workbench(library), plan.peers_exact
+def _on_jax(library: Library, sizes: Sizes, passes: str) -> Iterator[Row]:
+    bench, tokens = Workbench(library), sizes.peers_exact
     exact = case_of(library, library.exact_name, tokens, passes=passes, features=None)
     ours = [
         case_of(library, estimator, tokens, options, passes=passes)
         for estimator, options in (("rfa", ""), ("lara", "weighting=optimal"), ("eva", "window=64"))
     ]
     calls = {case: bench.call(case) for case in (exact, *ours)}
-    medians = race(calls, wait=library.own.wait, number=plan.number)
+    medians = race(calls, wait=library.own.wait, number=sizes.number)
     for case in ours:
         yield time_row("peers", case, medians[case], library.exact_name, medians[exact])
 
@@ -87,7 +87,7 @@ def _on_jax(library: Library, plan: Plan, passes: str) -> Iterator[Row]:
 def _called(
     bench: Workbench, case: Case, function: Callable[..., Array], *arrays: Array
 ) -> Callable[[], Any]:
-    """A peer's function on arrays, with gradients of all of them where the case has them."""
+    """Return a call of a peer's function on arrays, with gradients where the case has them."""
     library = bench.library
     if case.passes == "forward":
         no_grad = library.xp.no_grad()
@@ -131,7 +131,7 @@ def _nystrom(bench: Workbench, case: Case) -> Callable[[], Any]:
 
 
 def _module(name: str) -> Any:
-    # What a peer warns of when it is imported is not for our readers.
+    # Warnings of a peer's import do not concern our readers.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return importlib.import_module(name)

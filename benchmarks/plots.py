@@ -1,4 +1,4 @@
-"""The plots that the documentation shows, of the rows that are there."""
+"""The documentation's plots of the measured rows."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ RC: dict[Any, Any] = {
 
 
 def draw(rows: list[Row], folder: Path) -> Iterator[Path]:
-    """Draw each plot that there are rows for, for each device; gives the files."""
+    """Draw each plot that has rows, for each device; yield the files."""
     devices: dict[str, list[Row]] = {}
     for row in sorted(rows, key=lambda row: NAMES.index(row.case.library)):
         devices.setdefault(row.case.device, []).append(row)
     folder.mkdir(parents=True, exist_ok=True)
-    # Whatever the user's own settings are.
+    # The user's own settings do not count.
     with mpl.rc_context():
         mpl.rcdefaults()
         mpl.rcParams.update(RC)
@@ -73,7 +73,7 @@ def draw(rows: list[Row], folder: Path) -> Iterator[Path]:
 
 
 def draw_sharding(folder: Path) -> Path:
-    """The cost model of a sequence on 1 to 10,000 devices."""
+    """Draw the cost model of a sequence on 1 to 10,000 devices."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "sharding.png"
     with mpl.rc_context():
@@ -84,7 +84,7 @@ def draw_sharding(folder: Path) -> Path:
 
 
 def _sharding() -> Figure:
-    """Bytes that a device sends, and its multiply-adds, against devices."""
+    """Draw the bytes that a device sends, and its multiply-adds, against devices."""
     figure = Figure(figsize=(11, 4.8), layout="constrained")
     sends, computes = figure.subplots(1, 2)
     at = sharding.Layout()
@@ -94,7 +94,7 @@ def _sharding() -> Figure:
         style: dict[str, Any] = {"color": _COLOURS.get(label, _EXACT), "linewidth": 1.8}
         name = _LABELS.get(label, label)
         sent = [sharding.traffic(label, one).sent(one.devices) for one in here]
-        # One device sends nothing, which no logarithm shows.
+        # One device sends nothing, and a logarithmic axis has no zero.
         sends.plot(devices[1:], sent[1:], label=name, **style)
         computes.plot(devices, [sharding.operations(label, one) for one in here], **style)
     sends.set_ylabel("bytes that one device sends")
@@ -116,7 +116,7 @@ def _sharding() -> Figure:
 
 
 def _time(rows: list[Row]) -> Figure:
-    """Time against tokens, a panel for each library and device."""
+    """Draw time against tokens, a panel for each library and device."""
     groups = _groups(rows)
     figure = Figure(figsize=(max(6.5, 4.2 * len(groups)), 4.8), layout="constrained")
     panels = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
@@ -138,7 +138,7 @@ def _time_panel(axes: Axes, rows: list[Row], seen: dict[str, Line2D]) -> None:
     for (label, mode), points in lines.items():
         style = _style(label, compiled=mode == "compile")
         axes.plot(*zip(*sorted(points), strict=True), **style)
-        # The libraries' exact attentions have one entry: the panel says whose it is.
+        # The libraries' exact attentions share one entry: the panel names the library.
         name = _LABELS.get(label, label) if label in _COLOURS or label == PRODUCTS else "exact attention"
         name += ", compiled" if mode == "compile" else ""
         seen.setdefault(name, Line2D([], [], label=name, **style))
@@ -172,18 +172,18 @@ def _style(label: str, *, compiled: bool) -> dict[str, Any]:
 
 
 def _products(rows: list[Row]) -> Figure:
-    """Time over the matrix products alone, where 1 is the least that is possible."""
+    """Draw time over the matrix products alone."""
     return _bars(rows, "time over that of the four matrix products alone", reference=1.0)
 
 
 def _memory(rows: list[Row]) -> Figure:
-    """Peak memory of the forward pass over the output's size."""
+    """Draw peak memory of the forward pass over the output's size."""
     linear = [row for row in rows if row.case.features is not None and row.case.passes == "forward"]
     return _bars(linear or rows, "peak memory beyond the inputs, over the output's size", reference=1.0)
 
 
 def _bars(rows: list[Row], what: str, reference: float) -> Figure:
-    """A group of bars for each library, device and mode, a bar for each estimator."""
+    """Draw a group of bars for each library, device and mode, a bar for each estimator."""
     groups = _groups(rows, tokens=True)
     height = 1.2 + 0.26 * sum(map(len, groups.values())) + 0.2 * len(groups)
     figure = Figure(figsize=(8.5, height), layout="constrained")
@@ -213,7 +213,7 @@ def _bars(rows: list[Row], what: str, reference: float) -> Figure:
 
 
 def _peers(rows: list[Row]) -> Figure:
-    """How many times as fast as a peer, right of the line where it is faster."""
+    """Draw the speed over a peer's: right of the line randattn is faster."""
     figure = Figure(figsize=(9.5, 1.2 + 0.28 * len(rows)), layout="constrained")
     axes = figure.subplots()
     labels = []
@@ -246,7 +246,7 @@ def _peers(rows: list[Row]) -> Figure:
 
 
 def _streaming(rows: list[Row]) -> Figure:
-    """Tokens a second and bytes of the state, against the tokens before."""
+    """Draw tokens a second and bytes of the state, against the tokens before."""
     figure = Figure(figsize=(10.5, 4.8), layout="constrained")
     rate, size = figure.subplots(1, 2)
     seen: dict[str, Line2D] = {}
@@ -261,7 +261,7 @@ def _streaming(rows: list[Row]) -> Figure:
         rate.plot(tokens, [1 / (row.seconds or 1.0) for row in its], **style, **pattern)
         name = _LABELS.get(label, label)
         if name not in seen:
-            # The same in every library.
+            # The state has the same size in every library.
             size.plot(tokens, [row.bytes or 0 for row in its], **style)
             seen[name] = Line2D([], [], label=name, **style)
         seen.setdefault(where, Line2D([], [], label=where, color=_REFERENCE, linewidth=1.6, **pattern))
@@ -291,7 +291,7 @@ def _name(group: Group) -> str:
     return ", ".join(group)
 
 
-# Of each file the rows that it shows, and what draws them.
+# For each file the measure of its rows, and the function that draws them.
 _PLOTS: dict[str, tuple[str, Callable[[list[Row]], Figure]]] = {
     "time": ("growth", _time),
     "products": ("products", _products),

@@ -28,7 +28,7 @@ _TITLES = {SAMPLE: "The embedded sample", MODEL: "A sentence encoder, 7 texts"}
 
 
 def draw_fidelity(points: list[Point], folder: Path) -> Path:
-    """A panel for each kind of inputs, and one of embeddings where a model was run."""
+    """Draw a panel for each kind of inputs, and one of embeddings where a model was run."""
     panels: list[tuple[str, str]] = [(SAMPLE, "error")]
     if any(point.inputs == MODEL for point in points):
         panels += [(MODEL, "error"), (MODEL, "similarity")]

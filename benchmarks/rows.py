@@ -27,7 +27,7 @@ QUARTER = "a quarter of the tokens"
 
 @dataclass(frozen=True, order=True)
 class Case:
-    """What is called, on what: all that says which of two rows are the same measurement."""
+    """A call and its inputs: two rows are the same measurement where these are equal."""
 
     library: str
     device: str
@@ -49,25 +49,25 @@ class Case:
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement of a case: of its time or memory, and over what.
+    """One measurement of a case, of time or memory, and its baseline.
 
     Attributes
     ----------
     measure : str
-        Which of the README's tables it belongs to.
+        The table in the README that it belongs to.
     case : Case
     baseline : str or None
-        What the ratio is over.
+        The baseline of the ratio.
     seconds, baseline_seconds : float or None
         The better of two medians of five.
     bytes, baseline_bytes : int or None
-        Peak memory beyond the inputs, and what it is compared with.
+        Peak memory beyond the inputs, and the baseline's.
     ratio : float or None
         The better of two ratios of medians, which need not be the ratio of the better medians.
     bandwidth_share : float or None
         Of a device's memory bandwidth, as measured by a copy: the bytes of inputs and output over the time.
     note : str or None
-        What else a reader must know to compare the two.
+        A remark that a reader needs to compare the two.
     """
 
     measure: str
@@ -83,18 +83,18 @@ class Row:
 
     @property
     def identity(self) -> tuple[str, Case, str | None]:
-        """What two reports' rows are matched by."""
+        """The key by which rows of two reports are matched."""
         return self.measure, self.case, self.baseline
 
     def to_json(self) -> dict[str, Any]:
-        """One level of plain values; what was not measured is left out."""
+        """Return one level of plain values, without those that were not measured."""
         plain = {"measure": self.measure, **asdict(self.case)}
         plain |= {name: getattr(self, name) for name in _VALUES}
         return {name: _rounded(value) for name, value in plain.items() if value is not None}
 
     @classmethod
     def from_json(cls, plain: dict[str, Any]) -> Row:
-        """Read what `to_json` gave."""
+        """Make a row of the values that `to_json` gave."""
         case = {field.name: plain.get(field.name) for field in fields(Case)}
         return cls(plain["measure"], Case(**case), **{name: plain.get(name) for name in _VALUES})
 
@@ -103,7 +103,7 @@ _VALUES = [field.name for field in fields(Row) if field.name not in {"measure", 
 
 
 def _rounded(value: Any) -> Any:
-    """Four digits: more is noise, and makes every line of a diff new."""
+    """Round to four digits: more are noise, and would make every line of a diff new."""
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
@@ -115,7 +115,7 @@ def time_row(
     baseline_medians: Medians | None = None,
     **more: Any,
 ) -> Row:
-    """A row of a time, and of its ratio to another that was taken in turn with it."""
+    """Make a row of a time, and of its ratio to another time that was taken in turn with it."""
     if baseline_medians is None:
         return Row(measure, case, seconds=best(medians), **more)
     return Row(
@@ -130,12 +130,12 @@ def time_row(
 
 
 def slug(device: str) -> str:
-    """A device's name as it may stand in a file's name."""
+    """Return a device's name in the form that a file's name allows."""
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
 def result_path(folder: Path, name: str, device: str) -> Path:
-    """Where the results of a session on a device stand."""
+    """Return the path of the results of a session on a device."""
     return folder / f"{name}-{slug(device)}.json"
 
 
@@ -148,11 +148,11 @@ def write(path: Path, machine: dict[str, Any], rows: Iterable[Row]) -> None:
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of one report."""
+    """Read the rows of one report."""
     return [Row.from_json(plain) for plain in json.loads(path.read_text())["rows"]]
 
 
 def read_all(folder: Path) -> Iterator[Row]:
-    """The rows of all reports of a folder."""
+    """Read the rows of all reports of a folder."""
     for path in sorted(folder.glob("*.json")):
         yield from read(path)

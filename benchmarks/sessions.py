@@ -1,4 +1,4 @@
-"""What the sessions of one library measure, table by table."""
+"""The sessions of one library, table by table."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import randattn
 
 from . import by_hand
-from .cases import CAUSAL, LINEAR, ADAPTIVE, Workbench, case_of, keywords
+from .cases import ADAPTIVE, CAUSAL, LINEAR, Workbench, case_of, keywords
 from .harness import race
 from .memory import memory_row
 from .rows import BY_HAND, PRODUCTS, QUARTER, ROOT, Case, Row, time_row
@@ -22,39 +22,39 @@ if TYPE_CHECKING:
 
     from .baselines import Library
     from .harness import Medians
-    from .sizes import Plan
+    from .sizes import Sizes
 
     Say = Callable[[str], None]
 
 _EXACT = "exact attention"
 
 
-def measure(library: Library, plan: Plan, say: Say) -> Iterator[Row]:
-    """All rows of a session."""
-    yield from products(library, plan, say)
-    for tokens in plan.exact:
-        yield from over_exact(library, plan, tokens, "forward", say)
-    for tokens in plan.exact_backward:
-        yield from over_exact(library, plan, tokens, "forward+backward", say)
-    yield from growth(library, plan, say)
-    yield from overhead(library, plan, say)
-    yield from memory(library, plan, say)
-    if plan.processes:
-        yield from import_time(plan, say)
+def measure(library: Library, sizes: Sizes, say: Say) -> Iterator[Row]:
+    """Measure all rows of a session."""
+    yield from products(library, sizes, say)
+    for tokens in sizes.exact:
+        yield from over_exact(library, sizes, tokens, "forward", say)
+    for tokens in sizes.exact_backward:
+        yield from over_exact(library, sizes, tokens, "forward+backward", say)
+    yield from growth(library, sizes, say)
+    yield from overhead(library, sizes, say)
+    yield from memory(library, sizes, say)
+    if sizes.processes:
+        yield from import_time(sizes, say)
 
 
-def products(library: Library, plan: Plan, say: Say, only: Collection[Case] | None = None) -> Iterator[Row]:
-    """Time over the four matrix products alone, which no estimator can do without.
+def products(library: Library, sizes: Sizes, say: Say, only: Collection[Case] | None = None) -> Iterator[Row]:
+    """Measure time over the four matrix products alone, which every linear estimator needs.
 
-    `only` leaves out all but some cases, to measure those again.
+    `only` names the cases to measure; None is all of them.
     """
-    for tokens in plan.products:
-        baseline = _baseline(library, plan, PRODUCTS, tokens)
-        cases = [case for case in _linear(library, plan, tokens) if only is None or case in only]
+    for tokens in sizes.products:
+        baseline = _baseline(library, sizes, PRODUCTS, tokens)
+        cases = [case for case in _linear(library, sizes, tokens) if only is None or case in only]
         if not cases:
             continue
         say(f"{tokens} tokens over the {PRODUCTS}")
-        medians = _race(library, plan, [baseline, *cases])
+        medians = _race(library, sizes, [baseline, *cases])
         share = _bandwidth_share(library)
         for case in cases:
             yield time_row(
@@ -62,9 +62,9 @@ def products(library: Library, plan: Plan, say: Say, only: Collection[Case] | No
             )
 
 
-def causal(library: Library, plan: Plan, say: Say) -> Iterator[Row]:
-    """Time of causal attention, over that of the same where every query sees every key."""
-    for tokens in plan.causal:
+def causal(library: Library, sizes: Sizes, say: Say) -> Iterator[Row]:
+    """Measure causal calls, over the same calls where every query sees every key."""
+    for tokens in sizes.causal:
         say(f"{tokens} tokens, causal")
         pairs = [
             [
@@ -73,66 +73,66 @@ def causal(library: Library, plan: Plan, say: Say) -> Iterator[Row]:
                     estimator,
                     tokens,
                     f"{options}{more}".strip(),
-                    dtype=plan.dtype,
+                    dtype=sizes.dtype,
                     mode=library.mode,
                 )
                 for more in (" is_causal=True", "")
             ]
             for estimator, options in CAUSAL
         ]
-        medians = _race(library, plan, [case for pair in pairs for case in pair])
+        medians = _race(library, sizes, [case for pair in pairs for case in pair])
         for case, plain in pairs:
             yield time_row("causal", case, medians[case], "not causal", medians[plain])
 
 
-def adaptive(library: Library, plan: Plan, say: Say) -> Iterator[Row]:
-    """Time of EVA with chosen keys, over the library's own exact attention."""
-    for tokens in plan.adaptive:
+def adaptive(library: Library, sizes: Sizes, say: Say) -> Iterator[Row]:
+    """Measure adaptive_eva, over the library's own exact attention."""
+    for tokens in sizes.adaptive:
         say(f"{tokens} tokens over {library.exact_name}, chosen keys")
-        baseline = _baseline(library, plan, library.exact_name, tokens, features=None)
+        baseline = _baseline(library, sizes, library.exact_name, tokens, features=None)
         cases = [replace(baseline, estimator=name, options=options) for name, options in ADAPTIVE]
-        medians = _race(library, plan, [baseline, *cases])
+        medians = _race(library, sizes, [baseline, *cases])
         for case in cases:
             yield time_row("adaptive", case, medians[case], library.exact_name, medians[baseline])
 
 
-def over_exact(library: Library, plan: Plan, tokens: int, passes: str, say: Say) -> Iterator[Row]:
-    """Time over the library's own exact attention."""
+def over_exact(library: Library, sizes: Sizes, tokens: int, passes: str, say: Say) -> Iterator[Row]:
+    """Measure time over the library's own exact attention."""
     say(f"{tokens} tokens over {library.exact_name}, {passes}")
-    baseline = _baseline(library, plan, library.exact_name, tokens, passes=passes, features=None)
-    cases = [replace(case, passes=passes) for case in _linear(library, plan, tokens)]
-    medians = _race(library, plan, [baseline, *cases])
+    baseline = _baseline(library, sizes, library.exact_name, tokens, passes=passes, features=None)
+    cases = [replace(case, passes=passes) for case in _linear(library, sizes, tokens)]
+    medians = _race(library, sizes, [baseline, *cases])
     for case in cases:
         yield time_row("exact", case, medians[case], library.exact_name, medians[baseline])
 
 
-def growth(library: Library, plan: Plan, say: Say) -> Iterator[Row]:
-    """Time against tokens, and its growth from a quarter of them.
+def growth(library: Library, sizes: Sizes, say: Say) -> Iterator[Row]:
+    """Measure time against tokens, and its growth from a quarter of them.
 
-    On a CPU all lengths are timed in turn, so that the ratios between them hold; a GPU is quiet, and
-    its memory does not hold them all.
+    On a CPU all lengths are timed in turn, so that the ratios between them are right. A GPU is less noisy,
+    and its memory is too small for all lengths.
     """
     lengths = []
-    for tokens in plan.growth:
-        cases = [_baseline(library, plan, PRODUCTS, tokens), *_linear(library, plan, tokens)]
-        if tokens <= plan.growth_exact:
-            cases.append(_baseline(library, plan, library.exact_name, tokens, features=None))
-        lengths.append([replace(case, heads=plan.growth_heads) for case in cases])
+    for tokens in sizes.growth:
+        cases = [_baseline(library, sizes, PRODUCTS, tokens), *_linear(library, sizes, tokens)]
+        if tokens <= sizes.growth_exact:
+            cases.append(_baseline(library, sizes, library.exact_name, tokens, features=None))
+        lengths.append([replace(case, heads=sizes.growth_heads) for case in cases])
     if not library.on_gpu:
         lengths = [[case for cases in lengths for case in cases]]
     medians: dict[Case, Medians] = {}
     for cases in lengths:
         say(f"growth: {', '.join(str(n) for n in dict.fromkeys(case.tokens for case in cases))} tokens")
-        medians |= _race(library, plan, cases)
+        medians |= _race(library, sizes, cases)
     share = _bandwidth_share(library)
     for case, each in medians.items():
         quarter = medians.get(replace(case, tokens=case.tokens // 4))
         yield time_row("growth", case, each, QUARTER if quarter else None, quarter, **share(case, medians))
 
 
-def overhead(library: Library, plan: Plan, say: Say) -> Iterator[Row]:
-    """Time on the smallest inputs over the same formulas written by hand."""
-    say(f"{plan.overhead} tokens over the formulas {BY_HAND}")
+def overhead(library: Library, sizes: Sizes, say: Say) -> Iterator[Row]:
+    """Measure time on the smallest inputs over the same formulas written by hand."""
+    say(f"{sizes.overhead} tokens over the formulas {BY_HAND}")
     ops = by_hand.operations(library)
     bench = Workbench(library)
     for mode in library.compile:
@@ -140,7 +140,7 @@ def overhead(library: Library, plan: Plan, say: Say) -> Iterator[Row]:
             continue
         for label, formula in by_hand.FORMULAS.items():
             estimator, _, options = label.partition(" ")
-            case = case_of(library, estimator, plan.overhead, options, features=16, mode=mode)
+            case = case_of(library, estimator, sizes.overhead, options, features=16, mode=mode)
             inputs = bench.inputs(case)
             hand = library.compile[mode](lambda *x, formula=formula: formula(ops, *x))
             ours = library.compile[mode](_with_noise(case))
@@ -149,7 +149,7 @@ def overhead(library: Library, plan: Plan, say: Say) -> Iterator[Row]:
                 case: lambda ours=ours, arrays=arrays: ours(*arrays),
                 BY_HAND: lambda hand=hand, arrays=arrays: hand(*arrays),
             }
-            medians = race(calls, wait=library.own.wait, number=plan.small_number)
+            medians = race(calls, wait=library.own.wait, number=sizes.small_number)
             yield time_row("overhead", case, medians[case], BY_HAND, medians[BY_HAND])
 
 
@@ -158,19 +158,19 @@ def _with_noise(case: Case) -> Callable[..., Any]:
     return lambda q, k, v, noise: estimator(q, k, v, noise=noise, **options)
 
 
-def memory(library: Library, plan: Plan, say: Say) -> Iterator[Row]:
-    """Peak memory beyond the inputs."""
+def memory(library: Library, sizes: Sizes, say: Say) -> Iterator[Row]:
+    """Measure peak memory beyond the inputs."""
     cases = [
-        replace(case, heads=plan.growth_heads) for n in plan.memory for case in _linear(library, plan, n)
+        replace(case, heads=sizes.growth_heads) for n in sizes.memory for case in _linear(library, sizes, n)
     ]
     cases += [
-        replace(case, heads=plan.growth_heads, passes="forward+backward")
-        for n in plan.memory_backward
-        for case in _linear(library, plan, n)
+        replace(case, heads=sizes.growth_heads, passes="forward+backward")
+        for n in sizes.memory_backward
+        for case in _linear(library, sizes, n)
     ]
     cases += [
-        case_of(library, estimator, n, dtype=plan.dtype, features=None)
-        for n in plan.memory_quadratic
+        case_of(library, estimator, n, dtype=sizes.dtype, features=None)
+        for n in sizes.memory_quadratic
         for estimator in ("ra", "softmax_attention")
     ]
     for case in cases:
@@ -182,8 +182,8 @@ def memory(library: Library, plan: Plan, say: Say) -> Iterator[Row]:
             yield row
 
 
-def import_time(plan: Plan, say: Say) -> Iterator[Row]:
-    """Seconds that `import randattn` takes where NumPy is there already, in fresh processes."""
+def import_time(sizes: Sizes, say: Say) -> Iterator[Row]:
+    """Measure the seconds of `import randattn` after NumPy is imported, in fresh processes."""
     say("import randattn")
     code = "import time, numpy; t = time.perf_counter(); import randattn; print(time.perf_counter() - t)"
     command = (sys.executable, "-c", code)
@@ -192,31 +192,31 @@ def import_time(plan: Plan, say: Say) -> Iterator[Row]:
         return float(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
 
     once()  # Compiles the files.
-    sets = [tuple(once() for _ in range(plan.processes)) for _ in range(2)]
+    sets = [tuple(once() for _ in range(sizes.processes)) for _ in range(2)]
     case = Case("numpy", "cpu", "import", tokens=0, heads=0, features=None, head_dim=0)
     yield time_row("import", case, tuple(map(median, sets)), note="beyond NumPy's own import")
 
 
-def _linear(library: Library, plan: Plan, tokens: int) -> list[Case]:
+def _linear(library: Library, sizes: Sizes, tokens: int) -> list[Case]:
     return [
-        case_of(library, estimator, tokens, options, dtype=plan.dtype, mode=mode)
-        for mode in plan.modes
+        case_of(library, estimator, tokens, options, dtype=sizes.dtype, mode=mode)
+        for mode in sizes.modes
         for estimator, options in LINEAR
     ]
 
 
-def _baseline(library: Library, plan: Plan, name: str, tokens: int, **more: Any) -> Case:
-    return case_of(library, name, tokens, dtype=plan.dtype, mode=plan.modes[0], **more)
+def _baseline(library: Library, sizes: Sizes, name: str, tokens: int, **more: Any) -> Case:
+    return case_of(library, name, tokens, dtype=sizes.dtype, mode=sizes.modes[0], **more)
 
 
-def _race(library: Library, plan: Plan, cases: Iterable[Case]) -> dict[Case, Medians]:
+def _race(library: Library, sizes: Sizes, cases: Iterable[Case]) -> dict[Case, Medians]:
     bench = Workbench(library)
     calls = {case: bench.call(case) for case in cases}
-    return race(calls, wait=library.own.wait, number=plan.number)
+    return race(calls, wait=library.own.wait, number=sizes.number)
 
 
 def _bandwidth_share(library: Library) -> Callable[[Case, dict[Case, Medians]], dict[str, float]]:
-    """On a GPU, the share of its memory bandwidth that reading q, k, v and writing the output takes."""
+    """Return a function: the share of a GPU's bandwidth for reading q, k, v and writing the output."""
     if not library.on_gpu:
         return lambda *_: {}
     bandwidth = measured_bandwidth(library)
@@ -230,7 +230,7 @@ def _bandwidth_share(library: Library) -> Callable[[Case, dict[Case, Medians]], 
 
 
 def measured_bandwidth(library: Library, values: int = 1 << 28) -> float:
-    """Bytes a second, read and written, of a copy on the device."""
+    """Measure the bytes a second, read and written, of a copy on the device."""
     array = library.xp.ones(values, dtype=library.xp.float32)
     if library.name == "torch":
         array = array.to("cuda")

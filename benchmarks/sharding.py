@@ -1,4 +1,4 @@
-"""What sharding a sequence costs: a model of it, and the count that it is held to.
+"""The cost of sharding a sequence: a model, and a count in compiled programs that the model must equal.
 
 A sequence of N tokens lies on P devices, N / P on each. Bytes are those that one device sends in a forward
 pass, by rings: an all-reduce of b bytes sends 2 b (P - 1) / P, an all-gather that gives b bytes half of that.
@@ -60,16 +60,16 @@ class Traffic(NamedTuple):
 
 
 def traffic(label: str, at: Layout) -> Traffic:
-    """What is combined over devices, whatever the number of tokens is."""
+    """Return the traffic of an estimator, which does not depend on the number of tokens."""
     c, d, e = at.groups, at.features, at.values
     # A maximum and a sum for each frequency, and their average of the values.
     average = c * (e + 2)
     if label == "ring attention":
-        # Keys and values go round: as much as if all were gathered.
+        # Keys and values go around the ring: as many bytes as if all were gathered.
         return _bytes(at, 0, at.tokens * (d + e))
     if label == "rfa":
         return _bytes(at, average, 0)
-    # A group on one device is an average there, a group on several is merged of its pieces with their sizes.
+    # A group on one device is averaged there; a group on several is merged from its pieces with their sizes.
     cut = at.devices > c
     landmarks = at.pieces * d
     if label.startswith("lara"):
@@ -86,7 +86,7 @@ def _bytes(at: Layout, reduced: int, gathered: int) -> Traffic:
 
 
 def operations(label: str, at: Layout) -> float:
-    """Multiply-adds of one device: its share of what belongs to tokens, and all that belongs to groups."""
+    """Count the multiply-adds of one device: its share of the tokens' work, and all of the groups' work."""
     n, c, d, e = at.tokens / at.devices, at.groups, at.features, at.values
     if label == "ring attention":
         return at.heads * n * at.tokens * (d + e)
@@ -102,7 +102,7 @@ def operations(label: str, at: Layout) -> float:
 
 
 def collectives(text: str) -> Iterator[tuple[str, list[tuple[int, ...]], int]]:
-    """Of a compiled program: the kind of each collective operation, its results' shapes and their bytes."""
+    """Yield the collective operations of a compiled program: kind, shapes of the results, bytes."""
     for line in text.splitlines():
         found = re.search(rf"= (.*?) ({'|'.join(KINDS)})(?:-start)?\(", line)
         if found:
@@ -113,7 +113,7 @@ def collectives(text: str) -> Iterator[tuple[str, list[tuple[int, ...]], int]]:
 
 
 def count(label: str, at: Layout) -> Traffic:
-    """The same out of the program that JAX compiles for the devices that it was told to have."""
+    """Count the traffic in the program that JAX compiles for these devices."""
     import jax
     from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -146,13 +146,13 @@ def _estimator(label: str, at: Layout) -> Callable[..., Any]:
 
 
 def force_devices() -> None:
-    """Let JAX, which must not have started, have 8 devices on the CPU."""
+    """Give JAX, which must not have started, 8 devices on the CPU."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FORCED}"
 
 
 def table(at: Layout, devices: Sequence[int]) -> Table:
-    """Bytes sent and multiply-adds, of one device in one forward pass."""
+    """Return a table of the bytes sent and the multiply-adds, of one device in one forward pass."""
     title = (
         f"{at.tokens:,} tokens, {at.heads} heads of {at.features}, C = {at.groups}, window {at.window}, "
         f"{at.item} bytes a number"
@@ -175,7 +175,7 @@ def _short(value: float, unit: str) -> str:
 
 
 def check() -> Iterator[tuple[str, Layout, Traffic, Traffic]]:
-    """Of small layouts, what the model says and what the compiled program has."""
+    """Yield for small layouts the traffic by the model and in the compiled program."""
     for groups, tokens in ((64, 4096), (64, 8192), (64, 16384), (4, 4096)):
         at = Layout(tokens=tokens, heads=2, groups=groups)
         for label in LABELS[:-1]:

@@ -1,4 +1,4 @@
-"""How much a session measures."""
+"""The sizes that sessions measure."""
 
 from __future__ import annotations
 
@@ -6,29 +6,29 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Plan:
+class Sizes:
     """The sizes of one session on one device; no tokens, no row.
 
     Attributes
     ----------
     dtype : str
     modes : tuple of str
-        How the estimators are called; the first is also how the baselines are.
+        Modes in which the estimators are called; the first is that of the baselines too.
     products : tuple of int
         Tokens at which the estimators are timed over the matrix products alone.
     causal : tuple of int
-        Tokens at which causal attention is timed over the same that is not.
+        Tokens at which causal calls are timed over the same calls without is_causal.
     adaptive : tuple of int
         Tokens at which adaptive_eva is timed over exact attention.
     exact : tuple of int
-        Tokens at which they are timed over the library's exact attention.
+        Tokens at which the estimators are timed over the library's exact attention.
     exact_backward : tuple of int
         The same for forward and backward.
     growth : tuple of int
         Tokens of the curves, one for every estimator, for the products and for exact attention.
     growth_heads : int
     growth_exact : int
-        Up to how many tokens exact attention has a curve.
+        Most tokens of exact attention's curve.
     memory : tuple of int
         Tokens at which peak memory is measured, for the linear estimators.
     memory_backward : tuple of int
@@ -37,7 +37,7 @@ class Plan:
     overhead : int
         Tokens of the smallest inputs.
     number : int
-        Calls in a row that one time is the mean of.
+        Calls in a row, whose mean is one time.
     small_number : int
         The same on the smallest inputs.
     processes : int
@@ -45,7 +45,7 @@ class Plan:
     peers, peers_backward : int
         Tokens at which other packages are timed.
     peers_exact : int
-        Tokens at which JAX's exact attention is.
+        Tokens at which JAX's exact attention is timed.
     streaming : tuple of int
         Tokens after which a step is timed.
     """
@@ -74,10 +74,10 @@ class Plan:
 
 
 _ON_THE_CPU = {
-    "numpy": Plan(causal=(4096,), exact=(4096,), processes=5),
-    "torch": Plan(exact=(16384,), exact_backward=(8192,), memory_backward=(32768,)),
-    # Its exact attention holds the whole N x M matrix, several times in the gradient.
-    "jax": Plan(
+    "numpy": Sizes(causal=(4096,), exact=(4096,), processes=5),
+    "torch": Sizes(exact=(16384,), exact_backward=(8192,), memory_backward=(32768,)),
+    # JAX's exact attention holds the whole N x M matrix, several times in the gradient.
+    "jax": Sizes(
         modes=("jit",), exact=(4096,), exact_backward=(4096,), growth_exact=4096, memory_backward=(32768,)
     ),
 }
@@ -90,19 +90,19 @@ _GPU = {
     "exact_backward": (4096, 16384, 65536),
     "memory_backward": (65536,),
     "products": (16384, 65536),
-    # One call is shorter than waiting for it.
+    # One call is shorter than the wait for it.
     "number": 5,
 }
 _ON_THE_GPU = {
-    "torch": Plan(dtype="bfloat16", modes=("eager", "compile"), exact=_LENGTHS, **_GPU),
-    # Above, its exact attention would hold hundreds of gigabytes where it is not fused.
-    "jax": Plan(
+    "torch": Sizes(dtype="bfloat16", modes=("eager", "compile"), exact=_LENGTHS, **_GPU),
+    # For more tokens, JAX's exact attention would hold hundreds of gigabytes where it is not fused.
+    "jax": Sizes(
         dtype="bfloat16",
         modes=("jit",),
         exact=(1024, 4096, 16384),
         **{**_GPU, "growth_exact": 16384, "exact_backward": (4096,)},
     ),
-    "cupy": Plan(
+    "cupy": Sizes(
         exact=(4096,), **{**_GPU, "growth_exact": 16384, "exact_backward": (), "memory_backward": ()}
     ),
 }
@@ -125,15 +125,15 @@ _QUICK = {
 }
 
 
-def plan_for(library: str, *, on_gpu: bool = False, quick: bool = False) -> Plan:
-    """The plan of a session: its own, or one that is over in seconds and says nothing about speed."""
-    plan = (_ON_THE_GPU if on_gpu else _ON_THE_CPU)[library]
+def sizes_for(library: str, *, on_gpu: bool = False, quick: bool = False) -> Sizes:
+    """Return the sizes of a session: its own, or a quick one that says nothing about speed."""
+    sizes = (_ON_THE_GPU if on_gpu else _ON_THE_CPU)[library]
     if not quick:
-        return plan
+        return sizes
     small = {
         "exact": (256,),
-        "exact_backward": (256,) if plan.exact_backward else (),
-        "memory_backward": (2048,) if plan.memory_backward else (),
-        "processes": min(1, plan.processes),
+        "exact_backward": (256,) if sizes.exact_backward else (),
+        "memory_backward": (2048,) if sizes.memory_backward else (),
+        "processes": min(1, sizes.processes),
     }
-    return Plan(dtype=plan.dtype, modes=plan.modes, number=plan.number, **_QUICK, **small)
+    return Sizes(dtype=sizes.dtype, modes=sizes.modes, number=sizes.number, **_QUICK, **small)

@@ -1,7 +1,7 @@
 """Decoding a token at a time, a library in a process of its own: `python -m benchmarks.streaming NAME`.
 
-A step of `rfa` and of `eva` against exact attention with a KV cache, all of which have really seen the
-tokens before it.
+A step of `rfa` and of `eva` is compared with exact attention with a KV cache. Every state has really seen
+the tokens before the step.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .baselines import open_library
 from .cases import case_of
 from .harness import race
 from .rows import ROOT, Row, time_row
-from .sizes import plan_for
+from .sizes import sizes_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -49,20 +49,20 @@ HUNDREDTH = "the step after 100 tokens"
 CHUNK = 16384
 WINDOW = 64
 OPTIONS = {"rfa": "", "eva": f"window={WINDOW}", CACHE: ""}
-# Steps that a time is the mean of. Every so many, one of eva has a window's groups to make.
+# Steps whose mean is one time. One of eva's in each window makes the window's groups.
 NUMBER = {"rfa": 100, "eva": WINDOW, CACHE: 2}
-# Programs of JAX, each of a window's steps.
+# JAX's programs in one time, each of a window's steps.
 SCANS = {"rfa": 8, "eva": 1}
 _HEADS, _SIZE, _FEATURES = 8, 64, 64
 _ROUNDS, _SETS = 5, 2
-# Seeds that are no chunk's.
+# Seeds that no chunk has.
 _NOISE, _TOKEN = 1, 2
-# Those that are timed, and those to warm up.
+# Steps that are timed, and steps to warm up.
 _ROOM = (_ROUNDS * _SETS + 1) * WINDOW
 
 
 class Arrived(NamedTuple):
-    """What stands for all tokens up to a position."""
+    """The states after all tokens up to a position."""
 
     rfa: randattn.RFAState
     eva: randattn.EVAState
@@ -81,15 +81,15 @@ def in_own_process(name: str, *, quick: bool) -> list[Row]:
 
 
 def main(name: str, *, quick: bool) -> None:
-    """Measure here, print the rows."""
+    """Measure in this process, print the rows."""
     found = measure(
-        open_library(name), plan_for(name, quick=quick).streaming, lambda what: print(what, file=sys.stderr)
+        open_library(name), sizes_for(name, quick=quick).streaming, lambda what: print(what, file=sys.stderr)
     )
     print(json.dumps([row.to_json() for row in found]))
 
 
 def measure(library: Library, positions: tuple[int, ...], say: Say) -> Iterator[Row]:
-    """The steps after so many tokens: each kind's in turn, so that the ratios between them hold."""
+    """Measure steps after several numbers of tokens: each kind's in turn, so that the ratios are right."""
     say(f"{library.name}: {max(positions)} tokens")
     seconds: list[float] = []
     arrived = arrive(library, positions, seconds)
@@ -128,7 +128,7 @@ def _rows(
 
 
 def steps(library: Library) -> dict[str, Step]:
-    """What is timed: (q, k, v, state) to (result, state), compiled where the library does."""
+    """Return the timed steps: (q, k, v, state) to (result, state), compiled where the library compiles."""
     plain: dict[str, Step] = {
         "rfa": randattn.rfa_step,
         "eva": randattn.eva_step,
@@ -141,7 +141,7 @@ def steps(library: Library) -> dict[str, Step]:
 
 
 def scanned(step: Step) -> Step:
-    """Many tokens (tokens, ...) in one program of JAX."""
+    """Return a step of many tokens (tokens, ...) in one program of JAX."""
     jax = import_module("jax")
 
     def many(q: Array, k: Array, v: Array, state: Any) -> tuple[Array, Any]:
@@ -157,7 +157,7 @@ def scanned(step: Step) -> Step:
 
 
 def in_turn(step: Step, token: Array, state: Any) -> Callable[[], Array]:
-    """Each step from the state that the last one gave."""
+    """Return a call without arguments; each call starts from the last one's state."""
     q, k, v = token
     held = [state]
 
@@ -168,8 +168,8 @@ def in_turn(step: Step, token: Array, state: Any) -> Callable[[], Array]:
     return call
 
 
-# Exact attention of one query by what is fastest on one thread: where a library has none for it, plain
-# formulas. The cache has its last place for the token.
+# Exact attention of one query, by the fastest way on one thread: the library's own function, or plain
+# formulas. The last place of the cache is the token's.
 
 
 def _numpy_cached(q: Array, k: Array, v: Array, cache: tuple[Array, Array]) -> tuple[Array, Any]:
@@ -209,13 +209,13 @@ def _jax_cached() -> Step:
 
 
 def size(state: Any) -> int:
-    """Bytes of a tuple of arrays."""
+    """Count the bytes of a tuple of arrays."""
     total: int = sum(x.nbytes for x in state)
     return total
 
 
 def _held(library: Library, kind: str, arrived: Arrived) -> Any:
-    """The state in arrays that no other has: a step of JAX takes them, one of a cache writes to them."""
+    """Return the state in arrays of its own: JAX's steps consume them, a cache's steps write to them."""
     if kind == CACHE:
         return tuple(library.own.asarray(x, "float32") for x in arrived.cache)
     state = getattr(arrived, kind)
@@ -223,7 +223,7 @@ def _held(library: Library, kind: str, arrived: Arrived) -> Any:
 
 
 def arrive(library: Library, positions: tuple[int, ...], seconds: list[float]) -> dict[int, Arrived]:
-    """The states after so many tokens, chunk by chunk; adds what `rfa_step` takes for each to `seconds`."""
+    """Return the states at these positions, made chunk by chunk; append the chunks' times to `seconds`."""
     noise = library.own.asarray(_normal(_NOISE, 1, _FEATURES)[0], "float32")
     compiled = library.compile[library.mode]
     begin = compiled(lambda *x: randattn.rfa(*x, noise=noise, is_causal=True, return_state=True)[1])
@@ -261,10 +261,10 @@ def _eva_of(*tokens: Array, places: int) -> randattn.EVAState:
 
 
 def joined(library: Library, runs: list[randattn.EVAState], last: randattn.EVAState) -> randattn.EVAState:
-    """The state after several runs of tokens, all but the last of whole windows.
+    """Return the state after several runs of tokens, all but the last of whole windows.
 
-    Groups know nothing of each other. A call on all tokens would give the same state, and take as long
-    as all their results: at a million tokens, that is exact attention to 15,625 groups.
+    Groups do not depend on each other. A call on all tokens would give the same state, and compute all their
+    results too: at a million tokens, that is exact attention to 15,625 groups.
     """
     runs = [*runs, last]
     fields = {
@@ -275,7 +275,7 @@ def joined(library: Library, runs: list[randattn.EVAState], last: randattn.EVASt
 
 
 def _normal(seed: Any, count: int, tokens: int = 1) -> np.ndarray:
-    """Standard normal queries, keys, values."""
+    """Draw standard normal queries, keys, values."""
     rng = np.random.default_rng(seed)
     return rng.standard_normal((count, 1, _HEADS, tokens, _SIZE), dtype=np.float32)
 

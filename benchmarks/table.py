@@ -29,7 +29,7 @@ TITLES = {
 
 
 class Cells(NamedTuple):
-    """A table of one measure: what is the same in all its rows, and the columns that are not."""
+    """A table of one measure: the facts that all its rows share, and the columns that differ."""
 
     title: str
     shared: str
@@ -38,7 +38,7 @@ class Cells(NamedTuple):
 
 
 def by_measure(rows: Iterable[Row]) -> Iterator[Cells]:
-    """A table for each measure."""
+    """Yield a table for each measure."""
     found: dict[str, list[Row]] = {}
     for row in rows:
         found.setdefault(row.measure, []).append(row)
@@ -51,7 +51,7 @@ def by_measure(rows: Iterable[Row]) -> Iterator[Cells]:
 
 
 def tables(rows: Iterable[Row]) -> Iterator[Group]:
-    """The same for the terminal."""
+    """Yield the same tables for the terminal."""
     for each in by_measure(rows):
         table = Table(box=None, pad_edge=False)
         for name in each.columns:

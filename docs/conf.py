@@ -1,4 +1,4 @@
-"""The documentation, built by `nox -s docs`, which fails where a page or an example does."""
+"""The documentation: `nox -s docs` builds it, and fails where a page or an example fails."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ html_favicon = "favicon.svg"
 html_math_renderer = "mathml"
 suppress_warnings = ["myst.header"]
 
-# Their examples need other packages, several devices or processes; tests of their own run them.
+# Examples that need other packages, several devices or processes; their own tests run them.
 NOT_EXECUTED = {"dask", "integrations", "sharding", "torch_distributed"}
 
 
 def on_source(_: Sphinx, page: str, source: list[str]) -> None:
-    """Link to pages of the site, fill in what is generated, and run the examples."""
-    text = source[0].replace("../benchmarks/README.md", "/benchmarks.md")
+    """Link to pages of the site, fill in generated parts, and run the examples."""
+    text = re.sub(r"(?:\.\./)+benchmarks/README\.md", "/benchmarks.md", source[0])
     text = re.sub(
         r"^<!-- (\w+) -->$", lambda found: site_parts.PARTS[found.group(1)](), text, flags=re.MULTILINE
     )
@@ -48,7 +48,7 @@ def on_source(_: Sphinx, page: str, source: list[str]) -> None:
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
-    """Register what is this site's own."""
+    """Register the site's own renderers and events."""
     app.add_html_math_renderer(
         "mathml",
         inline_renderers=(site_parts.inline_math, None),

@@ -1,4 +1,4 @@
-"""What pages of the site are made of beyond their text: tables, pictures, formulas, examples that run."""
+"""Parts of pages beyond their text: tables, pictures, formulas, examples that run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import io
 import json
 import re
 from functools import partial
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,30 +16,27 @@ from matplotlib.figure import Figure
 
 import randattn
 from benchmarks import rows
-from experiments import runs, tables
 from benchmarks.table import by_measure
+from experiments import runs, tables
+from randattn._estimators.registry import ESTIMATORS
 from randattn.cli.style import as_png, settings
+from randattn.data import read_sample
 from tests.helpers import capabilities
 
 if TYPE_CHECKING:
     from docutils import nodes
 
+    from randattn._estimators.registry import Estimator
+
 ROOT = Path(__file__).parents[1]
-COUNTS = (16, 64, 256)
-ESTIMATORS = {
-    "rfa": lambda count: partial(randattn.rfa, num_samples=count, rng=0),
-    "ra": lambda count: partial(randattn.ra, num_samples=count // 16, rng=0),
-    "lara": lambda count: partial(randattn.lara, num_landmarks=count, rng=0),
-    "eva": lambda count: partial(randattn.eva, num_groups=count),
-    # An eighth of the keys exactly.
-    "eva_top": lambda count: partial(
-        randattn.eva, num_groups=count, groups="tree", exact="top", num_exact=count / 8
-    ),
-}
+# Counts that an estimator is drawn with, and those of an estimator whose default is one.
+COUNTS, FEW_COUNTS = (16, 64, 256), (1, 4, 16)
+# The words for the counts, where the keyword does not end in one.
+UNITS = {"num_exact": "exact keys"}
 
 
 def fidelity() -> str:
-    """The best of each curve at a quarter of exact attention's multiply-adds, from the committed figures."""
+    """Return the best of each curve at a quarter of exact attention's multiply-adds, as committed."""
     points = json.loads((ROOT / "benchmarks" / "results" / "fidelity" / "points.json").read_text())["points"]
     lines = [
         "| | options | of exact's multiply-adds | error: sample | error: encoder |",
@@ -62,14 +58,14 @@ def fidelity() -> str:
 
 
 def benchmarks() -> str:
-    """The benchmarks' own page, with links from here."""
+    """Return the benchmarks' own page, with links that are right on the site."""
     text = (ROOT / "benchmarks" / "README.md").read_text().replace("](../docs/", "](")
-    # What is not on the site is named only.
+    # A file that is not on the site is named without a link.
     return re.sub(r"\[([^\]]*)\]\((?:\.\./[A-Z]+\.md|results/)[^)]*\)", r"\1", text)
 
 
 def measured() -> str:
-    """Every committed row: a section for each session, a table for each measure."""
+    """Return every committed row: a section for each session, a table for each measure."""
     parts = []
     for path in sorted(rows.RESULTS.glob("*.json")):
         machine = json.loads(path.read_text())["machine"]
@@ -86,7 +82,7 @@ def _markdown(header: list[str], lines: list[list[str]]) -> str:
 
 
 def paper(name: str) -> str:
-    """One of the papers' experiments: how its claims fare, and the numbers, from the committed results."""
+    """Return the tables of one of the papers' experiments, from the committed results."""
     done = runs.read(runs.FOLDER / f"{name}.json")
     return "\n\n".join(_markdown(*table) for table in (tables.claims(name, done), tables.numbers(name, done)))
 
@@ -101,13 +97,13 @@ PARTS |= {f"paper_{name}": partial(paper, name) for name in tables.EXPERIMENTS}
 
 
 def inline_math(translator: Any, node: nodes.math) -> None:
-    """A formula in MathML, which browsers draw themselves."""
+    """Write a formula in MathML, which browsers draw themselves."""
     translator.body.append(convert(node.astext()))
     raise _skip()
 
 
 def block_math(translator: Any, node: nodes.math_block) -> None:
-    """One on a line of its own; of several lines, one after the other."""
+    """Write a formula of a line of its own; several lines stand one after the other."""
     lines = [line.replace("&", "") for line in re.split(r"\\\\|\n\n", node.astext()) if line.strip()]
     shown = "".join(f"<p>{convert(line, display='block')}</p>" for line in lines)
     translator.body.append(f'<div class="math">{shown}</div>')
@@ -121,7 +117,7 @@ def _skip() -> Exception:
 
 
 def run_examples(page: str, text: str) -> None:
-    """Run a page's Python blocks, one after the other; an error in one is the build's."""
+    """Run a page's Python blocks, one after the other; an error in one fails the build."""
     scope: dict[str, Any] = {}
     for found in re.finditer(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE):
         line = text[: found.start(1)].count("\n")
@@ -130,19 +126,27 @@ def run_examples(page: str, text: str) -> None:
 
 
 def draw(folder: Path) -> None:
-    """What there is to estimate; of each estimator its matrix and its error against samples."""
-    with files("randattn").joinpath("data/attention_inputs.npz").open("rb") as file:
-        data = np.load(file)
-        arrays, scale = [data[name].astype(np.float64) for name in "qkv"], float(data["scale"])
+    """Draw exact attention on the sample; of each estimator its matrix, and its error against its count."""
+    q, k, v, scale = read_sample()
+    arrays = [x.astype(np.float64) for x in (q, k, v)]
     exact = randattn.diagnose(randattn.softmax_attention, *arrays, scale=scale)
     (folder / "softmax.png").write_bytes(_exact_picture(exact.rows[:3, 0]))
-    for name, make in ESTIMATORS.items():
-        looks = [randattn.diagnose(make(count), *arrays, scale=scale, num_replicates=3) for count in COUNTS]
-        (folder / f"{name}.png").write_bytes(_picture(name, exact, looks))
+    for name, row in ESTIMATORS.items():
+        if row.count is None:
+            continue
+        draws = {} if row.draws == "never" else {"rng": 0}
+        counts = FEW_COUNTS if row.default == 1 else COUNTS
+        looks = [
+            randattn.diagnose(
+                row.function, *arrays, scale=scale, num_replicates=3, **{row.count: count}, **draws
+            )
+            for count in counts
+        ]
+        (folder / f"{name}.png").write_bytes(_picture(row, exact, counts, looks))
 
 
 def _exact_picture(heads: np.ndarray) -> bytes:
-    """Attention matrices of three heads, and how the weight of each is shared by keys."""
+    """Draw the attention matrices of three heads, and the share of the weight that the largest keys have."""
     with settings():
         figure = Figure(figsize=(11, 3.6), layout="constrained")
         axes = figure.subplots(1, 4)
@@ -167,20 +171,22 @@ def _matrix(axes: Any, rows: np.ndarray, black: float, title: str) -> None:
     axes.set_yticks([])
 
 
-def _picture(name: str, exact: randattn.Diagnosis, looks: list[randattn.Diagnosis]) -> bytes:
+def _picture(
+    row: Estimator, exact: randattn.Diagnosis, counts: tuple[int, ...], looks: list[randattn.Diagnosis]
+) -> bytes:
+    """Draw the matrices with the least and the largest count, and the error against the count."""
     with settings():
         figure = Figure(figsize=(11, 3.6), layout="constrained")
         axes = figure.subplots(1, 4)
         black = float(np.sqrt(np.quantile(exact.rows[0, 0].max(axis=-1), 0.9)))
-        unit = "samples" if name in ("rfa", "ra") else "landmarks" if name == "lara" else "groups"
-        counts = [count // 16 if name == "ra" else count for count in COUNTS]
-        titles = ("exact attention", f"{name}, {counts[0]} {unit}", f"{name}, {counts[-1]} {unit}")
+        unit = UNITS.get(row.count or "", (row.count or "").removeprefix("num_"))
+        titles = ("exact attention", f"{counts[0]} {unit}", f"{counts[-1]} {unit}")
         for one, look, title in zip(axes, (exact, looks[0], looks[-1]), titles, strict=False):
-            _matrix(one, look.rows[0, 0], black, title.replace("_", " "))
-        axes[3].plot(counts, [look.relative_error for look in looks], "o-", color="#0072B2", label="error")
+            _matrix(one, look.rows[0, 0], black, title)
+        axes[3].plot(counts, [look.relative_error for look in looks], "o-", color=row.colour, label="error")
         if all(look.relative_standard_error is not None for look in looks):
             spread = [look.relative_standard_error for look in looks]
-            axes[3].plot(counts, spread, "s:", color="#E69F00", label="standard error")
+            axes[3].plot(counts, spread, "s:", color=row.colour, label="standard error")
         axes[3].axhline(looks[0].mean_error, color="#6E6E6E", linestyle="--", label="mean(V)")
         axes[3].set_xscale("log", base=2)
         axes[3].set_xticks(counts, [str(count) for count in counts])

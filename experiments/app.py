@@ -27,7 +27,7 @@ def _command(name: str) -> click.Command:
         help="Where results and plots go, instead of experiments/results and docs/benchmarks.",
     )
     def command(device: str, jobs: int | None, output: Path | None) -> None:
-        # Late: each imports what it trains with.
+        # Imported late: each imports the library that it trains with.
         experiment = import_module(f"experiments.{name}")
         from .plots import draw
         from .tables import claims, numbers

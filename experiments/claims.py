@@ -1,4 +1,4 @@
-"""What the papers claim, held to what was measured here: each verdict is computed from the results."""
+"""The papers' claims: each verdict is computed from the results measured here."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ LARA_PAPER, EVA_PAPER = "LARA", "EVA"
 
 
 class Measured(NamedTuple):
-    """The number that a rule judges, and how it is told."""
+    """The number that a rule judges, and the sentence that reports it."""
 
     value: Value
     evidence: str
 
 
 class Verdict(NamedTuple):
-    """How a claim fares: "confirmed", "partly" or "not confirmed", and by which numbers."""
+    """The verdict on a claim, "confirmed", "partly" or "not confirmed", and the numbers behind it."""
 
     word: str
     evidence: str
 
 
 class Rule(Protocol):
-    """What is asked of a number; as a string, the rule in words."""
+    """A condition on a number; its string is the rule in words."""
 
     def word(self, value: Value) -> str:
-        """The verdict's."""
+        """Return the word of the verdict."""
         ...
 
 
@@ -47,14 +47,14 @@ def _word(is_confirmed: bool, is_in_part: bool) -> str:
 
 @dataclass(frozen=True)
 class AtMost:
-    """Of a ratio, the largest where there are several."""
+    """An upper bound of a ratio; of several ratios, the largest counts."""
 
     full: float
     part: float
     of: str
 
     def word(self, value: Value) -> str:
-        """By its mean."""
+        """Judge by the mean."""
         return _word(value.mean <= self.full, value.mean <= self.part)
 
     def __str__(self) -> str:
@@ -63,10 +63,10 @@ class AtMost:
 
 @dataclass(frozen=True)
 class Ahead:
-    """Of a margin."""
+    """A margin above zero."""
 
     def word(self, value: Value) -> str:
-        """By its mean and interval."""
+        """Judge by the mean and the interval."""
         return _word(value.mean > value.half, value.mean > 0)
 
     def __str__(self) -> str:
@@ -75,12 +75,12 @@ class Ahead:
 
 @dataclass(frozen=True)
 class Near:
-    """Of a margin, which may be below zero by a share."""
+    """A margin that may be below zero by a share."""
 
     share: float
 
     def word(self, value: Value) -> str:
-        """By its interval's ends."""
+        """Judge by the ends of the interval."""
         return _word(value.mean - value.half >= -self.share, value.mean + value.half >= -self.share)
 
     def __str__(self) -> str:
@@ -97,7 +97,7 @@ class Claim:
     measures: tuple[Measure, ...]
 
     def judge(self, results: Results) -> Verdict:
-        """One word of all measures, or partly."""
+        """Return one verdict of all measures: their common word, or "partly"."""
         measured = [measure(results) for measure in self.measures]
         words = {self.rule.word(one.value) for one in measured}
         word = words.pop() if len(words) == 1 else "partly"
@@ -105,7 +105,7 @@ class Claim:
 
 
 def _over(results: Results, other: str, inputs: str) -> Measured:
-    """LARA's error over another's, at as many samples."""
+    """Return LARA's error over another estimator's with as many samples."""
     own, others = (results.against_samples(name, inputs) for name in ("lara", other))
     ratios = {count: own[count].mean / others[count].mean for count in own if count in others}
     least, most, (first, *_, last) = min(ratios.values()), max(ratios.values()), ratios
@@ -123,13 +123,13 @@ def _below_32(results: Results, inputs: str) -> Measured:
 
 
 def _growth(results: Results, inputs: str) -> Measured:
-    """By how much LARA's growth over RFA's is below one."""
-    # Shorter than this, every landmark is a key or two.
+    """Return the distance below one of LARA's growth over RFA's."""
+    # In a shorter sequence, every landmark is one or two keys.
     least = 2 * results.setting("samples_of_lengths")
     lengths = [tokens for tokens in results.against_length("lara", inputs) if tokens > least]
     first, last = lengths[0], lengths[-1]
     lara, rfa = (results.growth(name, inputs, first, last) for name in ("lara", "rfa"))
-    # Of one seed both have the same queries, keys and values.
+    # With one seed both have the same queries, keys and values.
     ratio = Value.of([one / other for one, other in zip(lara, rfa, strict=True)])
     growths = f"LARA {mean(lara):.2f} times, RFA {mean(rfa):.2f}; their ratio {ratio}"
     return Measured(Value(1 - ratio.mean, ratio.half, ratio.number), f"{first} to {last} tokens: {growths}")
@@ -143,7 +143,7 @@ def _cost(results: Results, name: str, unit: str) -> Measured:
 
 
 class _Score(NamedTuple):
-    """A number of trained models: of which library, and which way is better."""
+    """A number of trained models, its library, and the sign of an improvement."""
 
     library: str
     title: str
@@ -159,7 +159,7 @@ _SCORES = {
 
 
 def _margin(results: Results, experiment: str, score: _Score, method: str, other: str) -> Measured:
-    """By which share of the other's number a model is better."""
+    """Return the improvement on another model, as a share of its number."""
     one, two = (results.trained(experiment, name, score.name, score.library) for name in (method, other))
     margin, half = score.sign * (one.mean - two.mean), math.hypot(one.half, two.half)
     value = Value(margin / two.mean, half / two.mean, one.number)
@@ -167,7 +167,7 @@ def _margin(results: Results, experiment: str, score: _Score, method: str, other
 
 
 def _on(inputs: str) -> tuple[Claim, ...]:
-    """What is claimed of errors, held to one kind of inputs."""
+    """Return the claims about errors, for one kind of inputs."""
 
     def claim(text: str, rule: Rule, measure: Callable[..., Measured], **own: str) -> Claim:
         return Claim(f"{text} ({inputs} inputs)", LARA_PAPER, rule, (partial(measure, inputs=inputs, **own),))
@@ -208,7 +208,7 @@ def _trained(experiment: str, text: str, paper: str, rule: Rule, method: str, ot
 
 
 def _of_models(experiment: str, verb: str, share: float) -> tuple[Claim, ...]:
-    """What both papers claim of models that are trained with each attention."""
+    """Return both papers' claims about models that are trained with each attention."""
     claim = partial(_trained, experiment)
     return (
         claim(f"LARA {verb} better than RFA", LARA_PAPER, Ahead(), "lara", "rfa"),

@@ -41,7 +41,7 @@ LARGE = SMALL | {"features": 192, "depth": 6, "epochs": 100, "rate": 1e-3}
 
 
 def runs(device: str, settings: dict[str, Any] | None = None) -> list[Run]:
-    """Every mechanism in both libraries from three seeds."""
+    """Return the runs: every mechanism in both libraries from three seeds."""
     settings = settings or (SMALL if device == "cpu" else LARGE)
     return [
         Run(NAME, library, method, seed, device, settings | {"mechanism": asdict(MECHANISMS[method])})
@@ -52,7 +52,7 @@ def runs(device: str, settings: dict[str, Any] | None = None) -> list[Run]:
 
 
 def work(run: Run, say: Say) -> dict[str, Any]:
-    """Train, and say which share of the test's pictures is classified right."""
+    """Train, and return the share of the test's pictures that is classified right."""
     if run.library == "torch":
         from .digits_torch import train
     else:
@@ -61,7 +61,7 @@ def work(run: Run, say: Say) -> dict[str, Any]:
 
 
 def read_digits() -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
-    """Pixels (B, 64) of mean 0 and deviation 1, and classes, to train on and (360 of them) to test on."""
+    """Read pixels (B, 64) of mean 0 and deviation 1, and classes: those to train on, 360 to test on."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -74,6 +74,6 @@ def read_digits() -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.n
 
 
 def batches(number: int, size: int, rng: np.random.Generator) -> list[np.ndarray]:
-    """An epoch's pictures in their order, batch by batch; what is left over waits for another epoch."""
+    """Return an epoch's pictures in their order, batch by batch, without the last ones that fill no batch."""
     order = rng.permutation(number)
     return [order[at : at + size] for at in range(0, number - size + 1, size)]

@@ -1,4 +1,4 @@
-"""The digits' training, in JAX: the same architecture of Flax's layers, begun as Flax begins them."""
+"""The digits' training, in JAX: the same architecture of Flax's layers, with Flax's initial weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Block(nnx.Module):
-    """Norms first: attention, and a perceptron."""
+    """Attention and a perceptron, each after a norm."""
 
     def __init__(self, features: int, heads: int, layer: dict[str, Any], rngs: nnx.Rngs) -> None:
         self.norms = nnx.List([nnx.LayerNorm(features, epsilon=1e-5, rngs=rngs) for _ in range(2)])
@@ -28,13 +28,13 @@ class Block(nnx.Module):
         self.narrow = nnx.Linear(4 * features, features, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Tokens (B, N, F), as they come."""
+        """Map tokens (B, N, F) to tokens."""
         x = x + self.attention(self.norms[0](x))
         return x + self.narrow(nnx.gelu(self.widen(self.norms[1](x)), approximate=False))
 
 
 class Classifier(nnx.Module):
-    """A vision transformer with a token a pixel: the mean of all tokens says the class."""
+    """A vision transformer with a token a pixel; the mean of all tokens gives the class."""
 
     def __init__(self, sizes: dict[str, Any], mechanism: Mechanism, rngs: nnx.Rngs) -> None:
         features = sizes["features"]
@@ -47,7 +47,7 @@ class Classifier(nnx.Module):
         self.head = nnx.Linear(features, sizes["classes"], rngs=rngs)
 
     def __call__(self, pixels: jax.Array) -> jax.Array:
-        """Logits (B, classes) of pixels (B, tokens)."""
+        """Return logits (B, classes) of pixels (B, tokens)."""
         x = self.pixel(pixels[..., None]) + self.places[...]
         for block in self.blocks:
             x = block(x)

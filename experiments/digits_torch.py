@@ -1,4 +1,4 @@
-"""The digits' training, in PyTorch, and what a model attends to that is trained so."""
+"""The digits' training, in PyTorch, and the inputs of a trained model's attention."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def train(run: Run, mechanism: Mechanism, say: Say) -> dict[str, float]:
 def attended(
     settings: dict[str, Any], stages: Iterable[tuple[int, int]], images: int, run: Run, say: Say
 ) -> Iterator[tuple[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor], float]]:
-    """What a model with exact attention attends to, at the end of each stage of its training.
+    """Yield the inputs of a model's exact attention, at the end of each stage of its training.
 
-    As vision transformers are, it is trained on with larger pictures, its places interpolated. `stages` are
-    sides of the pictures and epochs. Gives the side, queries, keys and values (layers, images, heads, side²,
-    features) of the test's first images, and the model's accuracy.
+    Each stage goes on with larger pictures and interpolated places, as is usual for vision transformers.
+    `stages` are sides of the pictures and epochs. A result is the side, queries, keys and values (layers,
+    images, heads, side², features) of the test's first images, and the model's accuracy.
     """
     rng = np.random.default_rng(run.seed)
     torch.manual_seed(run.seed)
@@ -52,12 +52,12 @@ def attended(
 
 
 def resize(model: Classifier, side: int) -> None:
-    """Let a model see pictures of `side` by `side` pixels, its places (pixels, features) interpolated."""
+    """Interpolate a model's places (pixels, features) to pictures of `side` by `side` pixels."""
     model.stack.places = nn.Parameter(_resized(model.stack.places.detach().T, side).T.contiguous())
 
 
 def projected(model: Classifier, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Queries, keys and values (layers, images, heads, tokens, features) in float64."""
+    """Return queries, keys and values (layers, images, heads, tokens, features) in float64."""
     seen: dict[str, list[torch.Tensor]] = {"query": [], "key": [], "value": []}
     hooks = [
         getattr(block.attention, name).register_forward_hook(lambda *call, to=each: to.append(call[-1]))
@@ -79,7 +79,7 @@ def _halves(device: str) -> tuple[Half, Half]:
 
 
 def _resized(pixels: torch.Tensor, side: int) -> torch.Tensor:
-    """Square pictures (B, pixels) of another size."""
+    """Resize square pictures (B, pixels)."""
     images = pixels.unflatten(-1, (math.isqrt(pixels.shape[-1]), -1))[:, None]
     return functional.interpolate(images, (side, side), mode="bilinear").flatten(1)
 
@@ -87,11 +87,11 @@ def _resized(pixels: torch.Tensor, side: int) -> torch.Tensor:
 def _fit(
     model: Classifier, settings: dict[str, Any], train: Half, test: Half, rng: np.random.Generator, say: Say
 ) -> dict[str, float]:
-    """Train a model; its accuracy and its last loss."""
+    """Train a model; return its accuracy and its last loss."""
     pixels, classes = train
     epochs, size = settings["epochs"], settings["batch"]
     trainer = Trainer(model, settings, epochs * (len(pixels) // size))
-    # What fits into memory: small pictures all in one call, which is one draw of rfa and ra.
+    # As many as memory holds: small pictures are all in one call, which is one draw of rfa and ra.
     at_once, accuracy = max(1, 2**15 // pixels.shape[-1]), 0.0
     for epoch in range(epochs):
         model.train()

@@ -24,8 +24,8 @@ NAME = "figures"
 SEEDS = 3
 MEAN = "mean(V)"
 COSTS = "time and memory"
-# A kind that the papers train, at several resolutions (of digits that are enlarged: none has more to see
-# than the first); the embedded sample; and what has no structure at all.
+# A kind that the papers train, at several resolutions (of digits that are enlarged: none has more detail
+# than the first); the embedded sample; and inputs without any structure.
 PICTURES, TEXT, GAUSSIAN = "vision model's", "text model's", "standard normal"
 INPUTS = (PICTURES, TEXT, GAUSSIAN)
 TEXT_TOKENS = 512
@@ -45,11 +45,11 @@ SMALL: dict[str, Any] = {
 
 
 def _model(settings: dict[str, Any]) -> dict[str, Any]:
-    """The epochs are those of the stages."""
+    """Return the settings without epochs, which belong to the stages."""
     return {name: value for name, value in settings.items() if name != "epochs"}
 
 
-# Sides of the pictures and epochs, how many are attended to, and the transformer.
+# Sides of the pictures and epochs, number of pictures, and the transformer.
 _VISION: dict[str, Any] = {
     "stages": [[8, 30], [14, 10], [24, 6]],
     "pictures": 8,
@@ -67,14 +67,14 @@ _LARGE_VISION = {
     "pictures": 8,
     "model": _model(digits.LARGE) | {"heads": 3},
 }
-# As many samples, landmarks, or groups and tokens of a window.
+# One count for all: samples, landmarks, or groups and tokens of a window.
 ESTIMATES: dict[str, Callable[..., Array]] = {
     "rfa": lambda q, k, v, count, **own: rfa(q, k, v, num_samples=count, **own),
     "ra": lambda q, k, v, count, **own: ra(q, k, v, num_samples=count, **own),
     "lara": lambda q, k, v, count, **own: lara(q, k, v, num_landmarks=count, **own),
     "eva": lambda q, k, v, count, **own: eva(q, k, v, num_groups=count, window=count, **own),
 }
-# Of the same features, landmarks, groups and window.
+# All with the same number of features, landmarks, groups, and tokens of a window.
 TIMED = (
     ("rfa", ""),
     ("lara", ""),
@@ -84,7 +84,7 @@ TIMED = (
 
 
 def tokens_of(inputs: str, settings: dict[str, Any]) -> int:
-    """How many tokens errors against samples are of."""
+    """Return the number of tokens of the errors against samples."""
     if inputs == PICTURES:
         return int(settings["stages"][-1][0] ** 2)
     return min(settings["tokens"], TEXT_TOKENS) if inputs == TEXT else int(settings["tokens"])
@@ -93,7 +93,7 @@ def tokens_of(inputs: str, settings: dict[str, Any]) -> int:
 def runs(
     device: str, settings: dict[str, Any] | None = None, vision: dict[str, Any] | None = None
 ) -> list[Run]:
-    """Every estimator's errors, and all their costs together, three times."""
+    """Return the runs: every estimator's errors, and all their costs together, three times."""
     settings = settings or (SMALL if device == "cpu" else LARGE)
     vision = vision or (_VISION if device == "cpu" else _LARGE_VISION)
     return [
@@ -104,7 +104,7 @@ def runs(
 
 
 def work(run: Run, say: Say) -> dict[str, Any]:
-    """The points of one estimator's curves, of all curves on pictures, or of all the costs'."""
+    """Measure the points of one estimator's curves, of all curves on pictures, or of all costs."""
     points = {PICTURES: _on_pictures, COSTS: _costs}.get(run.method, _errors)
     return {"points": list(points(run, say))}
 
@@ -145,7 +145,7 @@ def _on_pictures(run: Run, say: Say) -> Iterator[dict[str, Any]]:
 
 
 def _counts(method: str, settings: dict[str, Any], inputs: str, tokens: int) -> list[int]:
-    """Numbers of samples: at the length that they are compared at every one, else the same at each."""
+    """Return numbers of samples: all of them at the length of the comparison, one at every other length."""
     if method == MEAN:
         return [1]
     one = 1 if method == "ra" else settings["samples_of_lengths"]
@@ -159,7 +159,7 @@ def _exact(inputs: Inputs) -> Array:
 
 
 def _error(run: Run, method: str, count: int, inputs: Inputs, exact: Array, **own: Any) -> float:
-    """Relative to exact attention, the mean over all heads of all layers and pictures."""
+    """Return the error relative to exact attention, the mean over all heads of all layers and pictures."""
     q, k, v, scale = inputs
     if method == MEAN:
         out = v.mean(-2, keepdim=True) + 0 * exact
@@ -170,7 +170,7 @@ def _error(run: Run, method: str, count: int, inputs: Inputs, exact: Array, **ow
 
 
 def _inputs(kind: str, run: Run, tokens: int) -> Inputs | None:
-    """Queries, keys, values and a scale in float64; None where there are not as many real ones."""
+    """Return queries, keys, values and a scale in float64; None where the sample has too few tokens."""
     import torch
 
     if kind == GAUSSIAN:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 NAME = "language"
 SEEDS = 3
 
-# Of a text's 256 bytes: 64 features; a window of 32 with 16 groups of 16.
+# For a text of 256 bytes: 64 features; a window of 32 and 16 groups of 16.
 MECHANISMS = {
     "softmax": Mechanism("softmax_attention"),
     "rfa": Mechanism("rfa", {"num_samples": 64}),
@@ -53,14 +53,14 @@ LARGE = SMALL | {
     "rate": 1e-3,
     "warm_up": 500,
 }
-# Of the documents one in so many is tested on.
+# One document in this number is tested on.
 _TESTED = 20
 _LONG = 50
 KINDS = ("documentation", "sources")
 
 
 def runs(device: str, settings: dict[str, Any] | None = None) -> list[Run]:
-    """Every mechanism from three seeds."""
+    """Return the runs: every mechanism from three seeds."""
     settings = (settings or (SMALL if device == "cpu" else LARGE)) | {"text": fingerprint()}
     return [
         Run(NAME, "torch", method, seed, device, settings | {"mechanism": asdict(mechanism)})
@@ -70,7 +70,7 @@ def runs(device: str, settings: dict[str, Any] | None = None) -> list[Run]:
 
 
 def documents(kind: str) -> Iterator[tuple[str, bytes]]:
-    """Names and texts: the topics of `help()`, or the modules of the standard library."""
+    """Yield names and texts: the topics of `help()`, or the modules of the standard library."""
     if kind == "documentation":
         from pydoc_data.topics import topics
 
@@ -81,15 +81,15 @@ def documents(kind: str) -> Iterator[tuple[str, bytes]]:
         names = sorted(found.name for found in pkgutil.iter_modules([str(folder)]))
         for name in names:
             path = folder / f"{name}.py"
-            # What building Python wrote names the machine that it was built on.
+            # A file that the build of Python wrote names the machine of the build.
             if path.is_file() and not name.startswith("_sysconfigdata"):
                 yield name, path.read_bytes()
 
 
 def read_text() -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """The bytes of the documents to train on, all in a row, and those of each kind to test on.
+    """Read the bytes of the documents to train on, all in a row, and those of each kind to test on.
 
-    No document is trained on that has a long line of one that is tested on.
+    A document that shares a long line with a tested one is left out of the training.
     """
     trained: list[bytes] = []
     tested: dict[str, list[bytes]] = {}
@@ -109,25 +109,25 @@ def read_text() -> tuple[np.ndarray, dict[str, np.ndarray]]:
 
 
 def long_lines(text: bytes) -> set[bytes]:
-    """Lines that two documents hardly have in common by chance."""
+    """Return the lines of a text that are too long to be in two documents by chance."""
     return {line for line in map(bytes.strip, text.splitlines()) if len(line) >= _LONG}
 
 
 def fingerprint() -> str:
-    """What tells one Python's texts from another's."""
+    """Return a checksum that tells one Python's texts from another's."""
     text, tested = read_text()
     return f"{len(text)} bytes, {zlib.crc32(b''.join([text.tobytes(), *map(bytes, tested.values())])):08x}"
 
 
 def windows(text: np.ndarray, length: int, number: int) -> np.ndarray:
-    """Stretches of a byte more than `length`, evenly spread over a text: (at most `number`, length + 1)."""
+    """Return stretches of ``length + 1`` bytes, evenly spread over a text: (at most `number`, length + 1)."""
     starts = np.arange(0, len(text) - length, length)
     starts = starts[np.linspace(0, len(starts) - 1, min(number, len(starts))).astype(int)]
     return text[starts[:, None] + np.arange(length + 1)]
 
 
 def work(run: Run, say: Say) -> dict[str, Any]:
-    """Train, and give the bits that a byte of each kind of text takes."""
+    """Train, and return the bits per byte of each kind of text."""
     import torch
     from torch.nn import functional
 

@@ -19,7 +19,7 @@ _EXACT: dict[str, Any] = {"estimator": "softmax_attention"}
 
 
 class Block(nn.Module):
-    """Norms first: attention to itself, to a context where there is one, and a perceptron."""
+    """Attention to itself, to a context where there is one, and a perceptron, each after a norm."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class Block(nn.Module):
         context: torch.Tensor | None = None,
         context_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Tokens (B, N, F), as they come; masks are True where there is one."""
+        """Map tokens (B, N, F) to tokens; masks are True for real tokens."""
         x = x + self.attention(self.norms[0](x), key_mask=mask)
         if self.cross is not None:
             x = x + self.cross(self.norms[2](x), context, key_mask=context_mask)
@@ -53,7 +53,7 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
-    """Places added, blocks, and a norm."""
+    """Learned places, blocks, and a norm."""
 
     def __init__(self, sizes: dict[str, Any], layer: dict[str, Any], length: int, **block: bool) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class Stack(nn.Module):
         self.norm = nn.LayerNorm(features)
 
     def forward(self, x: torch.Tensor, *own: torch.Tensor | None) -> torch.Tensor:
-        """Tokens (B, N, F), and what else a block takes."""
+        """Map tokens (B, N, F) to tokens, with further arguments of each block."""
         x = x + self.places[: x.shape[-2]]
         for block in self.blocks:
             x = block(x, *own)
@@ -73,7 +73,7 @@ class Stack(nn.Module):
 
 
 class Classifier(nn.Module):
-    """A vision transformer with a token a pixel: the mean of all tokens says the class."""
+    """A vision transformer with a token a pixel; the mean of all tokens gives the class."""
 
     def __init__(self, sizes: dict[str, Any], mechanism: Mechanism) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class Classifier(nn.Module):
         self.head = nn.Linear(sizes["features"], sizes["classes"])
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Logits (B, classes) of pixels (B, tokens)."""
+        """Return logits (B, classes) of pixels (B, tokens)."""
         return self.head(self.stack(self.pixel(pixels[..., None])).mean(dim=-2))
 
 
@@ -96,7 +96,7 @@ class Language(nn.Module):
         self.head = nn.Linear(sizes["features"], 256)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Logits (B, N, 256) of each next byte."""
+        """Return logits (B, N, 256) of each next byte."""
         return self.head(self.stack(self.token(tokens)))
 
 
@@ -105,19 +105,19 @@ class Translator(nn.Module):
 
     def __init__(self, sizes: dict[str, Any], mechanism: Mechanism) -> None:
         super().__init__()
-        # One for source, target and results.
+        # One embedding for source, target and results.
         self.token = nn.Embedding(sizes["vocabulary"], sizes["features"], padding_idx=0)
         nn.init.normal_(self.token.weight, std=sizes["features"] ** -0.5)
         self.encoder = Stack(sizes, mechanism.layer(), sizes["tokens"])
         self.decoder = Stack(sizes, _EXACT, sizes["tokens"], is_causal=True, crosses=True)
 
     def encode(self, source: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The source's tokens (B, M), and which of them are no padding."""
+        """Encode the source's tokens (B, M); return them with a mask, False for padding."""
         mask = source != 0
         return self.encoder(self._embedded(source), mask), mask
 
     def decode(self, target: torch.Tensor, context: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Logits (B, N, vocabulary) of each next token of the target."""
+        """Return logits (B, N, vocabulary) of each next token of the target."""
         return self.decoder(self._embedded(target), None, context, mask) @ self.token.weight.T
 
     def _embedded(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -125,7 +125,7 @@ class Translator(nn.Module):
 
 
 class Trainer:
-    """AdamW with a warm-up and a cosine's fall."""
+    """AdamW whose rate warms up and then falls as a cosine."""
 
     def __init__(self, model: nn.Module, settings: dict[str, Any], steps: int) -> None:
         self.model, self.steps = model, steps
@@ -137,7 +137,7 @@ class Trainer:
         )
 
     def step(self, loss: torch.Tensor) -> None:
-        """Once against the gradient, which is of norm one at most."""
+        """Make one step against the gradient, clipped to norm one."""
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -146,14 +146,14 @@ class Trainer:
 
 
 def fall(step: int, steps: int, warm_up: int) -> float:
-    """The share of the rate at a step."""
+    """Return the share of the rate at a step."""
     if step < warm_up:
         return (step + 1) / warm_up
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warm_up) / max(1, steps - warm_up))))
 
 
 def _groups(model: nn.Module, decay: float) -> Iterable[dict[str, Any]]:
-    """Matrices decay, norms and biases do not."""
+    """Yield the groups of parameters: matrices with weight decay, norms and biases without."""
     parameters = list(model.parameters())
     yield {"params": [one for one in parameters if one.ndim > 1], "weight_decay": decay}
     yield {"params": [one for one in parameters if one.ndim <= 1], "weight_decay": 0.0}

@@ -36,7 +36,7 @@ _BARS: dict[str, Any] = {"capsize": 3, "elinewidth": 1, "markersize": 4}
 
 
 def draw(experiment: str, done: list[Done], path: Path) -> None:
-    """One experiment's plot."""
+    """Draw one experiment's plot."""
     with mpl.rc_context():
         mpl.rcdefaults()
         mpl.rcParams.update(RC)
@@ -117,10 +117,10 @@ def _trained(
     methods: Iterable[str],
     label: str,
 ) -> Figure:
-    """A panel for each library or number, a point for each mechanism."""
+    """Draw a panel for each library or number, a point for each mechanism."""
     panels, methods = list(panels), list(methods)
     figure = Figure(figsize=(4.6 * len(panels), 3.4), layout="constrained")
-    # The same number of several libraries is compared between them, too.
+    # One number of several libraries has one axis, so that the libraries can be compared.
     share = len({name for _, name, _ in panels}) == 1
     all_axes = figure.subplots(1, len(panels), squeeze=False, sharey=share)[0]
     for axes, (library, name, title) in zip(all_axes, panels, strict=True):

@@ -27,7 +27,7 @@ class Value:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Value:
-        """Of one value for each seed."""
+        """Make a value of one number for each seed."""
         number = len(values)
         if number < 2:
             return cls(mean(values), math.inf, number)
@@ -39,13 +39,13 @@ class Value:
 
 
 class Results:
-    """The runs of all experiments, asked for by what was measured."""
+    """The runs of all experiments, with the measured numbers by name."""
 
     def __init__(self, done: Sequence[Done]) -> None:
         self._done = done
         figures = [one for one in done if one.run.experiment == "figures"]
         self._settings = {name: value for one in figures for name, value in one.run.settings.items()}
-        # Those of several estimators together say whose they are.
+        # A run of several estimators names the estimator of each point.
         self._points = [
             {"estimator": one.run.method, "seed": one.run.seed, **point}
             for one in figures
@@ -53,11 +53,11 @@ class Results:
         ]
 
     def has(self, experiment: str) -> bool:
-        """Whether an experiment was run."""
+        """Tell whether an experiment was run."""
         return any(one.run.experiment == experiment for one in self._done)
 
     def trained(self, experiment: str, method: str, name: str, library: str = "torch") -> Value:
-        """A number of trained models."""
+        """Return a number of trained models."""
         return Value.of(
             [
                 one.found[name]
@@ -67,12 +67,12 @@ class Results:
         )
 
     def curve(self, along: str, name: str, **at: Any) -> dict[int, Value]:
-        """One number of the figures against samples or tokens."""
+        """Return one number of the figures against samples or tokens."""
         found = self._by_seed(along, name, **at)
         return {where: Value.of(list(values.values())) for where, values in found.items()}
 
     def growth(self, method: str, inputs: str, first: int, last: int) -> list[float]:
-        """Of the error between two lengths, for each seed."""
+        """Return the growth of the error between two lengths, for each seed."""
         found = self._by_seed("tokens", "error", **self._at_every_length(method, inputs))
         return [found[last][seed] / found[first][seed] for seed in sorted(found[first])]
 
@@ -85,27 +85,27 @@ class Results:
         return dict(sorted(found.items()))
 
     def accuracy(self) -> Value:
-        """Of the vision model, at the length that errors against samples are of."""
+        """Return the vision model's accuracy at the length of the errors against samples."""
         return self.curve("tokens", "accuracy", inputs=PICTURES)[self.tokens(PICTURES)]
 
     def setting(self, name: str) -> Any:
-        """Of the figures."""
+        """Return a setting of the figures."""
         return self._settings[name]
 
     def tokens(self, inputs: str) -> int:
-        """The length that errors against samples are of."""
+        """Return the length of the errors against samples."""
         return tokens_of(inputs, self._settings)
 
     def against_samples(self, method: str, inputs: str) -> dict[int, Value]:
-        """Errors at one length."""
+        """Return errors against samples at one length."""
         return self.curve("samples", "error", estimator=method, inputs=inputs, tokens=self.tokens(inputs))
 
     def trivial(self, inputs: str) -> Value:
-        """The error of mean(V) at that length."""
+        """Return the error of mean(V) at that length."""
         return self.against_length(MEAN, inputs)[self.tokens(inputs)]
 
     def against_length(self, method: str, inputs: str) -> dict[int, Value]:
-        """Errors of as many samples at every length: of one sample for ra."""
+        """Return errors against length, with a fixed number of samples: one for ra."""
         return self.curve("tokens", "error", **self._at_every_length(method, inputs))
 
     def _at_every_length(self, method: str, inputs: str) -> dict[str, Any]:
@@ -113,5 +113,5 @@ class Results:
         return {"estimator": method, "inputs": inputs, "samples": count}
 
     def cost(self, method: str, name: str) -> dict[int, Value]:
-        """Seconds or bytes against tokens."""
+        """Return seconds or bytes against tokens."""
         return self.curve("tokens", name, estimator=method)

@@ -1,4 +1,4 @@
-"""Runs of an experiment: each is kept when it is done, so that a session that was stopped goes on."""
+"""Runs of an experiment: each is saved when it ends, so that a stopped session can go on."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ if TYPE_CHECKING:
     Work = Callable[["Run", Say], dict[str, Any]]
 
 FOLDER = Path(__file__).parent / "results"
-# Runs beside one another on a CPU: small models use one core well and two badly.
+# Runs share a CPU, one a core: small models use one core well and two badly.
 _JOBS = os.cpu_count() or 1
 _POLL = 0.2
 
 
 @dataclass(frozen=True)
 class Mechanism:
-    """An estimator with its options, as a layer of a model takes them."""
+    """An estimator with its options, as a model's layer takes them."""
 
     estimator: str
     options: dict[str, Any] = field(default_factory=dict)
     learned: dict[str, bool] = field(default_factory=dict)
 
     def layer(self) -> dict[str, Any]:
-        """Keywords of `Attention`."""
+        """Return the keywords of `Attention`."""
         return {"estimator": self.estimator, "options": self.options, **self.learned}
 
 
@@ -47,7 +47,7 @@ class Mechanism:
 class Run:
     """One training, or one series of measurements, by its settings.
 
-    The code is not among them: where it is changed so that results change, delete the file of the results.
+    The code is not among the settings: after a change of the code that changes results, delete the file.
     """
 
     experiment: str
@@ -59,13 +59,13 @@ class Run:
 
     @property
     def label(self) -> str:
-        """Its line in the progress."""
+        """The run's line in the progress."""
         return f"{self.library} {self.method}, seed {self.seed}"
 
 
 @dataclass(frozen=True)
 class Done:
-    """A run, what it found, how long it took, and the machine, packages and commit that it was made with."""
+    """A run, its results, its time, and the machine, packages and commit that made it."""
 
     run: Run
     found: dict[str, Any]
@@ -76,7 +76,7 @@ class Done:
 def carry_out(
     path: Path, runs: Sequence[Run], work: Work, console: Console, *, jobs: int | None = None
 ) -> list[Done]:
-    """Carry out the runs that the file does not have yet, and add each to it as soon as it is done.
+    """Carry out the runs that the file lacks, and add each to the file as soon as it ends.
 
     Parameters
     ----------
@@ -137,7 +137,7 @@ def carry_out(
                         continue
                     if (error := future.exception()) is not None:
                         failed.append((runs[name], error))
-                        # What is under way is waited for, and kept.
+                        # Runs under way are waited for, and kept.
                         for other in pending:
                             other.cancel()
                         continue
@@ -158,7 +158,7 @@ def carry_out(
 
 
 def read(path: Path) -> list[Done]:
-    """The runs of a file; none where there is no file."""
+    """Read the runs of a file; none where there is no file."""
     if not path.exists():
         return []
     rows = json.loads(path.read_text(encoding="utf-8"))["runs"]
@@ -166,7 +166,7 @@ def read(path: Path) -> list[Done]:
 
 
 def _write(path: Path, done: Sequence[Done]) -> None:
-    """Whole or not at all."""
+    """Write the file whole, or leave the old one."""
     lines = ",\n    ".join(json.dumps(asdict(one), allow_nan=False) for one in done)
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_suffix(".new")
@@ -175,7 +175,7 @@ def _write(path: Path, done: Sequence[Done]) -> None:
 
 
 def _plain(run: Run) -> Any:
-    """As it is read from a file."""
+    """Return a run in the form that a file has."""
     return json.loads(json.dumps(asdict(run)))
 
 
@@ -196,5 +196,5 @@ def _carry_out(work: Work, run: Run, queue: Queue[Any]) -> tuple[dict[str, Any],
 
 
 def _few(found: dict[str, Any]) -> str:
-    """The numbers of a result."""
+    """Return the numbers of a result as text."""
     return ", ".join(f"{name} {value:.4g}" for name, value in found.items() if isinstance(value, float))

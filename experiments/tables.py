@@ -1,4 +1,4 @@
-"""The tables of the papers' experiments: what was measured, and how the papers' claims fare."""
+"""The tables of the papers' experiments: the measurements, and the verdicts on the papers' claims."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _TRAINED = ("softmax", "rfa", "ra", "lara", "eva")
 
 
 def claims(experiment: str, done: Sequence[Done]) -> Table:
-    """A claim a row, with its verdict and the numbers behind it."""
+    """Return a table of the claims, each with its verdict and the numbers behind it."""
     results, rows = Results(done), []
     for claim in CLAIMS[experiment]:
         verdict = claim.judge(results)
@@ -30,7 +30,7 @@ def claims(experiment: str, done: Sequence[Done]) -> Table:
 
 
 def numbers(experiment: str, done: Sequence[Done]) -> Table:
-    """What was measured, mean ± half of the 95% interval over seeds."""
+    """Return a table of the measurements, mean ± half of the 95% interval over seeds."""
     results = Results(done)
     if experiment == "figures":
         return _errors(results)

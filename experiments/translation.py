@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 NAME = "translation"
 SEEDS = 3
-# Where Debian's packages put them.
+# The folder of Debian's packages.
 CATALOGUES = Path("/usr/share/locale/de/LC_MESSAGES")
 _LEAST = 2000
 
@@ -64,13 +64,13 @@ LARGE = SMALL | {
     "rate": 1e-3,
     "warm_up": 1000,
 }
-# Of the messages one in so many is tested on.
+# One message in this number is tested on.
 _TESTED = 40
 _PADDING, _BEGIN, _END = range(3)
 
 
 def runs(device: str, settings: dict[str, Any] | None = None, folder: Path = CATALOGUES) -> list[Run]:
-    """Every mechanism from three seeds."""
+    """Return the runs: every mechanism from three seeds."""
     settings = (settings or (SMALL if device == "cpu" else LARGE)) | {
         "messages": fingerprint(read_pairs(folder)),
         "folder": str(folder),
@@ -83,7 +83,7 @@ def runs(device: str, settings: dict[str, Any] | None = None, folder: Path = CAT
 
 
 def read_pairs(folder: Path) -> list[Pair]:
-    """English messages and their German, each English one once.
+    """Read English messages and their German, each English one once.
 
     Raises
     ------
@@ -109,7 +109,7 @@ def _messages(path: Path) -> Iterator[Pair]:
         except (UnicodeDecodeError, OSError):
             return  # Of another encoding than it says.
     for key, german in vars(catalogue)["_catalog"].items():
-        # Plural forms are (message, number), contexts stand before.
+        # Plural forms are (message, number); a context stands before the message.
         english = (key[0] if isinstance(key, tuple) else key).rpartition("\x04")[2]
         if len(_letters(english)) > 2 and german and german != english:
             yield _one_line(english), _one_line(german)
@@ -120,12 +120,12 @@ def _one_line(text: str) -> str:
 
 
 def _letters(text: str) -> str:
-    """What two messages have in common that are the same but for case, numbers, marks and spaces."""
+    """Return the letters of a message, without case, numbers, marks and spaces."""
     return re.sub(r"%[-+#0-9.*l$]*[a-z]|[\W\d_]+", "", text.lower())
 
 
 def split(pairs: Iterable[Pair]) -> tuple[list[Pair], list[Pair]]:
-    """To train on, and to test on: by a checksum of the letters, and no German of the test in both."""
+    """Split into training and test by a checksum of the letters; no German of the test is in the training."""
     trained: list[Pair] = []
     tested: list[Pair] = []
     for english, german in pairs:
@@ -136,12 +136,12 @@ def split(pairs: Iterable[Pair]) -> tuple[list[Pair], list[Pair]]:
 
 
 def fingerprint(pairs: list[Pair]) -> str:
-    """What tells one machine's messages from another's."""
+    """Return a checksum that tells one machine's messages from another's."""
     return f"{len(pairs)} messages, {zlib.crc32(repr(pairs).encode()):08x}"
 
 
 def make_tokenizer(pairs: list[Pair], size: int) -> Tokenizer:
-    """Byte pairs of both languages together."""
+    """Make a tokenizer of byte pairs of both languages together."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE(unk_token=None))
@@ -158,7 +158,7 @@ def make_tokenizer(pairs: list[Pair], size: int) -> Tokenizer:
 
 
 def work(run: Run, say: Say) -> dict[str, Any]:
-    """Train, translate, and give BLEU."""
+    """Train, translate, and return BLEU."""
     import torch
     from sacrebleu import corpus_bleu
     from torch.nn import functional
@@ -187,7 +187,7 @@ def work(run: Run, say: Say) -> dict[str, Any]:
             if step % 10 == 0:
                 say(step, steps, f"loss {float(loss.detach()):.2f}")
     model.eval()
-    # The same for every run; like lengths together, as in training.
+    # The same for every run, with similar lengths together, as in training.
     order = np.random.default_rng(0).permutation(len(tested))[: settings["tested"]]
     chosen = sorted((tested[one] for one in order), key=lambda row: len(row[0]))
     given: list[str] = []
@@ -199,7 +199,7 @@ def work(run: Run, say: Say) -> dict[str, Any]:
 
 
 def _tokens(pairs: list[Pair], tokenizer: Tokenizer, settings: dict[str, Any]) -> list[Any]:
-    """Source, target, and the German itself, of the messages that are neither too short nor too long."""
+    """Return source, target and the German text of the messages that are neither too short nor too long."""
     most, found = settings["tokens"], []
     for english, german in pairs:
         source, target = (tokenizer.encode(text).ids for text in (english, german))
@@ -209,7 +209,7 @@ def _tokens(pairs: list[Pair], tokenizer: Tokenizer, settings: dict[str, Any]) -
 
 
 def _batches(rows: list[Any], size: int, rng: np.random.Generator) -> list[np.ndarray]:
-    """An epoch in a new order, messages of like lengths together."""
+    """Return an epoch's batches in a new order, each of messages of similar lengths."""
     order = rng.permutation(len(rows))
     pools = [order[at : at + 32 * size] for at in range(0, len(order), 32 * size)]
     found = []
@@ -229,7 +229,7 @@ def _filled(rows: list[list[int]], device: str) -> torch.Tensor:
 
 
 def _translate(model: Translator, source: torch.Tensor, most: int) -> list[list[int]]:
-    """The likeliest token at each step, up to the end's."""
+    """Translate by the likeliest token at each step, up to the end token."""
     import torch
 
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""A sequence of a million tokens through RFA, LARA and EVA, chunk by chunk, on two worker processes.
+"""Send a million tokens through RFA, LARA and EVA, chunk by chunk, on two worker processes.
 
 ``python docs/examples/dask_million_tokens.py`` prints the seconds and the peak memory of each.
 """
@@ -18,15 +18,15 @@ ESTIMATORS = {
     "rfa": lambda q, k, v: rfa(q, k, v, num_samples=64, rng=0),
     "lara balance": lambda q, k, v: lara(q, k, v, num_landmarks=50, weighting="balance", rng=0),
     "lara optimal": lambda q, k, v: lara(q, k, v, num_landmarks=50, rng=0),
-    # Windows of 50 tokens in groups of 20,000 in chunks of 40,000: each is cut where the next larger ends.
+    # Windows of 50 tokens in groups of 20,000 in chunks of 40,000: no border lies within a smaller piece.
     "eva": lambda q, k, v: eva(q, k, v, num_groups=50, window=50, rng=0),
-    # Windows that cut groups, and chunks that cut windows: tokens are gathered from the chunks beside.
+    # Windows cut groups, and chunks cut windows: tokens are gathered from the neighbouring chunks.
     "eva, uneven": lambda q, k, v: eva(q, k, v, num_groups=64, window=64, rng=0),
 }
 
 
 class Peak:
-    """The most memory that processes had, sampled: each of them, and all together."""
+    """The most memory of processes, sampled: of each of them, and of all together."""
 
     def __init__(self, processes):
         self.processes, self.running = processes, True
@@ -42,7 +42,7 @@ class Peak:
         self.thread.join()
 
     def sample(self):
-        """Look again and again, until the end of the block."""
+        """Sample the memory until the end of the block."""
         while self.running:
             now = [process.memory_info().rss for process in self.processes]
             self.of_each = [max(pair) for pair in zip(self.of_each, now, strict=True)]
@@ -59,7 +59,7 @@ def main():
     args = parser.parse_args()
 
     shape, chunks = (args.tokens, args.features), (args.chunk, args.features)
-    # Of "eva, uneven" 10 MiB: the places of a million tokens.
+    # The graph of "eva, uneven" has 10 MiB: the places of a million tokens.
     dask.config.set({"distributed.admin.large-graph-warning-threshold": "20MiB"})
     mib, size = 1 << 20, 4 * args.tokens * args.features
     print(f"{args.tokens} tokens in chunks of {args.chunk}, {args.features} features, float32")
@@ -80,7 +80,7 @@ def main():
         report("idle", time.perf_counter(), 0, idle)
         for seed, (name, estimator) in enumerate(ESTIMATORS.items()):
             start = time.perf_counter()
-            # Other arrays for each: the scheduler may still know the chunks of the last ones.
+            # New arrays for each estimator: the scheduler may still hold the chunks of the last ones.
             rng = da.random.default_rng(seed)
             q, k, v = (rng.standard_normal(shape, chunks=chunks, dtype="float32") for _ in range(3))
             with Peak(processes) as peak:

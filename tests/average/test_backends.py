@@ -12,19 +12,19 @@ from randattn._core import block_sizes
 from randattn._core.average import Average, Keys, PairWeight
 from randattn._core.library import namespace
 from tests.helpers.blocks import make_blocks, make_small
-from tests.helpers.forms import ESTIMATORS
+from tests.helpers.forms import ESTIMATORS, beyond
 
 N, M, D, E = 11, 13, 3, 4
 DIFFERENTIABLE = ("torch", "jax")
 
 
-def factors(steps, q, mask, k, offset):
-    """Some weights that depend on the query, in the steps that blocks may take in place."""
+def factors(ops, q, mask, k, offset):
+    """Some weights that depend on the query, in the operations that blocks may take in place."""
     xp = namespace(q)
-    x = steps.add(steps.products("t", k, q), offset)
+    x = ops.add(ops.products("t", k, q), offset)
     if mask is not None:
         x = xp.where(mask[..., None, :], x, -math.inf)
-    return steps.at_least(steps.multiply(steps.exp(steps.at_most(x, 0.0)), 2.0), 0.1)
+    return ops.at_least(ops.multiply(ops.exp(ops.at_most(x, 0.0)), 2.0), 0.1)
 
 
 def make_cases():
@@ -242,8 +242,19 @@ def pullback(lib, function, arrays, cotangents):
     return [torch.zeros_like(x) if d is None else d for x, d in zip(arrays, found, strict=True)]
 
 
-@pytest.mark.parametrize("small", [False, True])
-@pytest.mark.parametrize("case", [case for case in CASES if case != "no values"])
+@pytest.mark.parametrize("small", [pytest.param(False, marks=pytest.mark.thorough("jax")), True])
+@pytest.mark.parametrize(
+    "case",
+    beyond(
+        [case for case in CASES if case != "no values"],
+        (
+            *("plain", "causal", "two sets", "weighted, masked", "by features, biased", "no key left"),
+            *("few queries", "growing logits", "shared keys", "grouped queries", "biased by pairs"),
+            *("weighted, beside another set", "causal, second of two sets"),
+        ),
+        "jax",
+    ),
+)
 def test_the_same_gradients(lib, case, small, monkeypatch):
     """Through both results: the average, and the logarithm of the weights' sum."""
     if lib.name not in DIFFERENTIABLE:

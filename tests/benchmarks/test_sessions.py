@@ -16,7 +16,7 @@ from benchmarks.app import app
 from benchmarks.baselines import open_library
 from benchmarks.cases import ADAPTIVE, LINEAR, Workbench, case_of, keywords
 from benchmarks.rows import PRODUCTS
-from benchmarks.sizes import plan_for
+from benchmarks.sizes import sizes_for
 
 LIBRARIES = [
     pytest.param(
@@ -111,7 +111,7 @@ def test_peak_memory_is_of_the_call_alone():
 @pytest.mark.parametrize("name", ["torch", "jax"])
 def test_lengths_have_their_quarter(name, on_gpu, quick):
     """Growth is over a quarter of the tokens: of all plans' lengths at least one has it."""
-    lengths = plan_for(name, on_gpu=on_gpu, quick=quick).growth
+    lengths = sizes_for(name, on_gpu=on_gpu, quick=quick).growth
     assert any(4 * n in lengths for n in lengths)
 
 

@@ -14,7 +14,7 @@ import randattn
 from benchmarks import rows, streaming
 from benchmarks.app import app
 from benchmarks.baselines import open_library
-from benchmarks.sizes import plan_for
+from benchmarks.sizes import sizes_for
 
 LIBRARIES = [
     pytest.param(
@@ -106,7 +106,7 @@ def test_every_eva_step_has_its_place():
     timed = streaming._ROUNDS * streaming._SETS + 1
     assert timed * streaming.NUMBER["eva"] <= streaming._ROOM
     assert timed * streaming.SCANS["eva"] * streaming.WINDOW <= streaming._ROOM
-    assert plan_for("numpy").streaming[-1] == 1_000_000
+    assert sizes_for("numpy").streaming[-1] == 1_000_000
 
 
 def test_the_session_writes_rows_and_a_plot(tmp_path, monkeypatch):

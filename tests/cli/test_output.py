@@ -143,14 +143,14 @@ def test_an_interrupt_while_it_measures(
     command: Any, inputs: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # At a step, not at a time: where Python calls back it drops what a signal raises.
-    begin, steps = measure._Steps.begin, iter(range(99))
+    begin, steps = measure._Progress.begin, iter(range(99))
 
     def interrupted(self: Any, what: str) -> None:
         begin(self, what)
         if next(steps) == 5:
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(measure._Steps, "begin", interrupted)
+    monkeypatch.setattr(measure._Progress, "begin", interrupted)
     # A program in the background of a script is started to ignore it.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

@@ -121,6 +121,7 @@ def test_steps(lib, name, junk):
 
 
 @pytest.mark.only("torch", "jax")
+@pytest.mark.thorough("jax")
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_gradients(lib, name):
     """Differentiate all rows of the result, padding too, with respect to all rows of all three arrays."""

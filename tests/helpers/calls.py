@@ -16,6 +16,7 @@ import randattn
 from tests.helpers import blocks
 
 _compiled: dict[Any, Any] = {}
+_functions: dict[str, Any] = {}
 
 
 def _is_dynamic(option: Any) -> bool:
@@ -47,11 +48,9 @@ def forget() -> None:
     _compiled.clear()
 
 
-softmax_attention = _under_jit(randattn.softmax_attention)
-rfa = _under_jit(randattn.rfa)
-ra = _under_jit(randattn.ra)
-lara = _under_jit(randattn.lara)
-eva = _under_jit(randattn.eva)
-adaptive_eva = _under_jit(randattn.adaptive_eva)
-attend = _under_jit(randattn.attend)
-merge = randattn.merge
+def __getattr__(name: str) -> Any:
+    """Give a public function of the library, in the way in which the suite calls it."""
+    if name not in randattn.__all__:
+        raise AttributeError(name)
+    function = getattr(randattn, name)
+    return function if name == "merge" else _functions.setdefault(name, _under_jit(function))

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import pytest
 
 from tests.helpers.calls import adaptive_eva, eva, lara, ra, rfa, softmax_attention
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
 
 ESTIMATORS = {
     "softmax": softmax_attention,
@@ -38,3 +44,9 @@ VARIANTS = frozenset(
         *("eva unit", "eva overlapping", "eva deterministic", "adaptive_eva segments"),
     }
 )
+
+
+def beyond(names: Iterable[str], kept: Sequence[str], *libraries: str) -> list[Any]:
+    """Give parameters of a test: on these libraries the suite leaves out all but some, without `--thorough`."""
+    mark = pytest.mark.thorough(*libraries)
+    return [name if name in kept else pytest.param(name, marks=mark) for name in names]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import sys
+from functools import partial
 from pathlib import Path
 
 HEAVY = ("cupy", "dask", "jax", "matplotlib", "rich", "torch")
@@ -20,6 +21,8 @@ assert not any(map(importlib.util.find_spec, HEAVY)), "the environment is not em
 assert Path(sys.prefix) in Path(randattn.__file__).parents, f"{randattn.__file__} is not the installed one"
 
 import numpy as np  # noqa: E402
+
+from randattn._estimators.registry import ESTIMATORS  # noqa: E402
 
 rng = np.random.default_rng(0)
 q, k, v = (rng.standard_normal((2, 100, 8)) for _ in range(3))
@@ -38,15 +41,13 @@ def streamed(estimator, step):
 calls = {
     "attend": lambda: randattn.attend(q, k, v).out,
     "merge": lambda: randattn.merge(randattn.attend(q, k, v), randattn.attend(q, k, v)).out,
-    "softmax_attention": lambda: randattn.softmax_attention(q, k, v),
-    "ra": lambda: randattn.ra(q, k, v, rng=0),
-    "rfa": lambda: randattn.rfa(q, k, v, rng=0),
-    "lara": lambda: randattn.lara(q, k, v, rng=0),
-    "eva": lambda: randattn.eva(q, k, v, rng=0),
-    "rfa_step": lambda: streamed(randattn.rfa, randattn.rfa_step),
-    "eva_step": lambda: streamed(randattn.eva, randattn.eva_step),
 }
-# Of attention, not attention.
+for name, row in ESTIMATORS.items():
+    draws = {} if row.draws == "never" else {"rng": 0}
+    calls[name] = partial(row.function, q, k, v, **draws)
+    if row.step is not None:
+        calls[row.step.__name__] = partial(streamed, row.function, row.step)
+# Functions about attention.
 assert randattn.diagnose(randattn.rfa, q, k, v, rng=0).relative_standard_error > 0
 assert randattn.multiply_adds(randattn.rfa, 100, 100, 8, 8, num_samples=4) == 4 * 200 * 16 + 800
 public = {name for name in randattn.__all__ if inspect.isfunction(getattr(randattn, name))} - {

@@ -178,6 +178,7 @@ def test_the_first_token_sees_itself(lib, blocks, name):
     lib.close(CAUSAL[name](*lib.arrays(q, k, v))[..., :1, :], v[..., :1, :])
 
 
+@pytest.mark.thorough("jax")
 @pytest.mark.parametrize("name", CAUSAL)
 def test_no_gradient_of_the_future(lib, blocks, name):
     if lib.name not in DIFFERENTIABLE:
@@ -193,6 +194,7 @@ def test_no_gradient_of_the_future(lib, blocks, name):
         assert np.all(np.any(x[..., 1:n, :] != 0, axis=-1))
 
 
+@pytest.mark.thorough("jax")
 @pytest.mark.parametrize("name", CAUSAL)
 def test_gradients_by_differences(lib, blocks, name):
     if lib.name not in DIFFERENTIABLE:

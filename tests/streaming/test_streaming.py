@@ -62,7 +62,7 @@ def stream(lib, name, arrays, cuts, mask=None, **options):
     return array_namespace(out).concat(outs, axis=-2), state
 
 
-@pytest.mark.parametrize("cuts", [range(1, N), [5, 6, 12]])
+@pytest.mark.parametrize("cuts", [pytest.param(range(1, N), marks=pytest.mark.thorough("jax")), [5, 6, 12]])
 @pytest.mark.parametrize("name", STREAMS)
 def test_steps_give_what_one_call_gives(lib, blocks, name, cuts):
     arrays = lib.arrays(*inputs())

@@ -11,7 +11,7 @@ import pytest
 
 from randattn import eva_step, rfa_step
 from tests.helpers import calls
-from tests.helpers.forms import ESTIMATORS
+from tests.helpers.forms import ESTIMATORS, beyond
 from tests.helpers.libraries import FOR_GRADIENTS
 
 N, D = 8, 3
@@ -157,10 +157,14 @@ def test_by_torch_func(lib, name):
 @pytest.mark.only("jax")
 @pytest.mark.parametrize(
     "name",
-    [
-        *("softmax", "rfa positive", "rfa optimal", "ra", "lara optimal", "eva", "adaptive_eva"),
-        *("rfa causal", "eva causal", "attend causal", "merge", "rfa step", "eva step"),
-    ],
+    beyond(
+        [
+            *("softmax", "rfa positive", "rfa optimal", "ra", "lara optimal", "eva", "adaptive_eva"),
+            *("rfa causal", "eva causal", "attend causal", "merge", "rfa step", "eva step"),
+        ],
+        ("softmax", "ra", "eva", "adaptive_eva", "merge"),
+        "jax",
+    ),
 )
 def test_by_jax(lib, name):
     """Reverse over reverse."""

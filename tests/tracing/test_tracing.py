@@ -9,7 +9,7 @@ import pytest
 
 import randattn
 from tests.helpers import calls
-from tests.helpers.forms import ESTIMATORS
+from tests.helpers.forms import ESTIMATORS, beyond
 from tests.helpers.libraries import jax_gradient
 
 N, D, E = 12, 4, 3
@@ -20,6 +20,9 @@ EAGER = {
     else partial(getattr(randattn, estimator.func.__name__), **estimator.keywords)
     for name, estimator in ESTIMATORS.items()
 }
+
+# One form of each estimator.
+MAIN = ("softmax", "rfa positive", "ra", "lara optimal", "eva", "adaptive_eva")
 
 
 def inputs(seed=0, lead=(2,)):
@@ -43,7 +46,7 @@ def functional(lib):
 
 
 @pytest.mark.only("torch", "jax")
-@pytest.mark.parametrize("name", EAGER)
+@pytest.mark.parametrize("name", beyond(EAGER, MAIN, "jax", "torch"))
 def test_compiled(lib, name):
     """Masked and not; and again at another length, where torch would make sizes symbolic."""
     compiled, _, _ = functional(lib)
@@ -117,7 +120,7 @@ def test_what_is_created_follows_the_inputs(lib, name):
 
 
 @pytest.mark.only("torch", "jax")
-@pytest.mark.parametrize("name", EAGER)
+@pytest.mark.parametrize("name", beyond(EAGER, MAIN, "jax"))
 def test_vmap(lib, name):
     """Each element of the batch as if it were alone (an int seed draws the same for each)."""
     _, vmap, _ = functional(lib)
@@ -130,7 +133,7 @@ def test_vmap(lib, name):
 
 
 @pytest.mark.only("torch", "jax")
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked", [pytest.param(False, marks=pytest.mark.thorough("jax")), True])
 @pytest.mark.parametrize("name", EAGER)
 def test_gradients_are_those_of_finite_differences(lib, name, masked):
     """Along a random direction in q, k and v at once."""
@@ -158,6 +161,7 @@ def test_gradients_are_those_of_finite_differences(lib, name, masked):
 
 
 @pytest.mark.only("torch", "jax")
+@pytest.mark.thorough("jax")
 @pytest.mark.parametrize("name", EAGER)
 def test_gradients_of_a_row_without_keys_are_zeros(lib, name):
     """And not NaN, also where the padded keys are."""

@@ -1,4 +1,4 @@
-"""CuPy: in place, in blocks large enough for a GPU. No method here waits for the device."""
+"""CuPy: averages in place, in blocks for a GPU. No method here waits for the device."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ class Cupy(InPlace):
     """CuPy's arrays."""
 
     name = "cupy"
+    # `writing.looks` stays False: reading a value on the host would wait for the device.
 
 
 BACKEND = Cupy()

@@ -1,7 +1,7 @@
-"""Dask: each chunk of queries with each chunk of keys is a task of its own.
+"""Dask: a task for each pair of a chunk of queries and a chunk of keys.
 
-A task attends from its chunks, whatever arrays these are; the averages over chunks of keys are merged by a
-tree. The logits of two chunks live in their task alone, and nothing is computed here.
+A task attends from its chunks, which are arrays of any library. A tree merges the averages over chunks of
+keys. The logits of two chunks exist in their task alone, and building the graph computes nothing.
 """
 
 from __future__ import annotations
@@ -24,37 +24,39 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     Array = Any
-    # A Dask array (..., N) whose chunks are each an `Average` of that many queries.
+    # A Dask array (..., N) in which each chunk is an `Average` of as many queries.
     Averages = Any
-    # The axes of an array: those of one name are cut at the same places.
+    # Names of the axes of an array: axes of one name are cut at the same places.
     Names = tuple[str, ...]
     Chunks = dict[str, tuple[int, ...]]
     Operand = tuple[Any, Names | None]
 
 
 class Dask(Backend):
-    """Dask's arrays: plans of chunks."""
+    """Dask's arrays, which are graphs of chunks."""
 
     name = "dask"
     is_lazy = True
 
     def cut_as(self, x: Array, like: Array) -> Array:
-        """Cut the last axis of a mask as the tokens of `like` are cut."""
-        return x.rechunk({x.ndim - 1: like.chunks[-2]})
+        """Cut the last axis of a mask in the chunks of the tokens of `like`."""
+        return x.rechunk({x.ndim - 1: like.chunks[-2]}, method="tasks")
 
     def attend(self, q: Array, sets: tuple[Keys, ...], scale: float) -> Average:
-        """Attend from each chunk of queries in tasks of their own."""
+        """Attend from each chunk of queries in tasks of its own."""
+        # A task numbers its queries and keys from 0, so that its causal mask would be wrong for other chunks.
         is_cut = any(keys.is_causal and max(q.numblocks[-2], keys.k.numblocks[-2]) > 1 for keys in sets)
-        return _causal(q, sets, scale) if is_cut else _attend(q, sets, scale)
+        return _causal(q, sets, scale) if is_cut else _attend_chunks(q, sets, scale)
 
     def everywhere(self, x: Average) -> Average:
-        """Bring averages, which are far fewer than tokens, into one chunk."""
+        """Bring averages of groups, which are far fewer than tokens, into one chunk."""
+        # "tasks" here and below: with a distributed client Dask may choose "p2p", which waits for all chunks.
         return Average(x.out.rechunk({-2: -1}, method="tasks"), x.log_norm.rechunk({-1: -1}, method="tasks"))
 
     def regroup(
         self, function: Callable[..., Average], averages: Average, shape: tuple[int, ...], *indices: Any
     ) -> Average:
-        """Return ``function(averages, *indices)`` in a task for all averages, in one chunk."""
+        """Return ``function(averages, *indices)``, in one task that has all averages in one chunk."""
 
         def of_chunks(out: Any, log_norm: Any) -> Average:
             return function(Average(_chunk(out), _chunk(log_norm)), *indices)
@@ -67,25 +69,27 @@ class Dask(Backend):
         return _apart(_tasks(of_chunks, names, chunks, operands), names, chunks, out.shape[-1])
 
     def longest_chunk(self, x: Array) -> int | None:
-        """Return the tokens (axis -2) of the longest chunk."""
+        """Return the number of tokens (axis -2) of the longest chunk."""
         return int(max(x.chunks[-2]))
 
     def cut_between_blocks(self, x: Array, length: int) -> Array:
-        """Have no chunk end within one of the blocks of so many tokens, and none much longer than it was."""
+        """Cut the tokens so that no chunk ends within a block of `length` tokens."""
+        # The longest chunk, rounded down to whole blocks: a chunk grows only where a block is longer.
         longest = int(max(x.chunks[-2]))
         return x.rechunk({-2: max(1, longest // length) * length}, method="tasks")
 
     def cut_tokens_as(self, x: Array, like: Array) -> Array:
-        """Cut the tokens as those of `like` are cut."""
+        """Cut the tokens in the chunks of the tokens of `like`."""
         return x.rechunk({-2: like.chunks[-2]}, method="tasks")
 
     def along(self, rows: Any, tokens: Array) -> Array:
-        """Bring a NumPy array beside the tokens, in as many chunks."""
+        """Bring a NumPy array beside the tokens, in at most as many chunks."""
         return da.from_array(rows, chunks=(-(-rows.shape[0] // tokens.numblocks[-2]), *rows.shape[1:]))
 
     def take(self, x: Array, index: Any, axis: int) -> Array:
-        """Take from `x` at a NumPy index: a chunk is taken from those that its tokens lie in."""
+        """Take from `x` at a NumPy index of any shape, which is flattened into the axis."""
         index, axis = index.reshape(-1), axis % x.ndim
+        # Dask's own `take` plans which chunks each entry comes from; with one chunk no plan is needed.
         if x.numblocks[axis] > 1:
             return da.take(x, index, axis=axis)
         chunks = (*x.chunks[:axis], (index.size,), *x.chunks[axis + 1 :])
@@ -96,7 +100,10 @@ class Dask(Backend):
     def with_whole_tokens(
         self, function: Callable[..., Array], size: int, *arrays: tuple[Array | None, int]
     ) -> Array:
-        """Return ``function(*arrays)`` (..., N, size), N that of the first, a task for each leading chunk."""
+        """Return ``function(*arrays)`` (..., N, size) in one task for each leading chunk.
+
+        The result has the tokens of the first array, in the same chunks.
+        """
         given: list[tuple[Any, ...]] = []
         first: Any = arrays[0][0]
         for number, (x, trailing) in enumerate(arrays):
@@ -125,13 +132,13 @@ class _Rule(NamedTuple):
     """A set of keys without its arrays."""
 
     kappa: float | None
-    function: Callable[..., Array] | None  # of the pair weight
-    num_arrays: int  # of the pair weight
+    function: Callable[..., Array] | None  # the function of the pair weight
+    num_arrays: int  # the number of arrays of the pair weight
     is_causal: bool
 
 
-def _attend(q: Array, sets: Sequence[Keys], scale: float) -> Average:
-    # Factors of pairs may depend on all keys of a query.
+def _attend_chunks(q: Array, sets: Sequence[Keys], scale: float) -> Average:
+    # The factors of a query may depend on all its keys, which then must be in one chunk.
     sets = [keys if keys.pair_weight is None else _in_one_chunk(keys) for keys in sets]
     lead = _lead(len(plain.leading_axes(q, sets)))
     names = (*lead, "n")
@@ -160,6 +167,7 @@ def _attend(q: Array, sets: Sequence[Keys], scale: float) -> Average:
         average = partial(_average, rules=[rule], scale=scale)
         part = _tasks(average, (*names, f"m{number}"), chunks, [of_q, *operands])
         meta = meta_from_array(q, ndim=len(names))
+        # Chunks are tuples (`Average`), which Dask cannot concatenate; the tree merges a few at a time.
         merged = {"axis": -1, "dtype": q.dtype, "meta": meta, "concatenate": False}
         parts.append(da.reduction(part, _unchanged, _merged_along, **merged))
     if rules:
@@ -171,7 +179,7 @@ def _attend(q: Array, sets: Sequence[Keys], scale: float) -> Average:
 
 
 def _causal(q: Array, sets: Sequence[Keys], scale: float) -> Average:
-    """Attend from a chunk of queries at a time to the keys beside it, and to earlier ones without a mask."""
+    """Attend from a chunk of queries at a time: with a mask to its own tokens, without to earlier keys."""
     if any(keys.pair_weight is not None for keys in sets):
         return plain.attend(q, *sets, scale=scale)
     done = []
@@ -180,7 +188,7 @@ def _causal(q: Array, sets: Sequence[Keys], scale: float) -> Average:
         for keys in sets:
             here = keys.for_queries(rows)
             if not keys.is_causal:
-                parts.append(_attend(queries, [here], scale))
+                parts.append(_attend_chunks(queries, [here], scale))
                 continue
             beside, before = (
                 here.of(part)._replace(
@@ -188,24 +196,24 @@ def _causal(q: Array, sets: Sequence[Keys], scale: float) -> Average:
                 )
                 for part in (rows, slice(0, rows.start))
             )
-            parts.append(_attend(queries, [_in_one_chunk(beside)._replace(is_causal=True)], scale))
+            parts.append(_attend_chunks(queries, [_in_one_chunk(beside)._replace(is_causal=True)], scale))
             if rows.start:
-                parts.append(_attend(queries, [before], scale))
+                parts.append(_attend_chunks(queries, [before], scale))
         done.append(reduce(merge, parts))
     outs, log_norms = zip(*done, strict=True)
     return Average(da.concatenate(outs, axis=-2), da.concatenate(log_norms, axis=-1))
 
 
 def _lead(count: int) -> Names:
-    """Name the leading axes, counted from the last one."""
+    """Return names of the leading axes, counted from the last axis, as broadcasting counts them."""
     return tuple(f"lead {axis}" for axis in range(-count, 0))
 
 
 def _laid_out(lead: Names, given: Sequence[tuple[Any, ...]]) -> tuple[Chunks, list[Operand]]:
-    """Return how each axis is cut, and the arrays, given with the names of their trailing axes, cut so.
+    """Return the chunks of each axis, and the arrays in these chunks with the names of all their axes.
 
-    Tokens stay cut as the first array has them, leading axes as the one with the most chunks; features
-    are not cut.
+    Each array is given with the names of its trailing axes. Tokens keep the chunks of the first array that
+    has them, and leading axes the chunks of the array with the most chunks. Features are in one chunk.
     """
     operands: list[Operand] = []
     chunks: Chunks = {}
@@ -220,6 +228,7 @@ def _laid_out(lead: Names, given: Sequence[tuple[Any, ...]]) -> tuple[Chunks, li
             known = chunks.get(name, (1,))
             chunks[name] = cut if known == (1,) or len(cut) > len(known) else known
         for name, cut in zip(trailing, x.chunks[axes:], strict=True):
+            # The names of token axes alone begin with "n" or "m".
             chunks.setdefault(name, cut if name[0] in "nm" else (sum(cut),))
     return chunks, [_cut(x, names, chunks) for x, names in operands]
 
@@ -239,10 +248,11 @@ def _tasks(
     chunks: Chunks,
     operands: Sequence[Operand],
 ) -> Array:
-    """Apply `function` to the chunks that meet, in a task for each."""
+    """Apply `function` in a task for each combination of chunks."""
     like = operands[0][0]
     known = {name for _, axes in operands if axes for name in axes}
     whole = {name: chunks[name] for name in names if name not in known}
+    # Without `dtype` and `meta` Dask would call `function` on empty arrays to learn its result.
     return da.blockwise(
         function,
         names,
@@ -256,6 +266,7 @@ def _tasks(
 
 
 def _apart(averages: Averages, names: Names, chunks: Chunks, features: int) -> Average:
+    """Split chunks that are averages into an array `out` and an array `log_norm`."""
     operands: list[Operand] = [(averages, names)]
     out = _tasks(itemgetter(0), (*names, "e"), {**chunks, "e": (features,)}, operands)
     return Average(out, _tasks(itemgetter(1), names, chunks, operands))
@@ -275,8 +286,9 @@ def _average(q: Any, *others: Any, rules: Sequence[_Rule], scale: float) -> Aver
 
 
 def _chunk(x: Any) -> Any:
-    """Take a chunk out of the lists that Dask makes, one for each axis that the result has not."""
+    """Take a chunk out of the nested lists that Dask passes for axes that the result has not."""
     while isinstance(x, list):
+        # Such an axis has one chunk; two would raise here, not be dropped.
         (x,) = x
     return x
 

@@ -1,10 +1,10 @@
 """Find the backend of an array, once for each type of array.
 
-Estimators call `attend`, and ``backend_of(x)`` for the rest. Files here, a class each: `numpy` and `cupy`
-write in place (`inplace`), `torch` has a kernel, blocks in place and gradients of its own, `torch_tracing` is
-PyTorch while it makes a program, `jax` compiles loops over blocks, `dask` makes a task for each pair of
-chunks, `generic` is the array API alone. A module that imports a library is itself imported with the first
-array of that library.
+Estimators call `attend`, and ``backend_of(x)`` for all other operations. Each file here has one class:
+`numpy` and `cupy` write in place (`inplace`), `torch` has a kernel, blocks in place and gradients of its own,
+`torch_tracing` is PyTorch while it traces a program, `jax` compiles loops over blocks, `dask` makes a task
+for each pair of chunks, `generic` is the array API alone. A module that imports a library is itself imported
+with the first array of that library.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ def _find(x: Any) -> Backend | None:
     return _GENERIC if x is not None and compat.is_array_api_obj(x) else None
 
 
+# The core imports no backend, and so gets the function and the compiler from here, at import.
 library.find = _find
 library.compiler = TorchCompiler()
 
@@ -56,18 +57,17 @@ def attend(q: Array, *sets: Keys, scale: float = 1) -> Average:
 
 
 def undisturbed(function: F) -> F:
-    """Let an estimator compute as it would alone, whatever the context that its caller set.
+    """Keep the context of an estimator's caller from changing its operations.
 
-    PyTorch's autocast would take the products, and with them the logits, in half precision; on a JAX mesh
-    with explicit axes every layout inside would have to be given; NumPy would warn of each operation that
-    overflows.
+    PyTorch's autocast would compute the products, and so the logits, in half precision. A JAX mesh with
+    explicit axes would need a layout for each operation. NumPy would warn of each operation that overflows.
     """
 
     @functools.wraps(function)
     def call(q: Any, *args: Any, **options: Any) -> Any:
         own = library.library_of(q)
         if own is None:
-            # The estimator itself has the error for it.
+            # The estimator raises the error, which names the argument.
             return function(q, *args, **options)
         return cast("Backend", own).call(function, q, *args, **options)
 

@@ -1,7 +1,8 @@
-"""Whatever an estimator asks of a library, by the array API standard alone.
+"""The operations that estimators need of a library, by the array API standard alone.
 
-A subclass for each library overrides the methods in which its own way is faster or the only one. An array
-that nothing overrides (array-api-strict, and whatever has ``__array_namespace__``) is served by these.
+A subclass for each library overrides the methods in which the library's own way is faster, or the only way.
+The methods here serve arrays of all other libraries: array-api-strict, and arrays with
+``__array_namespace__``.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ S = TypeVar("S", bound="tuple[Any, ...]")
 
 
 class Backend(Library):
-    """An array library, as estimators see it.
+    """An array library as estimators use it.
 
     Attributes
     ----------
     is_lazy : bool
-        Whether an array is a plan of its values, which are computed on demand, chunk by chunk.
+        True where an array is a graph, whose values are computed on demand, chunk by chunk.
     """
 
     is_lazy = False
@@ -41,11 +42,11 @@ class Backend(Library):
     # The call of an estimator.
 
     def call(self, function: Callable[..., Any], q: Array, *args: Any, **options: Any) -> Any:
-        """Call an estimator where nothing of the caller's context changes its operations."""
+        """Call an estimator in a context that changes none of its operations."""
         return function(q, *args, **options)
 
     def full_precision(self, x: Array) -> contextlib.AbstractContextManager[object]:  # noqa: ARG002
-        """Return a context in which no operation takes its arrays in a lower precision."""
+        """Return a context in which no operation rounds its arrays to a lower precision."""
         return contextlib.nullcontext()
 
     # The average.
@@ -53,19 +54,19 @@ class Backend(Library):
     def attend(self, q: Array, sets: tuple[Keys, ...], scale: float) -> Average:
         """Average the values of all sets with weights ``exp(scale q . k + bias)``."""
         if scale != 1 and all(keys.pair_weight is None for keys in sets):
-            # A factor of pairs is a function of the queries as they are: with one, the scale stays outside.
+            # A pair weight is a function of the unscaled queries: with a pair weight the scale stays outside.
             of_keys, of_queries = (
                 hint(sum(math.prod(keys.k.shape) for keys in sets)),
                 hint(math.prod(q.shape)),
             )
             if 2 * of_queries < of_keys:
-                # On the far fewer tokens, once for all blocks.
+                # One scaled copy of the far shorter side costs less than scaling it again in each block.
                 q, scale = q * scale, 1.0
             elif 2 * of_keys < of_queries:
                 sets, scale = tuple(keys.scaled(scale) for keys in sets), 1.0
         if len(sets) == 1 or all(keys.pair_bias is None for keys in sets):
             return self.attend_together(q, sets, scale)
-        # A bias of pairs is a matrix of its own: its set is averaged by itself, and merged.
+        # A pair bias is a matrix of all logits of its set: the set is averaged alone, then merged.
         together = tuple(keys for keys in sets if keys.pair_bias is None)
         parts = [self.attend_together(q, (keys,), scale) for keys in sets if keys.pair_bias is not None]
         if together:
@@ -73,13 +74,16 @@ class Backend(Library):
         return reduce(merge, parts)
 
     def attend_together(self, q: Array, sets: tuple[Keys, ...], scale: float) -> Average:
-        """Compute `attend` of sets without a bias of pairs, or of a single set."""
+        """Compute `attend` for sets without a pair bias, or for a single set."""
         return plain.attend(q, *sets, scale=scale)
 
     # Loops over tokens.
 
     def by_rows(self, function: Callable[..., Array], size: int, *arrays: tuple[Array, int]) -> Array:
-        """Apply `function` to so many rows at a time, along the given axis (-1 or -2) of each array: (..., rows, E)."""
+        """Apply `function` to `size` rows at a time, and join the results to (..., rows, E).
+
+        The number beside each array is its axis of rows, -1 or -2.
+        """
         x, axis = arrays[0]
         if hint(x.shape[axis]) <= size:
             return function(*(x for x, _ in arrays))
@@ -96,7 +100,10 @@ class Backend(Library):
     def carry(
         self, function: Callable[..., tuple[Any, Array]], state: Any, *arrays: tuple[Array, int]
     ) -> tuple[Any, Array]:
-        """Go along axis -2 of the arrays, so many rows of each at a time: (state, rows) -> (state, results)."""
+        """Go along axis -2 of the arrays in blocks: `function` maps a state and rows to a state and results.
+
+        The number beside each array counts the rows of a block.
+        """
         x, size = arrays[0]
         check_known("k", "a causal form, which goes along the tokens a block at a time", x.shape[-2])
         if x.shape[-2] <= size:
@@ -123,7 +130,7 @@ class Backend(Library):
         return xp.take(x, xp.reshape(self.beside(index, x), (-1,)), axis=axis)
 
     def cumulative_sum(self, x: Array, axis: int) -> Array:
-        """Return for each entry of an axis the sum of all up to it."""
+        """Return the running sums along an axis; each sum includes its own entry."""
         return namespace(x).cumulative_sum(x, axis=axis)
 
     def mean_of_rows(self, x: Array) -> Array:
@@ -135,41 +142,50 @@ class Backend(Library):
         return x
 
     def is_at_hand(self, x: Array) -> bool:  # noqa: ARG002
-        """Tell whether the values are known on the host, without a wait for a device or for a program."""
+        """Tell whether the host can read the values without waiting for a device or a program."""
         return False
 
     def largest(self, x: Array, count: int) -> Array:
-        """Return the places of the largest entries of the last axis, in any order."""
+        """Return the places of the `count` largest entries of the last axis, in any order."""
         return namespace(x).argsort(x, axis=-1)[..., x.shape[-1] - count :]
 
     def order_of(self, x: Array, *, stable: bool = False) -> Array:
-        """Return the places of the entries of the last axis from the smallest on; equal ones in any order unless stable."""
+        """Return the places of the entries of the last axis in ascending order.
+
+        Equal entries come in any order, unless the sort is `stable`.
+        """
         return namespace(x).argsort(x, axis=-1, stable=stable)
 
     def in_order(self, x: Array) -> Array:
-        """Return the entries of the last axis from the smallest on."""
+        """Return the entries of the last axis in ascending order."""
         return namespace(x).sort(x, axis=-1, stable=False)
 
     def with_last(self, x: Array, part: Array) -> Array:
-        """Return `x` with `part` for its last rows' last entries; `x` may be written over."""
+        """Return `x` with `part` in place of the last entries of its last rows; `x` may be written over."""
         xp, count, features = namespace(x), x.shape[-2] - part.shape[-2], x.shape[-1] - part.shape[-1]
         last = xp.concat([x[..., count:, :features], part], axis=-1)
         return xp.concat([x[..., :count, :], last], axis=-2)
 
     def sums_by_group(self, x: Array, index: Array, group: Array, count: int) -> Array:
-        """Sum rows `index` (L, B, T) of `x` (L, S, X) by their groups (L, B, T), which are in order: (L, B, C, X)."""
-        xp, (lanes, blocks, taken_rows) = namespace(x), index.shape
+        """Sum the rows `index` (L, B, T) of `x` (L, S, X) by their groups (L, B, T): (L, B, C, X).
+
+        Groups are in ascending order along axis T.
+        """
+        xp, (heads, blocks, taken_rows) = namespace(x), index.shape
         number = xp.arange(count, dtype=group.dtype, device=placement(x))
         ends = xp.sum(xp.astype(group[..., None, :] <= number[None, None, :, None], index.dtype), axis=-1)
         taken = rows(x, index)
+        # Sums as differences of running sums, since the standard has no sum by index. The rounding is that of
+        # the running sum, which may be far larger than the sum of a group.
         sums = self.cumulative_sum(xp.concat([xp.zeros_like(taken[..., :1, :]), taken], axis=-2), -2)
-        sums = xp.reshape(sums, (lanes * blocks, taken_rows + 1, x.shape[-1]))
-        sums = rows(sums, xp.reshape(ends, (lanes * blocks, count)))
+        sums = xp.reshape(sums, (heads * blocks, taken_rows + 1, x.shape[-1]))
+        sums = rows(sums, xp.reshape(ends, (heads * blocks, count)))
         sums = xp.concat([sums[:, :1, :], sums[:, 1:, :] - sums[:, :-1, :]], axis=1)
-        return xp.reshape(sums, (lanes, blocks, count, x.shape[-1]))
+        return xp.reshape(sums, (heads, blocks, count, x.shape[-1]))
 
     def when(self, condition: Array, function: Callable[[S], S], state: S) -> S:
         """Return ``function(state)`` where the condition, one boolean, is true; else the state."""
+        # Both are computed: a trace does not know the condition, and to read it may wait for a device.
         xp = namespace(condition)
         both = zip(function(state), state, strict=True)
         return type(state)(*(xp.where(condition, new, old) for new, old in both))
@@ -177,11 +193,11 @@ class Backend(Library):
     # Tokens on several devices, or in chunks.
 
     def lanes_of(self, x: Array) -> int:  # noqa: ARG002
-        """Return in how many parts of one length the tokens of `x` (..., N, D) may lie on devices of their own."""
+        """Return the number of lanes: equal parts of the tokens (axis -2) that may be on separate devices."""
         return 1
 
     def everywhere(self, x: Average) -> Average:
-        """Bring averages of groups to all devices that tokens lie on, or into one chunk."""
+        """Bring averages of groups to all devices that have tokens, or into one chunk."""
         return x
 
     def regroup(
@@ -195,19 +211,19 @@ class Backend(Library):
         return function(averages, *indices)
 
     def longest_chunk(self, x: Array) -> int | None:  # noqa: ARG002
-        """Return the tokens (axis -2) of the longest chunk; None where all tokens are in one piece."""
+        """Return the tokens (axis -2) of the longest chunk; None for an array without chunks."""
         return None
 
     def cut_between_blocks(self, x: Array, length: int) -> Array:  # noqa: ARG002
-        """Have no chunk of tokens end within a block of so many."""
+        """Cut the tokens so that no chunk ends within a block of `length` tokens."""
         return x
 
     def cut_tokens_as(self, x: Array, like: Array) -> Array:  # noqa: ARG002
-        """Cut the tokens (axis -2) as those of `like` are cut."""
+        """Cut the tokens (axis -2) in the chunks of the tokens of `like`."""
         return x
 
     def along(self, rows: Any, tokens: Array) -> Array:
-        """Bring a NumPy array with many rows beside `tokens`, cut in as many chunks."""
+        """Bring a NumPy array with many rows beside `tokens`, in at most as many chunks."""
         return self.beside(rows, tokens)
 
     def with_whole_tokens(
@@ -218,13 +234,16 @@ class Backend(Library):
     ) -> Array:
         """Return ``function(*arrays)`` (..., N, size), which needs all tokens of an array at once.
 
-        Each array comes with the number of its trailing axes, of which none may be in chunks.
+        The number beside each array counts its trailing axes; `function` gets them in one chunk.
         """
         return function(*(x for x, _ in arrays))
 
 
 def mean_by_product(x: Array) -> Array:
-    """Return the means (..., D) of rows (..., L, D) as a product, in a third of the time of a library's own means."""
+    """Return the means (..., D) of rows (..., L, D) as a product with a row of ``1 / L``.
+
+    The product takes a third of the time of a library's own mean.
+    """
     xp = namespace(x)
     if hint(math.prod(x.shape)) <= block_sizes.SMALL_LOGITS:
         return xp.mean(x, axis=-2)

@@ -1,6 +1,6 @@
 """The average and its gradient in blocks that stay in the cache, for arrays that can be written to.
 
-It gives what `_core.average.attend` gives, where nothing is traced and no set has a bias of pairs.
+Results are those of `_core.average.attend`. Nothing may be traced, and no set may have a pair bias.
 """
 
 from __future__ import annotations
@@ -22,98 +22,106 @@ if TYPE_CHECKING:
 
     from randattn._core.average import PairWeight
 
-    from .inplace_ops import Writing
+    from .inplace_ops import BufferedOperations
 
     Array = Any
     At = tuple[slice, ...]
-    # The factors of some queries; of sum(factors * d), the gradients to the queries and to the arrays.
+    # Returns the factors, then the gradients of sum(factors * d) to the queries and the arrays.
     Pullback = Callable[[PairWeight, Array, Array], Sequence[Array | None]]
 
-# Sums of exponentials that need no maximum subtracted, and the most that a bias as a factor may be, in
-# nats: what falls out of float32 is 1e-13 of such a sum, and times values up to 1e18 it stays within.
+# Bounds of a sum of exponentials without a maximum subtracted, and of a bias as a factor (in nats). A weight
+# that underflows float32 is below 1e-38, times exp(30) below 1e-25: 1e-13 of the least sum. The largest sum
+# times values up to 1e18 is far from 3e38, where float32 overflows. Tighter bounds cost more second tries.
 _SAFE_SUMS, _SAFE_BIAS = (1e-12, 1e18), 30
 
 
 class _Weights(NamedTuple):
-    """The weights that the keys of a step have for a block of queries."""
+    """The weights of the keys of a step for a block of queries."""
 
-    weights: list[Array]  # of each set, (..., M, n), over exp(top)
-    values: list[Array]  # that they weigh
-    total: Array  # (..., n)
+    weights: list[Array]  # for each piece (..., M, n), divided by exp(top)
+    values: list[Array]  # for each piece (..., M, E), the bias as a factor included
+    total: Array  # the sums of the weights (..., n)
     top: Array
 
 
 class _Block(NamedTuple):
-    """A block of queries, and the keys that it meets: a step for each part of them that is held at a time."""
+    """A block of queries and the keys that they attend to, a step for each part of the keys."""
 
-    at: At  # of the result: its leading axes and its queries
+    at: At  # the block's leading axes and queries in the result
     q: Array
-    steps: list[list[_Piece]]
+    passes: list[list[_Piece]]
 
-    def weights(self, pieces: Sequence[_Piece], scale: float, steps: Writing, top: Array | None) -> _Weights:
-        """Return weights over ``exp`` of the running maximum, `top` included."""
+    def weights(
+        self, pieces: Sequence[_Piece], scale: float, ops: BufferedOperations, top: Array | None
+    ) -> _Weights:
+        """Return the weights divided by ``exp`` of the running maximum, which includes `top`."""
         xp = namespace(self.q)
-        logits = [piece.logits(self.q, scale, steps) for piece in pieces]
-        # A row of nothing but -inf has no weight at all, and a maximum that can be subtracted.
+        logits = [piece.logits(self.q, scale, ops) for piece in pieces]
+        # The maximum of a row without a key is -inf, and -inf - -inf is NaN: the least float takes its place.
         highest = reduce(xp.maximum, [xp.max(x, axis=-2) for x in logits])
-        highest = steps.at_least(highest, xp.finfo(highest.dtype).min)
+        highest = ops.at_least(highest, xp.finfo(highest.dtype).min)
         top = highest if top is None else xp.maximum(highest, top)
         weights = [
-            piece.paired(steps.exp(steps.subtract(x, top[..., None, :])), self.q, steps)
+            piece.paired(ops.exp(ops.subtract(x, top[..., None, :])), self.q, ops)
             for x, piece in zip(logits, pieces, strict=True)
         ]
         total = reduce(operator.add, [xp.sum(x, axis=-2) for x in weights])
         return _Weights(weights, [piece.keys.v for piece in pieces], total, top)
 
-    def plain_weights(self, pieces: Sequence[_Piece], scale: float, steps: Writing) -> _Weights | None:
-        """Return weights without a maximum, two passes less; None where an exponential leaves the range of floats."""
+    def plain_weights(
+        self, pieces: Sequence[_Piece], scale: float, ops: BufferedOperations
+    ) -> _Weights | None:
+        """Return weights without a maximum subtracted, two passes less; None where a sum is not safe."""
         xp = namespace(self.q)
         weights, values, totals = [], [], []
-        with steps.quietly():
+        # An overflow is no fault here, since the caller tries again with a maximum.
+        with ops.quietly():
             for piece in pieces:
-                # Sums with factors are products, and those of many small tiles slow where rows are short.
-                factor = piece.factor(self.q) if steps.long_rows or len(pieces) == 1 else None
-                x = steps.exp(piece.logits(self.q, scale, steps, biased=factor is None))
-                x = piece.paired(x, self.q, steps)
+                # With a factor the sums are products, which are slow on many small tiles with short rows.
+                factor = piece.factor(self.q) if ops.long_rows or len(pieces) == 1 else None
+                x = ops.exp(piece.logits(self.q, scale, ops, biased=factor is None))
+                x = piece.paired(x, self.q, ops)
                 weights.append(x)
                 if factor is None:
                     values.append(piece.keys.v)
                     totals.append(xp.sum(x, axis=-2))
                     continue
+                # The factor is of all tiles: keys that one tile leaves out get the weight 0 in that tile.
                 absent = piece.keys.bias == -math.inf
                 if piece.has_own_bias(self.q) and xp.any(absent):
                     x[xp.nonzero(xp.broadcast_to(absent, x.shape[:-1]))] = 0
                 values.append(piece.keys.v * factor[..., None])
                 totals.append(xp.matmul(factor[..., None, :], x)[..., 0, :])
             total = reduce(operator.add, totals)
+            # By `not (... and ...)`, since every comparison with NaN is False.
             if not (xp.min(total) > _SAFE_SUMS[0] and xp.max(total) < _SAFE_SUMS[1]):
                 return None
         return _Weights(weights, values, total, xp.zeros_like(total))
 
 
 class _Piece(NamedTuple):
-    """Keys of one set."""
+    """A part of the keys of one set."""
 
     keys: Keys
-    number: int  # of the set
-    at: At  # of the set: its leading axes and its keys
-    past: Array | None
+    number: int  # the number of the set
+    at: At  # the leading axes and the keys of the piece in its set
+    past: Array | None  # the causal mask (..., M, n), where it hides any key
 
-    def paired(self, weights: Array, q: Array, steps: Writing) -> Array:
-        """Return weights times the factors of the pairs."""
+    def paired(self, weights: Array, q: Array, ops: BufferedOperations) -> Array:
+        """Return the weights times the factors of the pairs."""
         if self.keys.pair_weight is None:
             return weights
-        return steps.multiply(weights, self.keys.pair_weight.of(q, steps))
+        return ops.multiply(weights, self.keys.pair_weight.of(q, ops))
 
     def has_own_bias(self, q: Array) -> bool:
-        """Tell whether tiles of queries that share these keys have each a bias of their own."""
+        """Tell whether tiles of queries share these keys but have a bias each."""
         k, bias = self.keys.k, self.keys.bias
         return bias is not None and k.ndim > 2 and k.shape[-3] == 1 < bias.shape[-2] == q.shape[-3]
 
     def factor(self, q: Array) -> Array | None:
-        """Return the bias as a factor of the values: where they are far fewer than the logits, and none is lost.
+        """Return ``exp(bias)`` as a factor of the values; None where it is unsafe, or keys are not far fewer.
 
-        Tiles may have biases of their own if all they do is leave out keys.
+        A tile may have a bias of its own if it differs from the others by leaving out keys alone.
         """
         k, v, bias = self.keys[:3]
         tiles = q.shape[-3] if k.ndim > 2 and k.shape[-3] == 1 else 1
@@ -126,51 +134,55 @@ class _Piece(NamedTuple):
         safe = (bias == -math.inf) | ((bias == common) & (xp.abs(common) < _SAFE_BIAS))
         return xp.exp(common) if xp.all(safe) else None
 
-    def logits(self, q: Array, scale: float, steps: Writing, *, biased: bool = True) -> Array:
+    def logits(self, q: Array, scale: float, ops: BufferedOperations, *, biased: bool = True) -> Array:
         """Return the logits, keys first: (..., M, n)."""
-        x = steps.products(f"logits {self.number}", self.keys.k, q, scale)
+        x = ops.products(f"logits {self.number}", self.keys.k, q, scale)
         if biased and self.keys.bias is not None:
             bias = self.keys.bias[..., None]
-            first = _first_other(bias) if steps.looks and bias.shape[:-2] == x.shape[:-2] else 0
+            first = _first_other(bias) if ops.looks and bias.shape[:-2] == x.shape[:-2] else 0
             if first:
-                steps.add(x[..., first:, :], bias[..., first:, :])
+                ops.add(x[..., first:, :], bias[..., first:, :])
             else:
-                x = steps.add(x, bias)
+                x = ops.add(x, bias)
         return x if self.past is None else namespace(x).where(self.past, x, -math.inf)
 
 
-def attend(q: Array, sets: Sequence[Keys], steps: Writing, scale: float, block: int) -> Average:
-    """Average the values of all sets, so many logits at a time."""
+def attend_in_blocks(
+    q: Array, sets: Sequence[Keys], ops: BufferedOperations, scale: float, block: int
+) -> Average:
+    """Average the values of all sets, in blocks of about `block` logits."""
     xp, device = namespace(q), placement(q)
     lead, n = leading_axes(q, sets), q.shape[-2]
     out = xp.empty((*lead, n, sets[0].v.shape[-1]), dtype=q.dtype, device=device)
     tops, totals = (xp.empty((*lead, n), dtype=q.dtype, device=device) for _ in range(2))
     smallest = xp.asarray(xp.finfo(q.dtype).smallest_normal, dtype=q.dtype, device=device)
-    plain = steps.looks
-    for here in _blocks(q, sets, lead, block, steps.together):
+    plain = ops.looks
+    for here in _blocks(q, sets, lead, block, ops.together):
         top = total = acc = None
         target = out[here.at]
-        direct = not steps.together and _product_shape(here.q, here.steps[0][0].keys) == tuple(target.shape)
-        steps.hold("acc", target if direct else None)
-        for pieces in here.steps:
-            part = here.plain_weights(pieces, scale, steps) if plain else None
+        # A block of `_cut` is contiguous in `out`, which is then the buffer of its sums. A block of all heads
+        # is not: the flat view in `hold` would be a copy.
+        direct = not ops.together and _product_shape(here.q, here.passes[0][0].keys) == tuple(target.shape)
+        ops.hold("acc", target if direct else None)
+        for pieces in here.passes:
+            part = here.plain_weights(pieces, scale, ops) if plain else None
             if part is None:
-                plain, part = False, here.weights(pieces, scale, steps, top)
+                plain, part = False, here.weights(pieces, scale, ops, top)
             if top is None:
                 total = part.total
             else:
                 shrink = xp.exp(top - part.top)
-                total, acc = total * shrink + part.total, steps.multiply(acc, shrink[..., None])
+                total, acc = total * shrink + part.total, ops.multiply(acc, shrink[..., None])
             top, weights = part.top, part.weights
-            if len(here.steps) == 1:
-                # Weights that add up to one: dividing what they give would take longer over its short rows.
+            if len(here.passes) == 1:
+                # The weights are divided, not the sums: a pass over the short rows of sums takes longer.
                 share = (1 / xp.maximum(total, smallest))[..., None, :]
-                weights = [steps.multiply(x, share) for x in weights]
+                weights = [ops.multiply(x, share) for x in weights]
             for x, v in zip(weights, part.values, strict=True):
-                acc = steps.sums(x, v, acc)
+                acc = ops.sums(x, v, acc)
         tops[here.at], totals[here.at] = top, total
-        if len(here.steps) > 1:
-            acc = steps.multiply(acc, 1 / xp.maximum(total, smallest)[..., None])
+        if len(here.passes) > 1:
+            acc = ops.multiply(acc, 1 / xp.maximum(total, smallest)[..., None])
         if not direct:
             target[...] = acc
     return Average(out, log_of_sum(tops, totals))
@@ -179,7 +191,7 @@ def attend(q: Array, sets: Sequence[Keys], steps: Writing, scale: float, block: 
 def gradients(
     q: Array,
     sets: Sequence[Keys],
-    steps: Writing,
+    ops: BufferedOperations,
     *,
     average: Average,
     cotangent: Average,
@@ -188,16 +200,16 @@ def gradients(
     pullback: Pullback,
     block: int,
 ) -> tuple[Array | None, list[list[Array | None]], list[list[Array]]]:
-    """Return the gradients of `attend`, from its result: the weights are recomputed, block by block.
+    """Return the gradients of `attend` from its result; the weights are recomputed, block by block.
 
-    `wanted` tells of `q`, and then of k, v and bias of each set, whether its gradient is. The last list is of
-    the arrays of each set's `pair_weight`.
+    `wanted` has a flag for the gradient of `q`, then of each k, v and bias. The last list has the gradients
+    of the arrays of each `pair_weight`.
     """
     xp = namespace(q)
     lead = tuple(average.log_norm.shape[:-1])
     wanted = iter(wanted)
     dq = _Sum(q, 2, lead) if next(wanted) else None
-    # Blocks of queries that see different keys cut them differently.
+    # Blocks cut a causal set at different places: without `lead` its sums start at zero.
     dsets = [
         [
             None if x is None or not next(wanted) else _Sum(x, n, None if keys.is_causal else lead)
@@ -209,15 +221,16 @@ def gradients(
         [] if keys.pair_weight is None else [_Sum(x, 2, lead) for x in keys.pair_weight.arrays]
         for keys in sets
     ]
-    # The average is divided by the sum of the weights: its share of each weight's gradient.
+    # With weights w that add up to 1 the gradient of a logit is w (g . v - g . out + g_norm), with the
+    # cotangents g of out and g_norm of log_norm. `level` is the part without v.
     level = cotangent.log_norm - dot(cotangent.out, average.out)
-    for here in _blocks(q, sets, lead, block, steps.together):
+    for here in _blocks(q, sets, lead, block, ops.together):
         g, norm = cotangent.out[here.at], finite(average.log_norm[here.at])
-        for piece in itertools.chain.from_iterable(here.steps):
+        for piece in itertools.chain.from_iterable(here.passes):
             k, v = piece.keys[:2]
-            weights = steps.exp(steps.subtract(piece.logits(here.q, scale, steps), norm[..., None, :]))
-            d = steps.add(steps.products("d", v, g), level[here.at][..., None, :])
-            d = steps.multiply(d, weights)
+            weights = ops.exp(ops.subtract(piece.logits(here.q, scale, ops), norm[..., None, :]))
+            d = ops.add(ops.products("d", v, g), level[here.at][..., None, :])
+            d = ops.multiply(d, weights)
             if piece.keys.pair_weight is not None:
                 factor, drows, *darrays = pullback(piece.keys.pair_weight, here.q, d)
                 everywhere = (*here.at[:-1], slice(None))
@@ -227,18 +240,18 @@ def gradients(
                 ]:
                     if whole is not None and part is not None:
                         whole.add(at, part)
-                d, weights = steps.multiply(d, factor), steps.multiply(weights, factor)
+                d, weights = ops.multiply(d, factor), ops.multiply(weights, factor)
             dk, dv, dbias = dsets[piece.number]
             if dv is not None:
-                dv.add(piece.at, steps.matmul("along k", weights, g))
+                dv.add(piece.at, ops.matmul("along k", weights, g))
             if dbias is not None:
                 dbias.add(piece.at, xp.sum(d, axis=-1))
             if scale != 1:
-                d = steps.multiply(d, scale)
+                d = ops.multiply(d, scale)
             if dq is not None:
-                dq.add(here.at, steps.sums(d, k))
+                dq.add(here.at, ops.sums(d, k))
             if dk is not None:
-                dk.add(piece.at, steps.matmul("along k", d, here.q))
+                dk.add(piece.at, ops.matmul("along k", d, here.q))
     return (
         None if dq is None else dq.total,
         [[None if x is None else x.total for x in keys] for keys in dsets],
@@ -247,30 +260,32 @@ def gradients(
 
 
 def sums_by_group(x: Array, index: Array, group: Array, count: int) -> Array:
-    """Compute `Backend.sums_by_group`: sums of all blocks at a time, one row more of each."""
-    xp, (lanes, blocks, size) = namespace(x), index.shape
-    shape, block = (size, lanes * blocks, x.shape[-1]), xp.arange(lanes * blocks)
-    first = xp.arange(0, lanes * x.shape[1], x.shape[1])[:, None, None]
+    """Compute `Backend.sums_by_group` by running sums, a row of all blocks at a time."""
+    xp, (heads, blocks, size) = namespace(x), index.shape
+    shape, block = (size, heads * blocks, x.shape[-1]), xp.arange(heads * blocks)
+    first = xp.arange(0, heads * x.shape[1], x.shape[1])[:, None, None]
     index = xp.reshape(xp.moveaxis(index + first, -1, 0), (-1,))
     sums = xp.reshape(xp.take(xp.reshape(x, (-1, shape[-1])), index, axis=0), shape)
     for before, here in itertools.pairwise(sums):
         xp.add(before, here, out=here)
-    group = group + xp.reshape(count * block, (lanes, blocks, 1))
-    counts = xp.bincount(xp.reshape(group, (-1,)), minlength=lanes * blocks * count)
+    group = group + xp.reshape(count * block, (heads, blocks, 1))
+    counts = xp.bincount(xp.reshape(group, (-1,)), minlength=heads * blocks * count)
     ends = xp.cumulative_sum(xp.reshape(counts, (-1, count)), axis=-1)
     found = sums[xp.maximum(ends - 1, 0), block[:, None]]
     found[ends == 0] = 0
+    # A copy, since both sides overlap.
     found[:, 1:] -= found[:, :-1].copy()
-    return xp.reshape(found, (lanes, blocks, count, shape[-1]))
+    return xp.reshape(found, (heads, blocks, count, shape[-1]))
 
 
 class _Sum:
-    """A gradient that blocks add their shares to, summed over the axes along which the array is broadcast."""
+    """The gradient of an array, the sum of parts from blocks, also over axes along which it is broadcast."""
 
     def __init__(self, x: Array, trailing: int, lead: tuple[int, ...] | None) -> None:
         self._trailing = trailing
         self._seen: set[tuple[int, ...]] = set()
-        # A part that one block alone adds to need not be zero first: a pass less over the memory.
+        # An array that is not broadcast need not start at zero: the first part at a place is written (a pass
+        # less). All blocks must cut at the same places, or memory that was never written is added to.
         self._is_whole = tuple(x.shape[: x.ndim - trailing]) == lead
         self.total = (namespace(x).empty_like if self._is_whole else namespace(x).zeros_like)(x)
 
@@ -288,7 +303,7 @@ class _Sum:
 
 
 def _trailing(keys: Keys) -> zip[tuple[Array | None, int]]:
-    """Return the arrays of a set, with the number of their trailing axes."""
+    """Return k, v and bias of a set, each with the number of its trailing axes."""
     return zip(keys[:3], (2, 2, 1), strict=True)
 
 
@@ -299,7 +314,7 @@ def _blocks(
     block: int,
     together: bool,
 ) -> Iterator[_Block]:
-    """Yield blocks of the leading axes and of the queries, with the keys that they meet."""
+    """Yield blocks of the leading axes and of the queries, with the keys that they attend to."""
     n = q.shape[-2]
     m = sum(keys.k.shape[-2] for keys in sets)
     rows = block // max(1, math.prod(lead) * m)
@@ -308,29 +323,29 @@ def _blocks(
         places = [(*whole, part) for part in slices(n, rows)]
     else:
         places = list(_cut(lead, n, m, block))
-    # One for all blocks: gradients count on keys that are cut at the same places.
+    # One width for all blocks: `_Sum` needs keys that are cut at the same places.
     longest = max((rows.stop - rows.start for *_, rows in places), default=1)
     width = max(block_sizes.INPLACE_MIN_KEYS, block // longest)
     for at in places:
         queries = at[-1]
-        steps = []
+        passes = []
         for number, keys in enumerate(sets):
             m = keys.k.shape[-2]
-            # Several sets are met in one step, and factors are made for all keys of a query at once.
+            # Several sets share one step, and a pair weight needs all keys of a query: such keys are not cut.
             is_whole = len(sets) > 1 or keys.pair_weight is not None
             for part in slices(queries.stop if keys.is_causal else m, m if is_whole else width):
                 here = (*at[:-1], part)
                 seen = None
                 if keys.is_causal and part.stop > queries.start + 1:
                     seen = past(q[..., queries, :], part.stop - part.start, queries.start, part.start)
-                steps.append([_Piece(_of_block(keys, at, here), number, here, seen)])
+                passes.append([_Piece(_of_block(keys, at, here), number, here, seen)])
         if len(sets) > 1:
-            steps = [list(itertools.chain.from_iterable(steps))]
-        yield _Block(at, _part(q, at, 2), steps)
+            passes = [list(itertools.chain.from_iterable(passes))]
+        yield _Block(at, _part(q, at, 2), passes)
 
 
 def _of_block(keys: Keys, queries: At, here: At) -> Keys:
-    """Return the keys of a set at some places, with the factors of the pairs with some queries."""
+    """Return the keys of a set at `here`, with the pair weight of the queries at `queries`."""
     weight = keys.pair_weight
     if weight is not None:
         everywhere = (*queries[:-1], slice(None))
@@ -341,13 +356,13 @@ def _of_block(keys: Keys, queries: At, here: At) -> Keys:
 
 
 def _cut(lead: tuple[int, ...], n: int, m: int, block: int) -> Iterator[At]:
-    """Yield slices of the leading axes and of the queries that keep a block within bounds, the first axis first."""
+    """Yield places of blocks of about `block` logits; leading axes are cut before the queries."""
     if not lead:
         yield from ((rows,) for rows in slices(n, max(block_sizes.INPLACE_MIN_QUERIES, block // m)))
         return
     size, *rest = lead
     inside = math.prod(rest) * n * m
-    # An odd number: rows a power of two apart share their places in a cache.
+    # An odd number of heads: rows that lie a power of two apart would evict each other from the cache.
     held = max(1, block // max(1, inside))
     for part in slices(size, held - 1 if held % 2 == 0 and held < size else held):
         whole = [tuple(slice(0, length) for length in (*rest, n))]
@@ -357,14 +372,14 @@ def _cut(lead: tuple[int, ...], n: int, m: int, block: int) -> Iterator[At]:
 
 
 def _first_other(bias: Array) -> int:
-    """Count the keys (axis -2) before the first one that has a bias anywhere."""
+    """Count the keys (axis -2) before the first key with a bias other than 0."""
     xp, keys = namespace(bias), bias.shape[-2]
     has = xp.any(xp.reshape(xp.moveaxis(bias, -2, 0), (keys, -1)) != 0, axis=-1)
     return int(xp.argmax(xp.astype(has, xp.int8))) if xp.any(has) else keys
 
 
 def _part(x: Array | None, at: At, trailing: int) -> Array | None:
-    """Return the part of an array that belongs to a block; the first of its trailing axes is cut too."""
+    """Return the part of an array that belongs to a block; the first trailing axis is cut too."""
     if x is None:
         return None
     return x[_index(x, at, trailing)]

@@ -1,6 +1,6 @@
-"""Steps that write over what they are given, and products that are held: for NumPy, CuPy and PyTorch.
+"""Operations that write over their first argument, and products in held buffers: for NumPy, CuPy and PyTorch.
 
-Logits stand keys first (..., M, n): sums and maxima over the keys then run along whole rows.
+Logits have the keys first, (..., M, n): sums and maxima over the keys then run along whole rows.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import contextlib
 import math
 from typing import TYPE_CHECKING, Any
 
-from randattn._core.average import Steps
+from randattn._core.average import Operations
 from randattn._core.checks import broadcast_shapes
 from randattn._core.library import placement
 
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
     Array = Any
 
 
-class Writing(Steps):
-    """Steps that write over their first argument, where the result fits it, and products that are held.
+class BufferedOperations(Operations):
+    """Operations that write over their first argument, if the result fits it, and products in held buffers.
 
-    Fresh arrays for each block would cost as much as the products.
+    To allocate a new array for each block would cost as much as its product.
     """
 
-    # Whether the longer axis of the logits is the last one in memory: then sums run along whole rows.
-    # With the shorter one there the product itself may be faster.
+    # True: the longer axis of the logits is the last in memory, so that sums run along long rows (NumPy).
+    # False: the shorter axis is, for a library whose product is faster that way (PyTorch).
     long_rows = True
-    # Whether a product for all heads is faster than one for each.
+    # True where one product for all heads is faster than a product for each head.
     together = False
-    # Whether products can be written to arrays that are not whole in memory.
+    # True where a product can be written to an array that is not contiguous.
     strided = False
-    # Whether values can be looked at without waiting for a device.
+    # True where the host can read values without waiting for a device.
     looks = False
 
     def __init__(self, like: Array) -> None:
@@ -39,33 +39,34 @@ class Writing(Steps):
         self._held: dict[str, Array] = {}
 
     def empty(self, name: str, *shape: int) -> Array:
-        """An array of that shape, until one of that name is asked for again."""
+        """Return an array of a shape; it is valid until an array of the same name is asked for."""
         size = math.prod(shape)
         if name not in self._held or self._held[name].shape[0] < size:
             self._held[name] = self._xp.empty(size, dtype=self._like.dtype, device=placement(self._like))
         return self._xp.reshape(self._held[name][:size], shape)
 
     def hold(self, name: str, x: Array | None) -> None:
-        """Have the next array of that name lie in `x`, or be a new one."""
+        """Make `x` the buffer of a name; None drops the buffer."""
         self._held.pop(name, None)
         if x is not None:
+            # `x` must be contiguous, or this is a copy and the result never reaches `x`.
             self._held[name] = self._xp.reshape(x, (-1,))
 
     def quietly(self) -> contextlib.AbstractContextManager[object]:
-        """Without warnings of what overflows."""
+        """Return a context without warnings of overflow."""
         return contextlib.nullcontext()
 
     def matmul(self, name: str, a: Array, b: Array, factor: float = 1.0) -> Array:
         lead = broadcast_shapes(a.shape[:-2], b.shape[:-2])
-        # Of one column and one row: a product of matrices would take longer.
+        # A column times a row: `matmul` would take longer than the elementwise product.
         product = self._xp.multiply if a.shape[-1] == 1 else self._xp.matmul
         out = product(a, b, out=self.empty(name, *lead, a.shape[-2], b.shape[-1]))
         return out if factor == 1 else self.multiply(out, factor)
 
     def products(self, name: str, k: Array, q: Array, scale: float = 1.0) -> Array:
-        """``scale k . q``, (..., M, n), in memory as the library is fastest with it.
+        """Return ``scale k . q``, (..., M, n), in the memory layout with which the library is fastest.
 
-        One product for all tiles (axis -3) of queries that meet the same keys.
+        Tiles (axis -3) of queries that share their keys have one product.
         """
         xp = self._xp
         tiles = _shared(k, q.shape)
@@ -73,7 +74,7 @@ class Writing(Steps):
             *lead, tiles, n, d = q.shape
             k, q = k[..., 0, :, :], xp.reshape(q, (*lead, tiles * n, d))
         elif self.strided and k.ndim > 2 and k.shape[-3] == q.shape[-3] > 1:
-            # Tiles beside each other in memory: rows as long as all of them.
+            # Tiles lie beside each other in memory, so that rows are as long as all tiles together.
             *lead, count, m, _ = (*broadcast_shapes(k.shape[:-2], q.shape[:-2]), k.shape[-2], 0)
             out = xp.moveaxis(self.empty(name, *lead, m, count, q.shape[-2]), -2, -3)
             out = xp.matmul(k, xp.matrix_transpose(q), out=out)
@@ -85,18 +86,22 @@ class Writing(Steps):
         return xp.moveaxis(xp.reshape(x, (*x.shape[:-1], tiles, n)), -2, -3) if tiles else x
 
     def sums(self, weights: Array, v: Array, acc: Array | None = None) -> Array:
-        """``acc +`` the values weighed, (..., n, E); weights (..., M, n) as `products` lays them out."""
+        """Return `acc` plus the weighted sums of the values, (..., n, E).
+
+        The weights (..., M, n) have the layout of `products`.
+        """
         xp = self._xp
         a, tiles = xp.matrix_transpose(weights), _shared(v, weights.shape)
         if tiles:
             *lead, tiles, n, m = a.shape
             a, v = xp.reshape(a, (*lead, tiles * n, m)), v[..., 0, :, :]
             acc = None if acc is None else xp.reshape(acc, (*acc.shape[:-3], tiles * n, acc.shape[-1]))
+        # Two buffers: "acc" keeps the running sums while "more" gets the next product.
         x = self.matmul("acc", a, v) if acc is None else self.add_matmul("more", acc, a, v)
         return xp.reshape(x, (*x.shape[:-2], tiles, n, x.shape[-1])) if tiles else x
 
     def add_matmul(self, name: str, x: Array, a: Array, b: Array) -> Array:
-        """``x + a b``."""
+        """Return ``x + a b``."""
         return self.add(x, self.matmul(name, a, b))
 
     def add(self, x: Array, y: Array) -> Array:
@@ -131,12 +136,12 @@ class Writing(Steps):
 
 
 def _shared(keys: Array, shape: tuple[int, ...]) -> bool:
-    """Whether an axis of tiles is the queries' alone."""
+    """Tell whether tiles (axis -3) of queries share their keys."""
     return bool(keys.ndim > 2 and len(shape) == keys.ndim and keys.shape[-3] == 1 < shape[-3])
 
 
 def _holds(x: Array, y: Array) -> bool:
-    """Whether what comes of both has the first one's shape."""
+    """Tell whether a result of `x` and `y` has the shape of `x`, and so can be written to it."""
     theirs = getattr(y, "shape", ())
     return len(theirs) <= x.ndim and all(
         b in (1, a) for a, b in zip(reversed(x.shape), reversed(theirs), strict=False)

@@ -1,4 +1,4 @@
-"""JAX: one compiled program for an average, in blocks by loops of its own."""
+"""JAX: one compiled program for an average, in blocks by the loops of `jax_loops`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
     Array = Any
 
-# By itself an eager call is one program; within a caller's jit this is a part of that one.
+# An eager call is one program; in a caller's `jit` it is a part of the caller's program. Static arguments are
+# compared by equality: a pair weight with a new function in each call would compile a program in each call.
 _compiled = jax.jit(jax_loops.blocks, static_argnames=("rules", "scale", "limits"))
 
 
@@ -32,15 +33,15 @@ class Jax(Backend):
     name = "jax"
 
     def placement(self, x: Array) -> Any:  # noqa: ARG002
-        """Return None: a new array follows those that it meets, whatever devices they are laid over."""
+        """Return None: a new array takes the devices of other operands, which may be several."""
         return None
 
     def call(self, function: Callable[..., Any], q: Array, *args: Any, **options: Any) -> Any:
-        """Call an estimator where explicit axes of a mesh are automatic."""
+        """Call an estimator with the explicit axes of a mesh made automatic."""
         return jax_mesh.laid_by_compiler(function, q, *args, **options)
 
     def attend_together(self, q: Array, sets: tuple[Keys, ...], scale: float) -> Average:
-        """Compute the average in one program, or on a mesh along its devices."""
+        """Compute the average in one program; on a mesh the program loops along lanes of tokens."""
         on_cpu = jax.default_backend() == "cpu"
         most = block_sizes.COMPILED_MOST_LOGITS if on_cpu else block_sizes.GPU_LOGITS
         devices = jax_mesh.mesh_size(q, *(keys.k for keys in sets))
@@ -54,7 +55,7 @@ class Jax(Backend):
         return Average(*_compiled(q, arrays, rules=rules, scale=scale, limits=limits))
 
     def by_rows(self, function: Callable[..., Array], size: int, *arrays: tuple[Array, int]) -> Array:
-        """Apply `function` to so many rows at a time, by a loop of the program."""
+        """Apply `function` to `size` rows at a time, in a loop of the program."""
         x, axis = arrays[0]
         if hint(x.shape[axis]) <= size:
             return function(*(x for x, _ in arrays))
@@ -64,7 +65,7 @@ class Jax(Backend):
     def carry_blocks(
         self, function: Callable[..., tuple[Any, Array]], state: Any, *arrays: tuple[Array, int]
     ) -> tuple[Any, Array]:
-        """Go along the arrays by a scan of the program."""
+        """Go along the arrays in blocks, by a scan of the program."""
         return jax_loops.carry(function, state, *arrays)
 
     def constant(self, x: Array) -> Array:
@@ -72,34 +73,35 @@ class Jax(Backend):
         return jax.lax.stop_gradient(x)
 
     def is_at_hand(self, x: Array) -> bool:
-        """Tell whether the values are known: nothing traces them."""
+        """Tell whether the values are known: a tracer has none."""
         return not isinstance(x, jax.core.Tracer)
 
     def largest(self, x: Array, count: int) -> Array:
-        """Return the places of the largest entries of the last axis, in any order."""
+        """Return the places of the `count` largest entries of the last axis, in any order."""
         return jax.lax.top_k(x, count)[1]
 
     def sums_by_group(self, x: Array, index: Array, group: Array, count: int) -> Array:
         """Sum rows by their groups."""
-        lanes, blocks, _ = index.shape
-        group = group + count * jax.numpy.arange(lanes * blocks).reshape(lanes, blocks, 1)
+        heads, blocks, _ = index.shape
+        group = group + count * jax.numpy.arange(heads * blocks).reshape(heads, blocks, 1)
         taken = rows(x, index).reshape(-1, x.shape[-1])
-        total = jax.ops.segment_sum(taken, group.reshape(-1), lanes * blocks * count, indices_are_sorted=True)
-        return total.reshape(lanes, blocks, count, x.shape[-1])
+        total = jax.ops.segment_sum(taken, group.reshape(-1), heads * blocks * count, indices_are_sorted=True)
+        return total.reshape(heads, blocks, count, x.shape[-1])
 
     def when(self, condition: Array, function: Callable[[Any], Any], state: Any) -> Any:
         """Return ``function(state)`` where the condition is true; else the state."""
         if isinstance(condition, jax.core.Tracer):
             return jax.lax.cond(condition, function, lambda state: state, state)
-        # Not traced: a program would be made at every call.
+        # An eager `cond` would compile at every call: this branch waits for one boolean instead.
         return function(state) if condition else state
 
     def lanes_of(self, x: Array) -> int:
-        """Return in how many parts of one length the tokens may lie on devices of their own."""
+        """Return the number of lanes: equal parts of the tokens that may be on different devices."""
+        # A divisor of both numbers: lanes have one length, and a device has tokens of one lane alone.
         return math.gcd(x.shape[-2], jax_mesh.mesh_size(x))
 
     def everywhere(self, x: Average) -> Average:
-        """Bring averages of groups to all devices that tokens lie on."""
+        """Bring averages of groups to all devices that have tokens."""
         out, log_norm = (jax_mesh.everywhere(array, axes) for array, axes in zip(x, (2, 1), strict=True))
         return x._replace(out=out, log_norm=log_norm)
 

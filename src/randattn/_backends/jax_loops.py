@@ -1,4 +1,4 @@
-"""Loops of JAX's compiled program: an average in blocks, whose gradients compute the blocks again."""
+"""Loops of JAX's compiled program: an average in blocks, whose gradients recompute the blocks."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ if TYPE_CHECKING:
 
 
 class Set(NamedTuple):
-    """The arrays of a set of keys; `Rule` has the rest of it."""
+    """The arrays of a set of keys; `Rule` has its constants."""
 
     k: Array
     v: Array
     bias: Array | None
     pair_bias: Array | None
-    mask: Array | None  # of the pair weight
-    arrays: tuple[Array, ...]  # of the pair weight
+    mask: Array | None  # the mask of the pair weight
+    arrays: tuple[Array, ...]  # the arrays of the pair weight
 
 
 class Rule(NamedTuple):
     """The constants of a set of keys in a program."""
 
-    function: Callable[..., Array] | None  # of the pair weight
+    function: Callable[..., Array] | None  # the function of the pair weight
     is_causal: bool
 
 
 class Limits(NamedTuple):
-    """Sizes that loops are cut by: logits that are fast, the most of them, the fewest queries."""
+    """Bounds of blocks: their logits, their logits before keys are cut too, their fewest queries."""
 
     block: int
     most: int
@@ -46,7 +46,7 @@ class Limits(NamedTuple):
 
 
 def apart(sets: Sequence[Keys]) -> tuple[tuple[Set, ...], tuple[Rule, ...]]:
-    """Part sets of keys into arrays and constants."""
+    """Split sets of keys into arrays and constants."""
     arrays, rules = [], []
     for keys in sets:
         k, v, bias, _, pair_bias, weight, is_causal = keys.biased()
@@ -57,7 +57,7 @@ def apart(sets: Sequence[Keys]) -> tuple[tuple[Set, ...], tuple[Rule, ...]]:
 
 
 def together(sets: Sequence[Set], rules: Sequence[Rule]) -> list[Keys]:
-    """Put sets of keys together again."""
+    """Make sets of keys from their arrays and constants again."""
     found = []
     for (k, v, bias, pair_bias, mask, arrays), (function, is_causal) in zip(sets, rules, strict=True):
         weight = None if function is None else PairWeight(function, mask, arrays)
@@ -66,7 +66,7 @@ def together(sets: Sequence[Set], rules: Sequence[Rule]) -> list[Keys]:
 
 
 def _marks(operands: Any, *, of_queries: bool = False, of_keys: bool = False) -> Any:
-    """Tell of each operand whether it has an axis of queries, or of keys, where that axis is looped over."""
+    """Tell for each operand whether it has the axis of the inner loop: of queries, or of keys."""
 
     def fill(x: Any, mark: bool) -> Any:
         return jax.tree.map(lambda _: mark, x)
@@ -89,7 +89,7 @@ def _marks(operands: Any, *, of_queries: bool = False, of_keys: bool = False) ->
 def blocks(
     q: Array, sets: tuple[Set, ...], first: Any = 0, *, rules: tuple[Rule, ...], scale: float, limits: Limits
 ) -> Average:
-    """Attend by loops over leading axes, then over queries, then over keys, as far as it takes.
+    """Attend by loops over leading axes, then over queries, then over keys, until a block fits.
 
     `first` is the number of the first query, for causal sets.
     """
@@ -100,13 +100,13 @@ def blocks(
     again = functools.partial(blocks, rules=rules, scale=scale, limits=limits)
     whole = functools.partial(_whole, rules=rules, scale=scale)
     if not is_known(n, m, *lead):
-        # Sizes that tell nothing of what fits: one head and a few queries at a time.
+        # Symbolic sizes do not tell what fits in a block: one head and a few queries at a time.
         if lead:
             return _over_heads(again, operands, first, lead[0], 1)
         return _over_symbolic(whole, operands, first, fewest) if hint(n) > fewest else whole(q, sets, first)
     rows = max(fewest, block // m)
     splits = len(sets) == 1 and rules[0].function is None
-    # A loop copies the keys of a step: for fewer queries than features that is the larger array.
+    # A loop copies the keys of a step: with fewer queries than features this copy is larger than the logits.
     size = max(n, q.shape[-1]) * m
     if math.prod(lead) * size <= block or (not lead and n <= rows and not (splits and n * m > most)):
         return whole(q, sets, first)
@@ -114,7 +114,7 @@ def blocks(
         inside = math.prod(lead[1:]) * size
         if lead[0] == 1 or inside <= block:
             return _over_heads(again, operands, first, lead[0], block // inside)
-        # One loop for two axes, or the arrays of a whole head would be copied for the inner one.
+        # One loop over two axes: an outer loop over heads would copy the arrays of a whole head.
         if len(lead) > 1 and lead[1] > 1:
             inner = jax.tree.map(lambda x: x.shape[1] > 1, operands)
             held = _divisor(lead[1], max(1, block * lead[1] // inside))
@@ -139,12 +139,13 @@ def _whole(q: Array, sets: tuple[Set, ...], first: Any, *, rules: tuple[Rule, ..
 
 
 def _over_heads(again: Any, operands: Any, first: Any, size: int, most: int) -> Average:
-    """Loop over the first axis, some of it at a time."""
+    """Loop over the first axis, up to `most` entries at a time."""
     if size == 1:
         here = jax.tree.map(lambda x: x[0], operands)
         return jax.tree.map(lambda x: x[None], again(*here, first))
     held = _divisor(size, max(1, most)) if is_known(size) else 1
     leaves, structure = jax.tree.flatten(operands)
+    # Operands of length one on this axis broadcast: the body takes them from outside of the loop.
     cut = [x for x in leaves if x.shape[0] == size]
     if held > 1:
         cut = [x.reshape(size // held, held, *x.shape[1:]) for x in cut]
@@ -154,6 +155,7 @@ def _over_heads(again: Any, operands: Any, first: Any, size: int, most: int) -> 
         here = [next(left) if x.shape[0] == size else x if held > 1 else x[0] for x in leaves]
         return again(*structure.unflatten(here), first)
 
+    # Without `checkpoint` the gradient of a loop would keep the logits of all its steps.
     found = jax.lax.map(jax.checkpoint(of_heads), cut)
     return jax.tree.map(lambda x: x.reshape(size, *x.shape[1 if held == 1 else 2 :]), found)
 
@@ -169,9 +171,10 @@ def _over_two(
     *,
     of_keys: bool = False,
 ) -> Average:
-    """Loop over the first axis and `held` at a time of the next, which not all operands have (`inner`).
+    """Loop over the first axis and over the next axis, `held` entries of it at a time.
 
-    `of_keys`: the next axis is that of the keys, and each of its parts has a result of its own.
+    `inner` tells which operands have the next axis. With `of_keys` it is the axis of keys, and each part of
+    the keys has a result of its own.
     """
     size, count = sizes
     pieces = count if of_keys else count // held
@@ -181,6 +184,8 @@ def _over_two(
         x.reshape(x.shape[0] * pieces, held, *x.shape[2:]) if has else x
         for x, has in zip(leaves, has_inner, strict=True)
     ]
+    # Operands with both axes are inputs of the loop. The others are indexed in the body: as inputs they would
+    # be repeated for each step.
     looped = [has and x.shape[0] == size for x, has in zip(leaves, has_inner, strict=True)]
 
     def of_both(part: Any) -> Average:
@@ -205,13 +210,13 @@ def _over_two(
 
 
 def _per_query(operands: Any) -> list[Array | None]:
-    """Return the operands that have queries, each with the queries on its axis 0."""
+    """Return the operands that have queries, which are on their axis 0."""
     q, sets = operands
     return [q, *(x for one in sets for x in (one.pair_bias, one.mask))]
 
 
 def _with_queries(operands: Any, parts: Sequence[Array | None]) -> Any:
-    """Put parts of `_per_query` in the place of the whole."""
+    """Replace the arrays of `_per_query` in the operands by parts of them."""
     q, *others = parts
     pairs = zip(others[::2], others[1::2], strict=True)
     sets = (
@@ -221,7 +226,7 @@ def _with_queries(operands: Any, parts: Sequence[Array | None]) -> Any:
 
 
 def _over_queries(again: Any, operands: Any, first: Any, rows: int) -> Average:
-    """Loop over the queries, so many at a time, and what is left at last."""
+    """Loop over the queries, `rows` at a time; the remainder is a block after the loop."""
     per_query = _per_query(operands)
     n = operands[0].shape[0]
     whole = n - n % rows
@@ -240,9 +245,9 @@ def _over_queries(again: Any, operands: Any, first: Any, rows: int) -> Average:
 
 
 def _over_symbolic(average: Any, operands: Any, first: Any, rows: int) -> Average:
-    """Loop over a symbolic number of queries, so many at a time, filled up by the first one."""
+    """Loop over a symbolic number of queries, `rows` at a time; copies of the first query pad the end."""
     n = operands[0].shape[0]
-    # One more than may be full: JAX could not tell of none that there is one.
+    # One step more than full steps: JAX cannot tell that the symbolic n // rows is not zero.
     steps = n // rows + 1
     number = jnp.arange(steps * rows)
     index = jnp.where(number < n, number, 0)
@@ -259,7 +264,7 @@ def _over_symbolic(average: Any, operands: Any, first: Any, rows: int) -> Averag
 
 
 def _over_keys(q: Array, keys: Keys, scale: float, first: Any, cols: int) -> Average:
-    """Loop over the keys of one set, so many at a time, and what is left at last."""
+    """Loop over the keys of one set, `cols` at a time; the remainder is a block after the loop."""
     m = keys.k.shape[0]
     whole = m - m % cols
     per_key = (keys.k, keys.v, keys.bias, None if keys.pair_bias is None else keys.pair_bias.T)
@@ -320,11 +325,12 @@ def carry(
 
 
 def _even(size: int, most: int) -> int:
-    """Return a size of blocks that divides, unless that would be far smaller than it may be."""
+    """Return the largest divisor of `size` up to `most`, or `most` if the divisor is at most half of it."""
+    # A remainder is one more block to compile; a small divisor (1 of a prime) makes far more steps.
     divisor = _divisor(size, most)
     return divisor if 2 * divisor > most else most
 
 
 def _divisor(size: int, most: int) -> int:
-    """Return the largest divisor that is no larger than this."""
+    """Return the largest divisor of `size` up to `most`."""
     return next(d for d in range(min(size, most), 0, -1) if size % d == 0)

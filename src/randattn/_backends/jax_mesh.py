@@ -1,4 +1,4 @@
-"""JAX arrays that are laid over a mesh of devices: their average, and questions of their layout."""
+"""JAX arrays on a mesh of devices: their average and their layout."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 
 def mesh_size(*arrays: Array) -> int:
-    """Return the number of devices that one of these arrays may be laid over; 1 where it lies on one."""
-    # Before `jax.typeof` an array that is traced had no layout to ask for.
+    """Return the largest number of devices that one of the arrays may be laid over."""
+    # In releases of JAX without `jax.typeof` a traced array has no layout to ask for.
     return max(_devices(jax.typeof(x).sharding.mesh) for x in arrays) if hasattr(jax, "typeof") else 1
 
 
@@ -33,7 +33,7 @@ def _devices(mesh: Any) -> int:
 
 
 def everywhere(x: Array, trailing: int) -> Array:
-    """Bring all of `x` to each device, but for leading axes (heads, say), which stay as they are laid."""
+    """Bring all of `x` to each device; leading axes (heads, for example) keep their layout."""
     if not isinstance(x, jax.core.Tracer) or mesh_size(x) == 1:
         return x
     spec = PartitionSpec(*[PartitionSpec.UNCONSTRAINED] * (x.ndim - trailing), *[None] * trailing)
@@ -41,7 +41,7 @@ def everywhere(x: Array, trailing: int) -> Array:
 
 
 def laid_by_compiler(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """Call an estimator where a mesh's explicit axes are automatic; its result is laid as its inputs are."""
+    """Call an estimator with a mesh's explicit axes made automatic; lay its result as the inputs are laid."""
     known = hasattr(jax, "typeof") and all(isinstance(x, jax.Array) for x in args[:3])
     meshes = [jax.typeof(x).sharding.mesh for x in args[:3]] if known else []
     mesh = next((mesh for mesh in meshes if jax.sharding.AxisType.Explicit in mesh.axis_types), None)
@@ -55,7 +55,7 @@ def laid_by_compiler(function: Callable[..., Any], *args: Any, **options: Any) -
         args, options = structure.unflatten([next(left) if isinstance(x, jax.Array) else x for x in leaves])
         return function(*args, **options)
 
-    # Of q, k and v the axes that the result has; a state is on every device.
+    # The result is laid as the inputs' leading axes, q's tokens and v's features; a state is on every device.
     rank = max(x.ndim for x in args[:3])
     specs = [(None,) * (rank - x.ndim) + tuple(jax.typeof(x).sharding.spec) for x in args[:3]]
     lead = [next((axis for axis in axes if axis is not None), None) for axes in zip(*specs, strict=True)]
@@ -70,9 +70,10 @@ def laid_by_compiler(function: Callable[..., Any], *args: Any, **options: Any) -
 def _on_mesh(
     q: Array, sets: tuple[Set, ...], *, rules: tuple[Rule, ...], scale: float, devices: int, most: int
 ) -> Average:
-    """Attend on a mesh, where a loop along an axis would bring all of it to every device.
+    """Attend on a mesh by a loop along lanes of tokens.
 
-    The longer axis of tokens is cut in lanes, each on one device, and a loop goes along all of them at once.
+    A loop along an axis that is laid over devices would bring all of it to every device. So the longer axis
+    of tokens is cut in lanes, each on one device, and the loop goes along all lanes at once.
     """
     n, m = q.shape[-2], sum(one.k.shape[-2] for one in sets)
     lead = plain.leading_axes(q, together(sets, rules))
@@ -82,6 +83,7 @@ def _on_mesh(
     lanes = math.gcd(tokens, devices)
     length = tokens // lanes
     rows = min(length, max(1, length * most // max(1, math.prod(lead) * n * m)))
+    # A divisor of the length: all steps then have one shape, and no lane has a remainder.
     rows = next(r for r in range(rows, 0, -1) if length % r == 0)
     if rows == length:
         return plain.attend_whole(q, together(sets, rules), scale)
@@ -115,7 +117,7 @@ def _on_mesh(
 
 
 def _cut(x: Array | None, axis: int, shape: tuple[int, int, int]) -> Array | None:
-    """Cut the tokens as (lanes, steps, rows), the steps first of all axes."""
+    """Reshape the tokens to (lanes, steps, rows), and move the steps to axis 0."""
     if x is None:
         return None
     axis += x.ndim
@@ -126,7 +128,7 @@ def _cut(x: Array | None, axis: int, shape: tuple[int, int, int]) -> Array | Non
 def _by_keys(
     q: Array, keys: Keys, scale: float, lead: tuple[int, ...], shape: tuple[int, int, int]
 ) -> Average:
-    """Loop along the lanes of the keys, and average what they give."""
+    """Loop along the lanes of the keys, then merge the averages of the lanes."""
 
     def of_keys(done: Average, part: Any) -> tuple[Average, None]:
         k, v, bias, pairs = part

@@ -1,4 +1,4 @@
-"""NumPy: in blocks that stay in the cache, written over in place."""
+"""NumPy: averages in blocks that stay in the cache, written over in place."""
 
 from __future__ import annotations
 
@@ -25,40 +25,40 @@ if TYPE_CHECKING:
 
 
 class InPlace(Backend):
-    """A library of arrays that can be written to, and that computes at once."""
+    """A library whose arrays can be written to, and which computes at once."""
 
-    writing = inplace_ops.Writing
+    operations = inplace_ops.BufferedOperations
 
     def block_logits(self) -> int:
-        """Return the logits of a block."""
+        """Return the number of logits of a block."""
         return block_sizes.GPU_LOGITS
 
     def attend_together(self, q: Array, sets: tuple[Keys, ...], scale: float) -> Average:
-        """Compute the average in place; with a bias of pairs, or of few logits, plainly."""
+        """Compute the average in place; with a pair bias or few logits, the plain average."""
         if sets[0].pair_bias is not None:
             return plain.attend(q, *sets, scale=scale)
         sets = tuple(keys.biased() for keys in sets)
         lead = math.prod(plain.leading_axes(q, sets))
         if lead * q.shape[-2] * sum(keys.k.shape[-2] for keys in sets) <= block_sizes.SMALL_LOGITS:
             return plain.attend_whole(q, sets, scale)
-        return inplace.attend(q, sets, self.writing(q), scale, self.block_logits())
+        return inplace.attend_in_blocks(q, sets, self.operations(q), scale, self.block_logits())
 
     def mean_of_rows(self, x: Array) -> Array:
         """Return the means (..., D) of rows (..., L, D)."""
         return mean_by_product(x)
 
     def largest(self, x: Array, count: int) -> Array:
-        """Return the places of the largest entries of the last axis, in any order."""
+        """Return the places of the `count` largest entries of the last axis, in any order."""
         rest = x.shape[-1] - count
         return namespace(x).argpartition(x, rest, axis=-1)[..., rest:] if rest else super().largest(x, count)
 
     def with_last(self, x: Array, part: Array) -> Array:
-        """Write `part` over the last rows' last entries of `x`."""
+        """Write `part` over the last entries of the last rows of `x`."""
         x[..., -part.shape[-2] :, -part.shape[-1] :] = part
         return x
 
 
-class _Writing(inplace_ops.Writing):
+class _NumpyOperations(inplace_ops.BufferedOperations):
     strided = looks = True
 
     def quietly(self) -> AbstractContextManager[object]:
@@ -66,17 +66,18 @@ class _Writing(inplace_ops.Writing):
 
 
 class Numpy(InPlace):
-    """NumPy's arrays, whose values are at hand."""
+    """NumPy's arrays, whose values are on the host."""
 
     name = "numpy"
-    writing = _Writing
+    operations = _NumpyOperations
 
     def block_logits(self) -> int:
-        """Return the logits of a block."""
+        """Return the number of logits of a block."""
         return block_sizes.INPLACE_LOGITS
 
     def call(self, function: Callable[..., Any], q: Array, *args: Any, **options: Any) -> Any:
-        """Raise one error where NumPy would warn of each operation that overflows, and results would be NaN."""
+        """Call an estimator, and raise one error for an overflow, not a warning for each operation."""
+        # A caller who ignores overflow gets the result as it is, NaN included.
         if np.geterr()["over"] == "ignore":
             return function(q, *args, **options)
         try:
@@ -84,18 +85,19 @@ class Numpy(InPlace):
                 return function(q, *args, **options)
         except FloatingPointError:
             error = out_of_range(dict(zip("qkv", (q, *args), strict=False)))
+        # After the handler, so that the error does not show NumPy's own as its context.
         raise error
 
     def is_at_hand(self, x: Array) -> bool:  # noqa: ARG002
-        """Tell that the values are known."""
+        """Return True: the values are on the host."""
         return True
 
     def sums_by_group(self, x: Array, index: Array, group: Array, count: int) -> Array:
-        """Sum rows by their groups, all blocks at a time."""
+        """Sum rows by their groups, in all blocks at once."""
         return inplace.sums_by_group(x, index, group, count)
 
     def when(self, condition: Array, function: Callable[[Any], Any], state: Any) -> Any:
-        """Return ``function(state)`` where the condition is true; else the state, in the same arrays."""
+        """Return ``function(state)`` where the condition is true; else the state itself, without a copy."""
         return function(state) if condition else state
 
 

@@ -1,4 +1,4 @@
-"""PyTorch as it computes at once: its own kernel, blocks in place, and gradients that recompute the weights."""
+"""Eager PyTorch: its own kernel, blocks in place, and gradients that recompute the weights."""
 
 from __future__ import annotations
 
@@ -26,15 +26,16 @@ if TYPE_CHECKING:
 
     Array = Any
 
-# Private, and without a public counterpart; where it is gone, the tests of this module fail.
-_transformed = torch._C._functorch.peek_interpreter_stack  # noqa: SLF001
+# Private, without a public counterpart. A release without it would leave no way to tell transformed tensors
+# from others: then all of them take the plain path, which is right for both.
+_transformed = getattr(torch._C._functorch, "peek_interpreter_stack", lambda: True)  # noqa: SLF001
 
 
 class Torch(TracedTorch):
-    """Tensors as PyTorch computes with them at once."""
+    """Tensors of eager PyTorch."""
 
     def attend_together(self, q: Array, sets: tuple[Keys, ...], scale: float) -> Average:
-        """Compute the average by PyTorch's kernel or in place, and its gradients by recomputed weights."""
+        """Compute the average by PyTorch's kernel or in place; its gradients recompute the weights."""
         arrays = _arrays(q, sets)
         if sets[0].pair_bias is not None or not is_plain(*arrays):
             return plain.attend(q, *sets, scale=scale)
@@ -44,36 +45,36 @@ class Torch(TracedTorch):
             return _forward(q, sets, scale)
 
     def is_at_hand(self, x: Array) -> bool:
-        """Tell whether the values are known: on the host, and nothing transforms them."""
+        """Tell whether the values are on the host and no transform hides them."""
         return x.device.type == "cpu" and is_plain(x)
 
     def order_of(self, x: Array, *, stable: bool = False) -> Array:
-        """Return the places of the entries from the smallest on; NumPy sorts a few times faster."""
+        """Return the places of the entries in ascending order; NumPy sorts a few times faster."""
         if not self.is_at_hand(x):
             return super().order_of(x, stable=stable)
         return torch.from_numpy(NUMPY.order_of(x.detach().numpy(), stable=stable))
 
     def in_order(self, x: Array) -> Array:
-        """Return the entries from the smallest on."""
+        """Return the entries in ascending order; `x` has places (integers), so that no gradient is lost."""
         if not self.is_at_hand(x):
             return super().in_order(x)
         return torch.from_numpy(NUMPY.in_order(x.detach().numpy()))
 
     def largest(self, x: Array, count: int) -> Array:
-        """Return the places of the largest entries of the last axis, in any order."""
+        """Return the places of the `count` largest entries of the last axis, in any order."""
         if not self.is_at_hand(x):
             return super().largest(x, count)
         return torch.from_numpy(NUMPY.largest(x.detach().numpy(), count))
 
     def sums_by_group(self, x: Array, index: Array, group: Array, count: int) -> Array:
-        """Sum rows by their groups, without the taken rows in memory."""
+        """Sum rows by their groups, without a copy of the taken rows."""
         if not is_plain(x):
             return super().sums_by_group(x, index, group, count)
-        (lanes, size, width), blocks = x.shape, index.shape[1]
-        number = torch.arange(lanes * blocks, device=x.device).reshape(lanes, blocks, 1)
+        (heads, size, width), blocks = x.shape, index.shape[1]
+        number = torch.arange(heads * blocks, device=x.device).reshape(heads, blocks, 1)
         index, group = (index + size * (number // blocks)).reshape(-1), (group + count * number).reshape(-1)
-        sums = _Sums.apply(x.reshape(-1, width), index, group, lanes * blocks * count)
-        return sums.reshape(lanes, blocks, count, width)
+        sums = _Sums.apply(x.reshape(-1, width), index, group, heads * blocks * count)
+        return sums.reshape(heads, blocks, count, width)
 
     def when(self, condition: Array, function: Callable[[Any], Any], state: Any) -> Any:
         """Return ``function(state)`` where the condition is true; else the state."""
@@ -86,7 +87,8 @@ BACKEND = Torch()
 
 
 def is_plain(*arrays: Array) -> bool:
-    """Tell whether nothing transforms the arrays or looks at their shapes alone."""
+    """Tell whether no transform is active, and all arrays are plain tensors on a CPU or a CUDA device."""
+    # `vmap`, forward-mode gradients and subclasses rewrite operations: they cannot rewrite writes in place.
     if _transformed() is not None or torch.autograd.forward_ad._current_level >= 0:  # noqa: SLF001
         return False
     return all(
@@ -95,12 +97,12 @@ def is_plain(*arrays: Array) -> bool:
 
 
 class _Rule(NamedTuple):
-    """A set of keys without the arrays that gradients go to."""
+    """A set of keys without the arrays that may have gradients."""
 
     has_bias: bool
     kappa: float | None
     pair_weight: PairWeight | None
-    num_arrays: int  # of the pair weight
+    num_arrays: int  # the number of arrays of the pair weight
     is_causal: bool
 
     @classmethod
@@ -113,13 +115,13 @@ class _Rule(NamedTuple):
 
 
 class _Call(NamedTuple):
-    """The arguments of `attend` without the arrays that gradients go to."""
+    """The arguments of `attend` without the arrays that may have gradients."""
 
     rules: tuple[_Rule, ...]
     scale: float
 
     def unflatten(self, arrays: Sequence[Any]) -> tuple[Any, list[Keys]]:
-        """Return the queries and the sets, of entries in the order of `_arrays`."""
+        """Return the queries and the sets from entries in the order of `_arrays`."""
         q, *rest = arrays
         left, sets = iter(rest), []
         for rule in self.rules:
@@ -132,7 +134,7 @@ class _Call(NamedTuple):
 
 
 def _arrays(q: Array, sets: Sequence[Keys]) -> list[Array]:
-    """Return all arrays that a gradient could go to."""
+    """Return all arrays that may have a gradient."""
     arrays = [q]
     for keys in sets:
         arrays += [x for x in keys[:3] if x is not None]
@@ -150,11 +152,11 @@ def _forward(q: Array, sets: Sequence[Keys], scale: float) -> Average:
     logits = lead * q.shape[-2] * sum(keys.k.shape[-2] for keys in sets)
     if logits <= block_sizes.SMALL_LOGITS and not any(keys.is_causal for keys in sets):
         return _whole(q, sets, scale)
-    return inplace.attend(q, sets, Writing(q), scale, _block(q))
+    return inplace.attend_in_blocks(q, sets, TorchOperations(q), scale, _block(q))
 
 
 def _whole(q: Array, sets: Sequence[Keys], scale: float) -> Average:
-    """Attend without blocks, in as few calls as PyTorch needs: on small inputs each costs more than its work."""
+    """Attend without blocks, in few calls of PyTorch: on small inputs a call costs more than its work."""
     parts = []
     scaled = q * scale if scale != 1 else q
     for keys in sets:
@@ -169,12 +171,12 @@ def _whole(q: Array, sets: Sequence[Keys], scale: float) -> Average:
         return plain.of_one_shape(logits[..., :0].expand(*lead, *q.shape[-2:-1], 0), log_norm)
     weights = logits.softmax(-1)
     if any(keys.bias is not None for keys in sets):
-        # A row of nothing but -inf has no weight at all.
+        # The softmax of a row without a key is NaN.
         weights = weights.masked_fill((log_norm == -math.inf)[..., None], 0)
     shares = weights.split([x.shape[-1] for x in parts], -1) if len(parts) > 1 else (weights,)
     if is_weighed:
         shares = [
-            x if keys.pair_weight is None else x * keys.pair_weight.of(q, Writing(q)).mT
+            x if keys.pair_weight is None else x * keys.pair_weight.of(q, TorchOperations(q)).mT
             for x, keys in zip(shares, sets, strict=True)
         ]
         total = reduce(operator.add, (x.sum(-1) for x in shares))
@@ -188,8 +190,8 @@ def _block(q: Array) -> int:
     return block_sizes.INPLACE_LOGITS if q.device.type == "cpu" else block_sizes.GPU_LOGITS
 
 
-class Writing(inplace_ops.Writing):
-    """Steps in place whose products are scaled or added as they are made."""
+class TorchOperations(inplace_ops.BufferedOperations):
+    """Operations in place; `baddbmm` scales or adds a product while it computes it."""
 
     long_rows = False
     together = True
@@ -202,6 +204,7 @@ class Writing(inplace_ops.Writing):
         if factor == 1 or a.shape[:-2] != b.shape[:-2]:
             return super().matmul(name, a, b, factor)
         out = self.empty(name, *a.shape[:-1], b.shape[-1])
+        # With beta=0 PyTorch does not read `out`, whose old values may be NaN.
         torch.baddbmm(_batch(out), _batch(a), _batch(b), beta=0, alpha=factor, out=_batch(out))
         return out
 
@@ -223,7 +226,7 @@ def _batch(x: Array) -> Array:
 
 
 class _Attend(torch.autograd.Function):
-    """The average with a gradient that recomputes the weights: none is kept, no N x M array is whole."""
+    """The average with a gradient that recomputes the weights: no array of N x M numbers is kept."""
 
     @staticmethod
     def forward(ctx: Any, call: _Call, *arrays: Array) -> tuple[Array, Array]:
@@ -236,7 +239,7 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, *cotangent: Array) -> tuple[Any, ...]:
         *arrays, out, log_norm = ctx.saved_tensors
         call, needed = ctx.call, ctx.needs_input_grad[1:]
-        # The caller's autocast may be on here: it would take the products in half precision.
+        # The caller's autocast may be on here: it would compute the products in half precision.
         with torch.autocast(arrays[0].device.type, enabled=False):
             if torch.is_grad_enabled() or any(map(_is_batched, cotangent)):
                 return None, *_plain_gradients(call, needed, arrays, Average(*cotangent))
@@ -246,11 +249,11 @@ class _Attend(torch.autograd.Function):
 def _plain_gradients(
     call: _Call, needed: Sequence[bool], arrays: list[Array], cotangent: Average
 ) -> list[Array | None]:
-    """Return the gradients by the plain path, which has gradients of gradients and writes to no array."""
+    """Return the gradients by the plain average, which has gradients of gradients and writes to no array."""
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        # One array may be given twice, or be computed from another one: `grad` would count the paths between
-        # them, which belong to the caller's graph. Views of their own are where the paths of this call end.
+        # An array may be given twice, or be computed from another array: `grad` would count the path between
+        # them, which belongs to the caller's graph. The paths of this call end at new views.
         views = [x.view_as(x) for x in arrays]
         wanted = [x for x, need in zip(views, needed, strict=True) if need]
         q, sets = call.unflatten(views)
@@ -262,7 +265,7 @@ def _plain_gradients(
 
 
 def _is_batched(x: Array) -> bool:
-    """Tell whether `is_grads_batched` or `jacobian(vectorize=True)` made this of many cotangents."""
+    """Tell whether `x` is a batch of cotangents, of `is_grads_batched` or `jacobian(vectorize=True)`."""
     return bool(torch._C._functorch.is_legacy_batchedtensor(x))  # noqa: SLF001
 
 
@@ -274,7 +277,7 @@ def _gradients(
     dq, dsets, dpairs = inplace.gradients(
         q,
         [keys.biased() for keys in sets],
-        Writing(q),
+        TorchOperations(q),
         average=average,
         cotangent=cotangent,
         wanted=[of_q, *(x for keys in of_sets for x in _wanted(keys))],
@@ -289,7 +292,7 @@ def _gradients(
 
 
 def _wanted(needed: Keys) -> list[bool]:
-    """Tell which gradients to biased keys are needed for the gradients to the keys themselves."""
+    """Tell which gradients of biased keys are needed for the gradients of the keys themselves."""
     k, v, bias, kappa = needed[:4]
     if kappa is None:
         return [k, v] if bias is None else [k, v, bias]
@@ -297,10 +300,11 @@ def _wanted(needed: Keys) -> list[bool]:
 
 
 def _without_kappa(keys: Keys, d: Sequence[Any]) -> list[Array | None]:
-    """Return the gradients to the keys themselves, from the gradients to the biased ones."""
+    """Return the gradients of the keys themselves, from the gradients of the biased keys."""
     k, _, bias, kappa = keys[:4]
     dk, dv, dbias = d
     if kappa is not None and dk is not None and dbias is not None:
+        # The biased keys add -kappa |k|^2 / 2 to the bias, whose gradient to k is -kappa k.
         if dbias.shape == k.shape[:-1]:
             dk.addcmul_(dbias[..., None], k, value=-kappa)
         else:
@@ -311,7 +315,7 @@ def _without_kappa(keys: Keys, d: Sequence[Any]) -> list[Array | None]:
 
 
 def _pullback(pair_weight: PairWeight, q: Array, d: Array) -> list[Array | None]:
-    """Return the factors, and the gradients of sum(factors * d)."""
+    """Return the factors of the pairs, then the gradients of sum(factors * d)."""
     with torch.enable_grad():
         q, *arrays = (x.detach().requires_grad_() for x in (q, *pair_weight.arrays))
         factor = pair_weight._replace(arrays=tuple(arrays)).of(q)
@@ -320,7 +324,7 @@ def _pullback(pair_weight: PairWeight, q: Array, d: Array) -> list[Array | None]
 
 
 def _flash(q: Array, keys: Keys, scale: float) -> Average | None:
-    """Attend by PyTorch's own kernel for the CPU; None where it does not fit."""
+    """Attend by PyTorch's own kernel for the CPU; None where the kernel does not take the inputs."""
     k, v, bias, is_causal = keys.k, keys.v, keys.bias, keys.is_causal
     lead = tuple(q.shape[:-2])
     fits = (
@@ -333,11 +337,11 @@ def _flash(q: Array, keys: Keys, scale: float) -> Average | None:
     )
     if not fits:
         return None
-    # The kernel takes the last axis as contiguous, without a look.
+    # The kernel assumes that the last axis is contiguous, and does not check it.
     q, k, v = (with_rank(x if x.stride(-1) == 1 else x.contiguous(), 4) for x in (q, k, v))
     dead = mask = None
     if bias is not None:
-        # Contiguous, or the kernel would copy the whole mask.
+        # Contiguous, or the kernel would copy the whole mask of N x M numbers.
         bias = with_rank(bias.contiguous(), 3)
         if broadcast_shapes(bias.shape[:-1], q.shape[:-2]) != tuple(q.shape[:-2]):
             return None
@@ -347,7 +351,7 @@ def _flash(q: Array, keys: Keys, scale: float) -> Average | None:
         q, k, v, is_causal=is_causal, attn_mask=mask, scale=scale
     )
     if dead is not None and dead.any():
-        # Its answer to no key at all is no average.
+        # For rows without a key the kernel returns log_norm 0, which would count in a merge.
         out = torch.where(dead[..., None, None], 0.0, out)
         log_norm = torch.where(dead[..., None], -math.inf, log_norm)
     n, e = out.shape[-2:]
@@ -355,7 +359,10 @@ def _flash(q: Array, keys: Keys, scale: float) -> Average | None:
 
 
 class _Sums(torch.autograd.Function):
-    """Sums of rows `index` (T,) of `x`, by their groups (T,), in order; with gradients of gradients."""
+    """Sums of the rows `index` (T,) of `x` by their groups (T,), which are in ascending order.
+
+    PyTorch's own `embedding_bag` has no gradients of gradients; this `backward` has them.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Array, index: Array, group: Array, count: int) -> Array:
@@ -374,8 +381,8 @@ class _Sums(torch.autograd.Function):
 
 @functools.cache
 def flash_works() -> bool:
-    """Tell whether PyTorch still has this kernel, and it gives the same average."""
-    # The default device may be another one.
+    """Tell whether PyTorch has the private kernel of `_flash`, and whether its average is right."""
+    # `device` is given, since the caller may have set another default device.
     q, k, v = torch.linspace(-1, 1, 3 * 5 * 4, dtype=torch.float64, device="cpu").reshape(3, 1, 1, 5, 4)
     mask = torch.linspace(0, 1, 5, dtype=q.dtype, device="cpu").expand(1, 1, 5, 5)
     try:

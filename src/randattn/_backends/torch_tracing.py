@@ -1,6 +1,6 @@
-"""PyTorch while it makes a program: `torch.compile` and `torch.export`. PyTorch is not imported here.
+"""PyTorch while it traces a program: `torch.compile` and `torch.export`. PyTorch is not imported here.
 
-`TorchCompiler` answers what sizes are known; `TracedTorch` has the operations that can be part of a program.
+`TorchCompiler` tells which sizes are known; `TracedTorch` has the operations that can be part of a program.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class TracedTorch(Backend):
-    """Tensors of which a program is made: nothing of their values is known."""
+    """Tensors of a program that is being traced, whose values are unknown."""
 
     name = "torch"
 
@@ -35,22 +35,23 @@ class TracedTorch(Backend):
         return array_api_compat.torch
 
     def beside(self, rows: Any, like: Array) -> Array:
-        """Bring a NumPy array, or the constant that a trace has in its place, to the device of `like`."""
+        """Bring a NumPy array, or the `Held` that a trace has in its place, to the device of `like`."""
         if isinstance(rows, Held):
             return TENSORS[rows.place](like.device)
         return super().beside(rows, like)
 
     def call(self, function: Callable[..., Any], q: Array, *args: Any, **options: Any) -> Any:
-        """Call an estimator without autocast, where there is one around."""
+        """Call an estimator with autocast off."""
         kind = q.device.type
         torch = sys.modules["torch"]
+        # The context only where autocast is on: it is an operation of the traced program.
         if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
             with torch.autocast(kind, enabled=False):
                 return function(q, *args, **options)
         return function(q, *args, **options)
 
     def full_precision(self, x: Array) -> contextlib.AbstractContextManager[object]:
-        """Return a context without autocast."""
+        """Return a context with autocast off."""
         kind, torch = x.device.type, sys.modules["torch"]
         if not torch.amp.is_autocast_available(kind):
             return contextlib.nullcontext()
@@ -58,7 +59,8 @@ class TracedTorch(Backend):
         return context
 
     def cumulative_sum(self, x: Array, axis: int) -> Array:
-        """Return for each entry of an axis the sum of all up to it, without array-api-compat's cached look-up."""
+        """Return the running sums along an axis; each sum includes its own entry."""
+        # The function of array-api-compat reads a cache, which Dynamo would guard on.
         return x.cumsum(axis)
 
     def mean_of_rows(self, x: Array) -> Array:
@@ -70,11 +72,11 @@ class TracedTorch(Backend):
         return x.detach()
 
     def largest(self, x: Array, count: int) -> Array:
-        """Return the places of the largest entries of the last axis, in any order."""
+        """Return the places of the `count` largest entries of the last axis, in any order."""
         return x.topk(count, sorted=False).indices
 
     def with_last(self, x: Array, part: Array) -> Array:
-        """Write `part` over the last rows' last entries of `x`."""
+        """Write `part` over the last entries of the last rows of `x`."""
         x[..., -part.shape[-2] :, -part.shape[-1] :] = part
         return x
 
@@ -83,37 +85,37 @@ _TRACED = TracedTorch()
 
 
 class TorchCompiler(Compiler):
-    """Dynamo, which reads this code, and `torch.export`, which runs it; elsewhere sizes are what they are."""
+    """Dynamo, which reads this code, and `torch.export`, which runs it."""
 
     def is_tracing(self) -> bool:
-        """Tell whether PyTorch makes a program."""
+        """Tell whether PyTorch is tracing a program."""
         torch = sys.modules.get("torch")
         return torch is not None and bool(torch.compiler.is_compiling())
 
     def reads_code(self) -> bool:
-        """Tell whether Dynamo makes it."""
+        """Tell whether Dynamo is tracing, which reads this code."""
         return self.is_tracing() and bool(sys.modules["torch"].compiler.is_dynamo_compiling())
 
     def library(self, x: Any) -> Library | None:
-        """Return `TracedTorch` for a tensor of the program; None for every other object."""
+        """Return the `TracedTorch` for a tensor of the program; None for every other object."""
         if self.is_tracing() and isinstance(x, sys.modules["torch"].Tensor):
             return _TRACED
         return None
 
     def constant(self, x: Any, device: Any) -> Array:
-        """Make a parameter of a NumPy array: of a parameter no size is symbolic."""
+        """Return a parameter with the values of a NumPy array: sizes of parameters are never symbolic."""
         torch = sys.modules["torch"]
         return torch.nn.Parameter(torch.as_tensor(x, device=device), requires_grad=False)
 
     def is_known(self, *sizes: Any) -> bool:
-        """Tell whether all sizes are numbers."""
+        """Tell whether all sizes are numbers, not expressions."""
         if self.is_tracing():
             known = sys.modules["torch"].fx.experimental.symbolic_shapes.has_static_value
             return all(known(size) for size in sizes)
         return all(isinstance(size, int) for size in sizes)
 
     def hint(self, size: Any) -> int:
-        """Return the size itself, or that of the caller's example; without one, the largest int. Adds no guard."""
+        """Return the size, or its value in the caller's example, without a guard; else the largest int."""
         if self.is_tracing() or not isinstance(size, int):
             torch = sys.modules.get("torch")
             if torch is None or not isinstance(size, int | torch.SymInt):
@@ -123,21 +125,22 @@ class TorchCompiler(Compiler):
         return size
 
     def bound(self, size: Any, most: int) -> None:
-        """Let a compiled program serve no larger size; an exported one has to serve all."""
+        """Guard that a compiled program serves no size above `most`; an exported program serves all sizes."""
         if self.is_tracing() and not sys.modules["torch"].compiler.is_exporting():
             sys.modules["torch"].fx.experimental.symbolic_shapes.guard_or_true(size <= most)
 
     def specialize(self, *sizes: Any) -> None:
-        """Let a compiled program have these as constants, which no model changes: it is made in half the time."""
+        """Make these sizes constants of a compiled program, which then compiles in half the time."""
         if self.reads_code() and not sys.modules["torch"].compiler.is_exporting():
             for size in sizes:
                 operator.index(size)
 
     def stays(self, size: Any) -> bool:
-        """Tell whether the caller has asked for a program of all such sizes; `torch.compile` takes one as a constant."""
+        """Tell whether the caller asked for a program that serves all values of this size."""
         if self.reads_code():
-            # PyTorch's own error names the size.
+            # Dynamo makes the size a constant, or PyTorch's own error names it where the caller forbade that.
             return False
+        # An expression of JAX, which has no node, stays symbolic.
         if not hasattr(size, "node"):
             return True
         if not sys.modules["torch"].compiler.is_exporting():

@@ -1,7 +1,7 @@
-"""The one average and the one merge that every estimator is made of.
+"""The average and the merge that every estimator is built from.
 
-Plain array-API code on checked arrays in float32 or float64. `randattn._backends` computes the same average
-as fast as a library can; the public, checking `attend` and `merge` stand in
+The code is plain array API on checked arrays in float32 or float64. `randattn._backends` computes the same
+average as fast as a library can. The public `attend` and `merge`, which check their arguments, are in
 `randattn._estimators.primitives`.
 """
 
@@ -41,7 +41,7 @@ class Average(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """A set of keys, with all that belongs to it alone when queries attend to several sets.
+    """A set of keys with its values, biases and factors; queries may attend to several sets.
 
     Attributes
     ----------
@@ -51,13 +51,14 @@ class Keys(NamedTuple):
     bias : array, shape (..., M), or None
         Added to the logits of a key, in nats.
     kappa : float or None
-        ``-kappa |k|^2/2`` is added too: with the scale, a frequency w weighs a key by ``xi(k, w)``.
+        ``-kappa |k|^2/2`` is added to the logits of a key too, in nats. If kappa is the square of the scale
+        s of `attend`, a frequency w weighs a key by ``xi(s k, w)``.
     pair_bias : array, shape (..., N, M), or None
         Added to the logit of a query and a key, in nats.
     pair_weight : PairWeight or None
         Multiplies the weight of a query and a key.
     is_causal : bool
-        Query n sees the keys up to n alone.
+        Query n sees the keys 0 to n alone.
     """
 
     k: Array
@@ -69,12 +70,12 @@ class Keys(NamedTuple):
     is_causal: bool = False
 
     def of(self, part: slice) -> Keys:
-        """Return some of the keys, without what belongs to pairs."""
+        """Return a part of the keys, without `pair_bias`, `pair_weight` and `is_causal`."""
         bias = None if self.bias is None else self.bias[..., part]
         return Keys(self.k[..., part, :], self.v[..., part, :], bias, self.kappa)
 
     def for_queries(self, part: slice) -> Keys:
-        """Return the same keys for some of the queries."""
+        """Return the keys with `pair_bias` and the mask of `pair_weight` cut to a part of the queries."""
         pair_bias = None if self.pair_bias is None else self.pair_bias[..., part, :]
         weight = self.pair_weight
         if weight is not None and weight.mask is not None:
@@ -82,11 +83,11 @@ class Keys(NamedTuple):
         return self._replace(pair_bias=pair_bias, pair_weight=weight)
 
     def scaled(self, scale: float) -> Keys:
-        """Return the same keys in other units, in which their logits are larger by this factor."""
+        """Return the keys multiplied by `scale`; the term of `kappa` stays as it is."""
         return self._replace(k=self.k * scale, kappa=None if self.kappa is None else self.kappa / scale**2)
 
     def biased(self) -> Keys:
-        """Return the same set with `kappa` in the bias."""
+        """Return the set with the term of `kappa` added to the bias."""
         if self.kappa is None:
             return self
         kappa = (-self.kappa / 2) * dot(self.k, self.k)
@@ -101,37 +102,41 @@ class Keys(NamedTuple):
 
 
 class PairWeight(NamedTuple):
-    """A factor for the weight of each query and key, made a block of queries at a time.
+    """A factor for the weight of each pair of a query and a key, computed for a block of queries at a time.
 
-    ``function(steps, q, mask, *arrays)`` returns (..., M, n), keys first, for n of the queries. It takes its
-    elementwise steps from `steps`, which may write over their arguments (`Steps`).
+    ``function(ops, q, mask, *arrays)`` returns the factors (..., M, n), keys first, of n queries. It takes
+    its elementwise operations from `ops`, which may write over their first argument (`Operations`).
 
     Attributes
     ----------
     function : callable
     mask : boolean array, shape (..., N), or None
-        Of the queries.
+        The mask of the queries.
     arrays : tuple of arrays, shapes (..., C, X)
-        Further arguments, of which no axis is that of the queries.
+        Further arguments, without an axis of queries.
     """
 
     function: Callable[..., Array]
     mask: Array | None
     arrays: tuple[Array, ...]
 
-    def of(self, q: Array, steps: Any = None) -> Array:
-        """Return the factors (..., M, n) of some queries, whose mask this is."""
-        return self.function(steps or Steps(q), q, self.mask, *self.arrays)
+    def of(self, q: Array, ops: Any = None) -> Array:
+        """Return the factors (..., M, n) of queries; `mask` is the mask of the same queries."""
+        return self.function(ops or Operations(q), q, self.mask, *self.arrays)
 
 
-class Steps:
-    """Elementwise steps, each a new array. `randattn._backends.inplace_ops` has steps that write over the first argument."""
+class Operations:
+    """Elementwise operations that return new arrays.
+
+    `randattn._backends.inplace_ops` has operations that write over their first argument. Code for both uses
+    the returned array and never reads the argument again.
+    """
 
     def __init__(self, like: Array) -> None:
         self._xp = namespace(like)
 
     def matmul(self, name: str, a: Array, b: Array) -> Array:  # noqa: ARG002
-        """Return the matrix product; the name tells the places apart where it may be held."""
+        """Return the matrix product; `name` is the buffer that a subclass writes it to."""
         return self._xp.matmul(a, b)
 
     def products(self, name: str, k: Array, q: Array) -> Array:
@@ -155,28 +160,29 @@ class Steps:
         return self._xp.exp(x)
 
     def at_most(self, x: Array, bound: float) -> Array:
-        """Return `x`, or the bound where that is smaller."""
+        """Return `x`, or the bound where the bound is smaller."""
         return self._xp.where(x > bound, bound, x)
 
     def at_least(self, x: Array, bound: float) -> Array:
-        """Return `x`, or the bound where that is larger."""
+        """Return `x`, or the bound where the bound is larger."""
         return self._xp.where(x < bound, bound, x)
 
 
 def average(logits: Array, v: Array) -> Average:
-    """Average `v` (..., M, E) with weights ``exp(logits)`` (..., N, M); rows without weight give zeros."""
+    """Average `v` (..., M, E) with weights ``exp(logits)`` (..., N, M); a row without a key gives zeros."""
     return _average([logits], [v], [None])
 
 
 def average_of_all(log_weights: Array, v: Array) -> Average:
-    """Average all of `v` (..., M, E) to one (..., E), with weights ``exp(log_weights)`` (..., M)."""
+    """Average all of `v` (..., M, E) to a single (..., E), with weights ``exp(log_weights)`` (..., M)."""
     out, log_norm = average(log_weights[..., None, :], v)
     return Average(out[..., 0, :], log_norm[..., 0])
 
 
 def _average(logits: Sequence[Array], values: Sequence[Array], factors: Sequence[Array | None]) -> Average:
-    """Average several sets as one; a factor (..., N, M) multiplies the weights of its set."""
+    """Average over the union of several sets; a factor (..., N, M) multiplies the weights of its set."""
     xp = namespace(logits[0])
+    # The maximum over all sets is subtracted: exp overflows float32 above 88 nats.
     top = finite(reduce(xp.maximum, [xp.max(x, axis=-1, keepdims=True) for x in logits]))
     weights = [xp.exp(x - top) for x in logits]
     weights = [x if factor is None else x * factor for x, factor in zip(weights, factors, strict=True)]
@@ -186,7 +192,7 @@ def _average(logits: Sequence[Array], values: Sequence[Array], factors: Sequence
 
 
 def of_one_shape(out: Array, log_norm: Array) -> Average:
-    """Make an average of the two, also where values have leading axes that logits have not."""
+    """Return an average of both arrays, also where values have leading axes that logits have not."""
     shape = tuple(out.shape[:-1])
     if tuple(log_norm.shape) == shape:
         return Average(out, log_norm)
@@ -194,9 +200,11 @@ def of_one_shape(out: Array, log_norm: Array) -> Average:
 
 
 def merge(a: Average, b: Average) -> Average:
-    """Merge averages over two disjoint key sets to the same average over their union. Associative."""
+    """Merge averages over two disjoint key sets to the average over their union; the merge is associative."""
     (out_a, log_a), (out_b, log_b) = a, b
     xp = namespace(log_a)
+    # With l the logaddexp of both log_norm, each `out` has the share exp(log_norm - l) of the result.
+    # Two averages without a key have -inf twice, and -inf - -inf is NaN: `finite` makes the maximum 0.
     top = finite(xp.maximum(log_a, log_b))
     weight_a, weight_b = xp.exp(log_a - top), xp.exp(log_b - top)
     total = weight_a + weight_b
@@ -206,23 +214,25 @@ def merge(a: Average, b: Average) -> Average:
 
 
 def attend(q: Array, *sets: Keys, scale: float = 1) -> Average:
-    """Average the values of all sets with weights ``exp(scale q . k + bias)``, a block of logits at a time."""
+    """Average the values of all sets with weights ``exp(scale q . k + bias)``, in blocks of logits."""
     if len(sets) > 1:
         return reduce(merge, (attend(q, keys, scale=scale) for keys in sets))
     keys = sets[0].biased()
     n, m = q.shape[-2], keys.k.shape[-2]
-    lead = math.prod(broadcast_shapes(q.shape[:-2], keys.k.shape[:-2]))
+    lead = math.prod(leading_axes(q, [keys]))
     if not is_known(lead, n, m):
+        # The loop below compares sizes; a comparison with a symbolic size is a guard of the traced program.
         return _in_parts(q, keys, scale, parts_of(lead * n * m, block_sizes.PLAIN_LOGITS))
     if lead * n * m <= block_sizes.PLAIN_LOGITS and not keys.is_causal:
         return attend_whole(q, [keys], scale)
     cols = min(m, max(block_sizes.PLAIN_MIN_KEYS, block_sizes.PLAIN_LOGITS // max(1, lead * n)))
     if keys.pair_weight is not None:
-        # Factors are made for all keys of a query at once: they may depend on each other.
+        # The factors of a query may depend on each other (LARA subtracts their mean): its keys are not cut.
         cols = m
     done: list[Average] = []
     for rows in slices(n, rows_of_block(lead * cols)):
         here = keys.for_queries(rows)
+        # Keys after the last query of a causal block are left out, not masked: their logits are not computed.
         seen = slices(min(rows.stop, m) if keys.is_causal else m, cols)
         done.append(
             reduce(merge, (_of_block(q[..., rows, :], here, part, scale, rows.start) for part in seen))
@@ -235,21 +245,21 @@ def attend(q: Array, *sets: Keys, scale: float = 1) -> Average:
 
 
 def _of_block(q: Array, keys: Keys, part: slice, scale: float, first: int) -> Average:
-    """Attend from queries, the first of which is number `first`, to some of their keys."""
+    """Attend from a block of queries to a part of the keys; `first` is the number of the first query."""
     pair_bias = None if keys.pair_bias is None else keys.pair_bias[..., part]
     own = keys.of(part)._replace(pair_bias=pair_bias, pair_weight=keys.pair_weight, is_causal=keys.is_causal)
     return attend_whole(q, [own], scale, first=(first, part.start))
 
 
 def _in_parts(q: Array, keys: Keys, scale: float, parts: int) -> Average:
-    """Attend in so many blocks of queries, whose sizes a compiler keeps symbolic."""
+    """Attend in `parts` blocks of queries, whose sizes a compiler keeps symbolic."""
     n = q.shape[-2]
     if parts == 1:
         return attend_whole(q, [keys], scale)
     mask = None if keys.pair_weight is None else keys.pair_weight.mask
     cuts = [cut(x, axis, parts) for x, axis in ((q, -2), (keys.pair_bias, -2), (mask, -1))]
     if keys.is_causal:
-        # The entries that fill the last block up come after all queries, and so no query sees them.
+        # `cut` pads with keys whose numbers are above those of all queries: the causal mask hides them.
         earlier = [
             cut(x, axis, parts, so_far=True) for x, axis in ((keys.k, -2), (keys.v, -2), (keys.bias, -1))
         ]
@@ -266,10 +276,10 @@ def _in_parts(q: Array, keys: Keys, scale: float, parts: int) -> Average:
 
 
 def parts_of(size: Any, most: int) -> int:
-    """Return in how many parts to cut a symbolic size: each has at most `most` in the caller's example.
+    """Return the number of parts of a symbolic size; a part of the caller's example has at most `most`.
 
-    The number is a power of four, so that few programs serve all sizes; the compiler is told the bound of
-    each.
+    The number is a power of four, so that few programs serve all sizes. The compiler guards that a program
+    serves no size above its bound.
     """
     parts = 1
     while hint(size) > parts * most:
@@ -281,7 +291,10 @@ def parts_of(size: Any, most: int) -> int:
 def attend_whole(
     q: Array, sets: Sequence[Keys], scale: float, first: tuple[int | Array, int | Array] = (0, 0)
 ) -> Average:
-    """Attend without blocks. `first` are the numbers of the first query and of the first key, for causal sets."""
+    """Attend without blocks.
+
+    `first` has the numbers of the first query and of the first key, for causal sets.
+    """
     xp = namespace(q)
     logits = [logits_of(q, keys, scale, first) for keys in sets]
     factors = [
@@ -291,9 +304,12 @@ def attend_whole(
 
 
 def logits_of(q: Array, keys: Keys, scale: float, first: tuple[int | Array, int | Array] = (0, 0)) -> Array:
-    """Return the logits (..., N, M) of queries and the keys of one set, -inf for a key that a query does not see."""
+    """Return the logits (..., N, M) of queries and the keys of one set.
+
+    The logit of a key that a query does not see is ``-inf``.
+    """
     xp, k = namespace(q), keys.k
-    # The scale goes to the fewer tokens: a pass over the others would cost as much as the product.
+    # The scale multiplies the shorter side: a scaled copy of the longer side costs as much as the product.
     if scale == 1:
         x = xp.matmul(q, xp.matrix_transpose(k))
     elif hint(q.shape[-2]) < hint(k.shape[-2]):
@@ -320,24 +336,27 @@ def rows_of_block(logits_per_query: Any) -> int:
 
 
 def finite(top: Array) -> Array:
-    """Return a maximum to subtract: 0 for a row of nothing but ``-inf``, which then has no weight at all."""
+    """Return a maximum that can be subtracted: 0 in place of ``-inf``, the maximum of a row without a key."""
     return namespace(top).where(top == -math.inf, 0.0, top)
 
 
 def nonzero(total: Array) -> Array:
-    """Return a sum to divide by. By `where`, not `maximum`, whose gradient is halved at the tie total = 1."""
+    """Return a sum that can be divided by: 1 in place of 0."""
+    # Not `maximum`: a row with one key has the total 1, a tie, at which the gradient of `maximum` is halved.
     return namespace(total).where(total == 0, 1.0, total)
 
 
 def log_of_sum(top: Array, total: Array) -> Array:
     """Return the logarithm of ``exp(top) total``, where the total may be zero."""
     xp = namespace(total)
+    # `nonzero` inside too: the gradient of log(0), though `where` hides it, is 0 * inf = NaN.
     return xp.where(total == 0, -math.inf, top + xp.log(nonzero(total)))
 
 
 def past(rows: Array, keys: int, first_query: int | Array, first_key: int | Array) -> Array:
-    """Tell of each key whether it is no later than a query of `rows` (..., n, D): (..., keys, n)."""
+    """Tell for each key and each query of `rows` (..., n, D) whether the key is no later: (..., keys, n)."""
     xp, device = namespace(rows), placement(rows)
     n = xp.expand_dims(xp.arange(rows.shape[-2], device=device), axis=0) + first_query
     m = xp.expand_dims(xp.arange(keys, device=device), axis=-1) + first_key
+    # JAX may be set to raise where an operation promotes a rank.
     return with_rank(n - m >= 0, rows.ndim)

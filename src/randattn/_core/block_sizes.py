@@ -1,40 +1,43 @@
-"""How much of an average is held at a time, on each way to compute it.
+"""Sizes of the blocks in which averages are computed, for each way to compute them.
 
-Every size is read where it is used as ``block_sizes.NAME``, so that tests can make it small. Sizes count
-logits (pairs of a query and a key, over all leading axes), unless they say otherwise. They were chosen by
-time on two CPU cores, float32, 8 heads of 64 features: twice and half of each is slower, or no faster and
-larger.
+Every size is read where it is used as ``block_sizes.NAME``, so that tests can make it small. The unit is the
+logit (a pair of a query and a key, over all leading axes) unless a comment names another unit. The sizes for
+CPUs were chosen by time on two cores, float32, 8 heads of 64 features: twice or half of a size is slower, or
+no faster and larger in memory.
 """
 
 from __future__ import annotations
 
-# The plain way (`_core.average`): 16 MiB of logits in float32. It bounds memory, since each step makes a new
-# array.
+# Logits of a block of the plain average: 16 MiB in float32 for the new array of each operation.
 PLAIN_LOGITS = 1 << 22
-# Keys and queries below which no block is cut: products that are thinner are far from the peak of a core.
+# The fewest keys and queries of a block that is cut: thinner products are far from a core's peak speed.
 PLAIN_MIN_KEYS, PLAIN_MIN_QUERIES = 1024, 32
 
-# In place on a CPU: 4 MiB, so that a block stays in the cache from its product to its sum.
+# Logits of a block in place on a CPU: 4 MiB in float32, so that a block stays in the cache from its product
+# to its sum. With 1 MiB the products were smaller and NumPy slower.
 INPLACE_LOGITS = 1 << 20
+# The fewest keys and queries of a block that is cut in place: thin products lose more than the cache gains.
 INPLACE_MIN_KEYS, INPLACE_MIN_QUERIES = 1024, 64
-# Queries of a block for all heads together, where a library computes such a product faster than one for each
-# head.
+# The fewest queries of a block of all heads, on a library whose batched product is faster than a product for
+# each head. With fewer queries a block takes a part of the heads.
 INPLACE_FEW_QUERIES = 512
 
-# On a GPU: 128 MiB, enough to keep all of its processors busy.
+# Logits of a block on a GPU: 128 MiB in float32. It trades memory for processors that are kept busy.
 GPU_LOGITS = 1 << 25
 
-# A call of so few logits is computed whole: laying out its blocks would take longer than the work in them.
+# Logits of a call that is computed without blocks: below it, cutting blocks takes longer than the work in
+# them. `mean_by_product` compares numbers of entries with it, for the same reason.
 SMALL_LOGITS = 1 << 16
 
-# Loops of a compiled program: blocks that a CPU computes as fast as smaller ones; the most before keys are
-# cut too; queries below which no block is cut.
+# Loops of a compiled program on a CPU: logits of a block (1 MiB in float32, as fast as smaller blocks), and
+# the most logits of a block before its keys are cut too (16 MiB).
 COMPILED_LOGITS, COMPILED_MOST_LOGITS = 1 << 18, 1 << 22
+# The fewest queries of a block of a compiled program.
 COMPILED_MIN_QUERIES = 64
 
-# Tokens of a block of the causal pass of RFA: with as many as there are features, the block's own products
+# Tokens of a block of the causal pass of RFA: with as many tokens as features, the products within a block
 # are as large as the products with the state.
 CAUSAL_TOKENS = 64
 
-# Numbers (scores; gathered keys and values) that a choice of keys holds: 8 MiB in float32, within the cache.
+# Numbers (scores, or gathered keys and values) in a block of adaptive EVA: 8 MiB in float32, for the cache.
 CHOICE_NUMBERS = 1 << 21

@@ -1,4 +1,4 @@
-"""Check what a caller passes: an error names the argument, what is expected and what came."""
+"""Check the arguments of a caller: an error names the argument, the expected value and the actual value."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     Array = Any
 
-# Kinds of PyTorch's tensors, by the property that tells them: few operations take them. And the way out.
+# Kinds of PyTorch tensors that few operations take: the property of each kind, and the remedy for the error.
 _NOT_DENSE = {
     "is_nested": "a nested one: pass .to_padded_tensor(0.0) and a key_mask",
     "is_quantized": "a quantized one: pass .dequantize()",
@@ -27,7 +27,7 @@ _MASKED = ("MaskedArray", "MaskedTensor")
 
 
 def broadcast_shapes(*shapes: Sequence[int]) -> tuple[int, ...]:
-    """The common shape; ValueError where there is none."""
+    """Return the common shape; raise ValueError where the shapes do not broadcast."""
     rank = max(map(len, shapes))
     result = [1] * rank
     for shape in shapes:
@@ -40,7 +40,7 @@ def broadcast_shapes(*shapes: Sequence[int]) -> tuple[int, ...]:
 
 
 def check_arrays(**arrays: Array) -> None:
-    """Arrays of one library, one device and one real floating dtype."""
+    """Raise unless all arrays have one library, one device and one real floating dtype."""
     (first_name, first), *_ = arrays.items()
     for name, x in arrays.items():
         check_like(name, x, first, first_name)
@@ -50,7 +50,7 @@ def check_arrays(**arrays: Array) -> None:
 
 
 def check_like(name: str, x: Any, like: Array, like_name: str = "q") -> None:
-    """Raise where this is no dense array of the same library and device as another."""
+    """Raise where `x` is no dense array of the library and the device of `like`."""
     check_dense(name, x)
     if not is_array(x):
         raise TypeError(f"{name}: expected an array (NumPy, PyTorch, JAX, CuPy, ...), got {_type_name(x)}")
@@ -60,7 +60,7 @@ def check_like(name: str, x: Any, like: Array, like_name: str = "q") -> None:
             f"got {_type_name(x)}"
         )
     here, there = (getattr(array, "device", None) for array in (x, like))
-    # A tracer has no device, and one that is not committed to its device follows the others.
+    # A tracer has no device, and JAX moves an uncommitted array to the device of the others.
     if (
         here is None
         or there is None
@@ -68,29 +68,30 @@ def check_like(name: str, x: Any, like: Array, like_name: str = "q") -> None:
         or not getattr(like, "committed", True)
     ):
         return
-    # Arrays laid out differently over the same devices mix well.
+    # JAX computes with arrays that are sharded differently over one set of devices: the sets are compared.
     if getattr(here, "device_set", here) != getattr(there, "device_set", there):
         raise ValueError(f"{name}: expected an array on the device of {like_name}, {there}, got {here}")
 
 
 def check_dense(name: str, x: Any) -> None:
-    """Raise where this is an array of a kind that its own library computes little with."""
+    """Raise where `x` is masked, nested, quantized or sparse: its own library has few operations for it."""
     kind = None
     if type(x).__name__ in _MASKED:
         kind = "a masked one: pass its data, and a key_mask"
     elif hasattr(x, "is_nested") and (x.is_nested or x.is_quantized or not str(x.layout).endswith("strided")):
         found = (kind for flag, kind in _NOT_DENSE.items() if getattr(x, flag))
-        # Tensors of compressed rows or columns have none of these flags.
+        # Tensors of compressed rows or columns have none of these flags: the layout tells them.
         kind = next(found, _NOT_DENSE["is_sparse"])
     if kind is not None:
         raise TypeError(f"{name}: expected a dense array, got {kind}")
 
 
 def out_of_range(arrays: dict[str, Array]) -> ValueError:
-    """Make the error of inputs that overflow, which names the first array with an entry that does."""
+    """Return the error for inputs that overflow, which names the first array with too large an entry."""
     for name, x in arrays.items():
         xp, limit = namespace(x), math.sqrt(namespace(x).finfo(x.dtype).max / x.shape[-1])
         largest = float(xp.max(xp.abs(x)))
+        # Not `largest > limit`, which is False for NaN.
         if not largest <= limit:
             held = f"whose squared norm {x.dtype} holds"
             return ValueError(f"{name}: expected entries up to {limit:.0e}, {held}, got {largest:.0e}")
@@ -103,7 +104,7 @@ def check_floating(name: str, x: Array) -> None:
 
 
 def check_attention_shapes(q: Array, k: Array, v: Array) -> None:
-    """``q (..., N, D), k (..., M, D), v (..., M, E)`` with at least one token and one feature."""
+    """Raise unless ``q (..., N, D), k (..., M, D), v (..., M, E)`` agree; no size of these may be zero."""
     for name, x, axes in (("q", q, "N, D"), ("k", k, "M, D"), ("v", v, "M, E")):
         if x.ndim < 2:
             raise ValueError(f"{name}: expected shape (..., {axes}), got {tuple(x.shape)}")
@@ -123,7 +124,7 @@ def check_attention_shapes(q: Array, k: Array, v: Array) -> None:
 
 
 def check_broadcast(**arrays: tuple[Array, int]) -> None:
-    """Leading axes that broadcast; the number counts an array's trailing axes."""
+    """Raise unless leading axes broadcast; the number beside each array counts its trailing axes."""
     done: tuple[int, ...] = ()
     for name, (x, trailing) in arrays.items():
         lead = tuple(x.shape[: x.ndim - trailing])
@@ -137,7 +138,7 @@ def check_broadcast(**arrays: tuple[Array, int]) -> None:
 
 
 def check_mask(name: str, mask: Any, like: Array, length: int) -> None:
-    """A boolean array (..., length) of the same library and device."""
+    """Raise unless `mask` is a boolean array (..., length) of the library and the device of `like`."""
     check_like(name, mask, like)
     if not namespace(mask).isdtype(mask.dtype, "bool"):
         raise TypeError(f"{name}: expected a boolean array (True = attend), got dtype {mask.dtype}")
@@ -154,7 +155,7 @@ def as_scale(scale: Any, features: int) -> float:
 
 
 def as_real(name: str, value: Any) -> float:
-    """A finite number that is not negative."""
+    """Return a finite number of at least zero as a float."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: expected a real number, got {_type_name(value)}")
     return _checked_float(name, value, 0.0, "a finite number of at least 0")
@@ -164,6 +165,7 @@ def _checked_float(name: str, value: Any, least: float, expected: str) -> float:
     try:
         number = float(value)
     except OverflowError:
+        # An int may be larger than any float: infinity then gets the error below.
         number = math.inf
     if not least <= number < math.inf:
         raise ValueError(f"{name}: expected {expected}, got {shown(value)}")
@@ -171,9 +173,9 @@ def _checked_float(name: str, value: Any, least: float, expected: str) -> float:
 
 
 def check_flags(**flags: Any) -> None:
-    """Booleans alone: a string would count as True."""
+    """Raise unless each flag is a boolean: a string would count as True."""
     for name, value in flags.items():
-        # NumPy's own boolean is told by its name: NumPy may not be there.
+        # NumPy's boolean is recognized by its name, since NumPy may not be imported.
         if not isinstance(value, bool) and type(value).__name__ not in ("bool_", "bool"):
             raise TypeError(f"{name}: expected True or False, got {shown(value)}")
 
@@ -187,7 +189,7 @@ def as_count(name: str, value: Any, minimum: int = 1) -> int:
 
 
 def resolve_count(name: str, value: Any, default: int, **given: tuple[Array | None, int]) -> int:
-    """A count as given; or else as a given array's axis has it; or the default."""
+    """Return the caller's count, or else the size of an axis of a given array, or else the default."""
     if value is not None:
         return as_count(name, value)
     for array, axis in given.values():

@@ -1,4 +1,4 @@
-"""Values as errors show them: in a few words, and an array never by its numbers."""
+"""Short descriptions of values for errors; an array is never shown by its numbers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import numbers
 import reprlib
 from typing import Any
 
+# Parts of a tuple or list that an error shows. It bounds the message; three parts show the sizes of any grid.
 _MOST_PARTS = 3
 
 
@@ -16,6 +17,7 @@ def shown(value: Any) -> str:
     if isinstance(value, numbers.Number):
         return str(value)
     if isinstance(value, (tuple, list)):
+        # Nested sequences may be deep: the number of parts stands for them.
         if any(isinstance(part, (tuple, list)) for part in value):
             return f"a {type(value).__name__} of {len(value)}"
         parts = ", ".join(map(shown, value[:_MOST_PARTS])) + ", ..." * (len(value) > _MOST_PARTS)
@@ -27,6 +29,6 @@ def shown(value: Any) -> str:
 
 
 def type_name(value: Any) -> str:
-    """Name the type and the library that it is from."""
+    """Return the name of the type of a value, with its library."""
     kind = type(value)
     return f"{kind.__module__.split('.')[0]}.{kind.__qualname__}"

@@ -1,7 +1,7 @@
 """Random draws: from the caller's `rng` or `noise` to standard normal (and uniform) arrays.
 
-An int seed is drawn by NumPy's Philox in float64 and moved to the device, so that it gives the same
-draws on every library; a library's own generator draws on its own device.
+NumPy's Philox makes the draws of an int seed in float64, and they are moved to the device, so that a seed
+gives the same draws on every library. A library's own generator draws on its own device.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ def normal_draws(
     kind: str = "iid",
     lead: tuple[int, ...] = (),
 ) -> Array | None:
-    """Standard normal draws (..., *shape), named `axes`, from `rng`, or the caller's own; None with neither.
+    """Return standard normal draws (..., *shape) from `rng`, or the caller's `noise`; None with neither.
 
-    Drawn for every leading axis of the result, also where further arrays bring them (`lead`): no two
-    heads or sequences share a draw. Of other kinds than "iid" each row is standard normal too, but rows
-    depend on each other (`_arranged`).
+    `axes` names the axes of `shape` in errors. The draws have every leading axis of the result, also axes
+    that only further arrays have (`lead`): no two heads or sequences share a draw. With a kind other than
+    "iid" each row is standard normal too, but rows depend on each other (`_arranged`).
     """
     if noise is not None:
         if rng is not None:
@@ -60,14 +60,17 @@ def normal_draws(
 def uniform_draws(
     x: Inputs, shape: tuple[int, ...], *, rng: Any, components: Array | None, axes: str
 ) -> Array:
-    """Uniform draws (..., *shape) in [0, 1), independent of the normal ones, or the caller's own."""
+    """Return uniform draws (..., *shape) in [0, 1), or the caller's `components`.
+
+    The uniform draws of an `rng` are independent of its normal draws.
+    """
     if components is not None:
         return _given("components", components, x, shape, axes)
     return _drawn(rng, x, "uniform", (*x.lead, *shape))
 
 
 def spawned(rng: Any, count: int, x: Inputs) -> list[Any]:
-    """So many sources of draws of their own: seeds, or JAX keys."""
+    """Return `count` sources of independent draws: int seeds, or JAX keys."""
     if _is_seed(rng):
         import numpy as np
 
@@ -87,7 +90,7 @@ def spawned(rng: Any, count: int, x: Inputs) -> list[Any]:
 
 
 def no_draws(estimator: str) -> ValueError:
-    """The error for an estimator that cannot do without."""
+    """Return the error for an estimator that has no form without draws."""
     return ValueError(f"rng: {estimator} needs draws: expected rng or noise, got neither")
 
 
@@ -124,7 +127,7 @@ def _drawn(rng: Any, x: Inputs, kind: Kind, shape: tuple[int, ...]) -> Array:
     elif compat.is_cupy_namespace(xp) and kind != "qmc":
         draws = _numpy_like(rng, sys.modules["cupy"], kind, needed)
     else:
-        # The libraries that live on the host and have no draws of their own: strict, Dask.
+        # NumPy itself, and libraries without a generator of their own (array-api-strict, Dask).
         return xp.asarray(_host(rng, kind, shape), dtype=x.q.dtype, device=x.device)
     return _arranged(xp, xp.astype(draws, x.q.dtype, copy=False), kind, shape)
 
@@ -142,7 +145,7 @@ def _philox(seed: int, kind: Kind, shape: tuple[int, ...]) -> Any:
     import numpy as np
 
     bits = np.random.Philox(seed)
-    # Independent of the normal draws of the same seed.
+    # `jumped` skips 2**128 numbers of the stream, which the normal draws of the same seed never reach.
     return _host(np.random.Generator(bits.jumped() if kind == "uniform" else bits), kind, shape)
 
 
@@ -155,7 +158,7 @@ def _host(rng: Any, kind: Kind, shape: tuple[int, ...]) -> Any:
 
 
 def _sobol(rng: Any, shape: tuple[int, ...]) -> Any:
-    """Scrambled Sobol points at the normal quantiles, each head's scrambled anew."""
+    """Return scrambled Sobol points at the normal quantiles; each head has its own scrambling."""
     import numpy as np
 
     try:
@@ -167,14 +170,15 @@ def _sobol(rng: Any, shape: tuple[int, ...]) -> Any:
         raise _wrong(rng)
     *lead, count, features = shape
     heads = math.prod(lead)
+    # Sobol points are balanced in powers of two: the next power of two is made, and the first `count` kept.
     points = [Sobol(features, rng=rng).random_base2((count - 1).bit_length()) for _ in range(heads)]
-    # A point may lie at zero itself.
+    # The quantile of 0 is -inf, and a point may be 0: all points move towards 1/2 by a part of 1e-10.
     inside = 0.5 + (1 - 1e-10) * (np.stack(points)[:, :count] - 0.5)
     return ndtri(inside).reshape(shape)
 
 
 def _needed(kind: Kind, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The independent draws that an arrangement of so many is made of."""
+    """Return the shape of the independent draws from which `_arranged` makes draws of `shape`."""
     *lead, count, features = shape
     if kind == "antithetic":
         return (*lead, -(-count // 2), features)
@@ -184,10 +188,11 @@ def _needed(kind: Kind, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _arranged(xp: Namespace, draws: Array, kind: Kind, shape: tuple[int, ...]) -> Array:
-    """Rows that depend on each other, each still standard normal.
+    """Return rows that depend on each other, each still standard normal.
 
-    "antithetic": each with its negative. "orthogonal": those of each D x D block are. "simplex": those of
-    each block point to the corners of a regular simplex, as far apart as they can (arXiv 2301.13856).
+    "antithetic": each row comes with its negative. "orthogonal": the rows of each D x D block are orthogonal.
+    "simplex": the rows of each block point to the corners of a regular simplex, as far apart as D directions
+    can be (arXiv 2301.13856).
     """
     if kind == "antithetic":
         return xp.concat([draws, -draws], axis=-2)[..., : shape[-2], :]
@@ -223,6 +228,7 @@ def _checked_key(rng: Any) -> Array:
 
 def _jax(rng: Any, x: Inputs, kind: Kind, shape: tuple[int, ...]) -> Array:
     jax = sys.modules["jax"]
+    # A key used twice gives the same bits: normal and uniform draws have a key each.
     normal, uniform = jax.random.split(_checked_key(rng))
     if kind == "uniform":
         return jax.random.uniform(uniform, shape, dtype=x.q.dtype)
@@ -230,10 +236,10 @@ def _jax(rng: Any, x: Inputs, kind: Kind, shape: tuple[int, ...]) -> Array:
 
 
 def _orthogonal(xp: Namespace, draws: Array, *, simplex: bool = False) -> Array:
-    """Turn the rows of each D x D block orthogonal and keep their lengths.
+    """Make the rows of each D x D block orthogonal and keep their lengths.
 
-    Gram-Schmidt sees a row's direction alone, of which its length is independent: each row stays
-    standard normal (Choromanski et al. 2021, section 3).
+    Gram-Schmidt depends on the directions of rows alone, and the length of a normal row is independent of its
+    direction: each row stays standard normal (Choromanski et al. 2021, section 3).
     """
     features = draws.shape[-1]
     blocks = []
@@ -241,11 +247,13 @@ def _orthogonal(xp: Namespace, draws: Array, *, simplex: bool = False) -> Array:
         block = draws[..., start : start + features, :]
         basis, triangle = xp.linalg.qr(xp.matrix_transpose(block))
         diagonal = xp.linalg.diagonal(triangle)
-        # QR leaves the signs open; those of Gram-Schmidt make the basis uniform.
+        # QR leaves the signs of the columns open, and a library's choice is not uniform. With a positive
+        # diagonal of R the basis is that of Gram-Schmidt, which is uniform.
         signs = xp.where(diagonal < 0, -xp.ones_like(diagonal), xp.ones_like(diagonal))
         lengths = xp.linalg.vector_norm(block, axis=-1)
         rows = xp.matrix_transpose(basis) * signs[..., None]
         if simplex and features > 1:
+            # Orthonormal rows less their mean have the length sqrt((D - 1) / D): the factor makes it 1.
             rows = (rows - xp.mean(rows, axis=-2, keepdims=True)) * (features / (features - 1)) ** 0.5
         blocks.append(rows * lengths[..., None])
     return xp.concat(blocks, axis=-2) if len(blocks) > 1 else blocks[0]

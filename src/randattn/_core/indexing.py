@@ -13,20 +13,20 @@ if TYPE_CHECKING:
 
 
 def slices(n: int, size: int) -> Iterator[slice]:
-    """Yield slices of so many entries, the last one shorter."""
+    """Return slices of `size` entries each; the last slice may be shorter."""
     return (slice(start, min(start + size, n)) for start in range(0, n, size))
 
 
 def cut(x: Array | None, axis: int, parts: int, *, so_far: bool = False) -> Sequence[Array | None]:
-    """Cut an axis in parts of one length, filled up by the first entry; `so_far`: each with all before it.
+    """Cut an axis in `parts` of one length; copies of the first entry pad the end.
 
-    By an index and a reshape: a slice's end would be compared with the axis, which is a guard of a traced
-    program.
+    With `so_far` each part comes with all parts before it. An index and a reshape do the cut: the end of a
+    slice would be compared with the axis, which is a guard of a traced program.
     """
     if x is None:
         return [None] * parts
     xp, axis, n = namespace(x), axis + x.ndim, x.shape[axis]
-    # At least two: a compiler tells sizes of one from others, which is a guard.
+    # Never below 2: a compiler makes sizes of 0 and 1 constants, which is a guard.
     size = n // parts + 2
     number = xp.arange(parts * size, device=placement(x))
     x = xp.take(x, xp.where(number < n, number, 0), axis=axis)
@@ -39,28 +39,29 @@ def cut(x: Array | None, axis: int, parts: int, *, so_far: bool = False) -> Sequ
 
 
 def joined(parts: Sequence[Array], axis: int, n: Any) -> Array:
-    """Join the parts that `cut` made, without the entries that fill them up."""
+    """Join the parts that `cut` made, without the padding."""
     xp = namespace(parts[0])
     x = xp.concat(parts, axis=axis)
     return xp.take(x, xp.arange(n, device=placement(x)), axis=axis)
 
 
 def rows(x: Array, index: Array) -> Array:
-    """Return row `index` (L or 1, ...) of each `x` (L, N, X): (L, ..., X)."""
-    lanes, n, features = x.shape
-    found = _taken(namespace(x).reshape(x, (lanes * n, features)), index, lanes)
-    return namespace(x).reshape(found, (lanes, *index.shape[1:], features))
+    """Return the rows `index` (L or 1, ...) of `x` (L, N, X), for each entry of axis L: (L, ..., X)."""
+    heads, n, features = x.shape
+    found = _taken(namespace(x).reshape(x, (heads * n, features)), index, heads)
+    return namespace(x).reshape(found, (heads, *index.shape[1:], features))
 
 
 def entries(x: Array, index: Array) -> Array:
-    """Return entry `index` (L or 1, ...) of each `x` (L, N): (L, ...)."""
-    xp, lanes = namespace(x), x.shape[0]
-    return xp.reshape(_taken(xp.reshape(x, (-1,)), index, lanes), (lanes, *index.shape[1:]))
+    """Return the entries `index` (L or 1, ...) of `x` (L, N), for each entry of axis L: (L, ...)."""
+    xp, heads = namespace(x), x.shape[0]
+    return xp.reshape(_taken(xp.reshape(x, (-1,)), index, heads), (heads, *index.shape[1:]))
 
 
-def _taken(x: Array, index: Array, lanes: int) -> Array:
-    """Take from `x` (L N, ...) at an index (L or 1, ...) into each of L: (I, ...)."""
-    xp, n = namespace(x), x.shape[0] // lanes
-    first = xp.arange(0, lanes * n, n, dtype=index.dtype, device=placement(x))
-    index = index + xp.reshape(first, (lanes,) + (1,) * (index.ndim - 1))
+def _taken(x: Array, index: Array, heads: int) -> Array:
+    """Take from `x` (L N, ...) at an index (L or 1, ...) into the N entries of each L: (I, ...)."""
+    xp, n = namespace(x), x.shape[0] // heads
+    # One flat `take`, which every library has; Dask has no `take_along_axis`.
+    first = xp.arange(0, heads * n, n, dtype=index.dtype, device=placement(x))
+    index = index + xp.reshape(first, (heads,) + (1,) * (index.ndim - 1))
     return xp.take(x, xp.reshape(index, (-1,)), axis=0)

@@ -1,4 +1,4 @@
-"""Prepare what an estimator works on: checked arrays of one rank and precision, padding set to zero."""
+"""Prepare the inputs of an estimator: checked arrays of one rank and precision, padding set to zero."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What an estimator works on: arrays of one rank in float32 or float64, not scaled.
+    """The inputs of an estimator: arrays of one rank in float32 or float64, not scaled.
 
-    A scale on whole arrays would cost as much as their products; `scale` belongs to the logits, its `root`
-    to each side.
+    A scaled copy of an array would cost as much as its product. So `scale` multiplies logits, and its `root`
+    either side of them.
 
     With grouped queries the head axis is split in two: `q` (..., Hk, G, N, D), `k` (..., Hk, 1, M, D).
     """
@@ -42,8 +42,8 @@ class Inputs:
     v: Array
     key_mask: Array | None
     scale: float
-    dtype: Any  # of the caller's arrays
-    heads: int | None  # of the keys, where the head axis is split
+    dtype: Any  # the dtype of the caller's arrays
+    heads: int | None  # the number of key heads, where the head axis is split
     query_mask: Array | None = None
 
     @property
@@ -56,12 +56,12 @@ class Inputs:
 
     @property
     def root(self) -> float:
-        """What scales each side of the logits."""
+        """Return the factor of each side of the logits, the square root of the scale."""
         return math.sqrt(self.scale)
 
     @property
     def lead(self) -> tuple[int, ...]:
-        """Leading axes of the result."""
+        """Return the leading axes of the result."""
         shapes = [x.shape[:-2] for x in (self.q, self.k, self.v)]
         if self.key_mask is not None:
             shapes.append(self.key_mask.shape[:-1])
@@ -69,7 +69,7 @@ class Inputs:
 
     @property
     def key_bias(self) -> Array | None:
-        """The logarithm of the key mask: 0 for a key to attend to, -inf for one that is not there."""
+        """Return the logarithm of the key mask: 0 for a key to attend to, -inf for padding."""
         return log_mask(self.key_mask, self.q)
 
     def finish(self, out: Array) -> Array:
@@ -78,7 +78,7 @@ class Inputs:
         return self.xp.astype(self.merge_heads(out, 2), self.dtype, copy=False)
 
     def merge_heads(self, x: Array, trailing: int) -> Array:
-        """Split heads in one axis again."""
+        """Merge the two axes of split heads into one axis."""
         if self.heads is None:
             return x
         axis = x.ndim - trailing - 2
@@ -86,19 +86,19 @@ class Inputs:
         return self.xp.reshape(x, (*lead, heads * groups, *rest))
 
     def match(self, name: str, x: Array, trailing: int) -> Array:
-        """Bring a further array of the caller's to these dtypes, ranks and split heads."""
+        """Bring another array of the caller to the dtype, the rank and the split heads of the inputs."""
         check_like(name, x, self.q)
         check_floating(name, x)
         return self.with_heads(name, self.xp.astype(x, self.q.dtype, copy=False), trailing)
 
     def with_heads(self, name: str, x: Array, trailing: int) -> Array:
-        """Bring it to these ranks and split heads alone."""
+        """Bring an array to the rank and the split heads of the inputs, in its own dtype."""
         if self.heads is not None:
             x = _split_heads(name, x, trailing, self.heads)
         return with_rank(x, self.q.ndim - 2 + trailing)
 
     def match_mask(self, name: str, mask: Array, length: int) -> Array:
-        """Bring a further boolean array (..., length) to these ranks and split heads."""
+        """Bring a boolean array (..., length) to the rank and the split heads of the inputs."""
         check_mask(name, mask, self.q, length)
         if self.heads is not None:
             mask = _split_heads(name, mask, 1, self.heads)
@@ -119,14 +119,16 @@ def prepare(
     is_self: bool = True,
     also: Sequence[tuple[Any, int]] = (),
 ) -> Inputs:
-    """Check the arguments that every estimator has, hide padded keys and queries.
+    """Check the arguments that every estimator has, and set padded keys and queries to zero.
 
-    Without a `query_mask`, and where `is_self`, the key mask of as many keys as queries is the queries' too.
-    `also` names further arrays, with the number of their trailing axes, whose leading axes the result has.
+    With `is_self` and as many keys as queries, the key mask is the query mask too, unless there is a
+    `query_mask`. `also` has further arrays, each with the number of its trailing axes: the rank of the inputs
+    has room for their leading axes.
     """
     check_flags(enable_gqa=enable_gqa)
     check_arrays(q=q, k=k, v=v)
     check_attention_shapes(q, k, v)
+    # Symbolic numbers of features would double the time to compile, and no model changes them.
     library.compiler.specialize(q.shape[-1], v.shape[-1])
     heads = _key_heads(q, k, v) if enable_gqa else None
     if heads is None:
@@ -148,7 +150,7 @@ def prepare(
     if key_mask is not None:
         key_mask = with_rank(key_mask, rank - 1)
         check_broadcast(q=(q, 2), k=(k, 2), v=(v, 2), key_mask=(key_mask, 1))
-        # Not a product: what lies under the mask may be NaN.
+        # By `where`, not by a product with the mask: NaN under the mask times zero is NaN.
         k, v = hide(k, key_mask), hide(v, key_mask)
     x = Inputs(q, k, v, key_mask, factor, dtype, heads)
     if query_mask is not None:
@@ -157,21 +159,21 @@ def prepare(
         query_mask = key_mask
     if query_mask is None:
         return x
-    # A mask in other pieces would cut the queries, and so the results, at its borders too.
+    # Dask would cut the queries, and so the result, at the borders of the mask's chunks too.
     query_mask = known_library(q).cut_as(query_mask, q)
-    # Results of padded rows need no query, but NaN in one would reach the gradients of real keys.
+    # `finish` hides the results of padded queries, but a query of NaN would reach the gradients of real keys.
     return replace(x, q=hide(q, query_mask), query_mask=query_mask)
 
 
 def hide(x: Array, mask: Array | None) -> Array:
-    """Zeros where the mask (one rank less) is False, whatever is there."""
+    """Return `x` with zeros where the mask (one rank less) is False, whatever `x` holds there."""
     if mask is None:
         return x
     return namespace(x).where(mask[..., None], x, 0.0)
 
 
 def log_mask(mask: Array | None, like: Array) -> Array | None:
-    """0 where the mask is True, -inf where it is False."""
+    """Return 0 where the mask is True and -inf where it is False, in the dtype of `like`."""
     if mask is None:
         return None
     xp = namespace(like)
@@ -186,7 +188,7 @@ def with_rank(x: Array, rank: int) -> Array:
 
 
 def check_causal(x: Inputs, is_causal: bool) -> None:
-    """With another number of keys than queries, which of them is a query's past has no one answer."""
+    """Raise where the numbers of keys and queries differ: the past of a query would be ambiguous."""
     check_flags(is_causal=is_causal)
     n, m = x.q.shape[-2], x.k.shape[-2]
     if is_causal and n != m:
@@ -202,12 +204,13 @@ def refuse_causal(estimator: str, is_causal: bool) -> None:
 
 
 def dot(x: Array, y: Array) -> Array:
-    """``x . y`` over the last axis, as a product of matrices: elementwise it would take an array as large."""
+    """Return ``x . y`` over the last axis."""
+    # As a product of matrices: an elementwise product would be a new array of the size of x.
     return namespace(x).matmul(x[..., None, :], y[..., None])[..., 0, 0]
 
 
 def working_precision(x: Array) -> Array:
-    """Half precision is summed in float32: sums of exponentials do not survive fewer bits."""
+    """Return `x` in float32 where it is in half precision: sums of exponentials need the bits."""
     xp = namespace(x)
     return xp.astype(x, xp.float32) if xp.finfo(x.dtype).bits < 32 else x
 
@@ -229,7 +232,7 @@ def _key_heads(q: Array, k: Array, v: Array) -> int | None:
 
 
 def _split_heads(name: str, x: Array, trailing: int, heads: int) -> Array:
-    """(..., heads * G or heads or 1, *trailing) -> (..., heads or 1, G or 1, *trailing)."""
+    """Reshape (..., heads * G or heads or 1, *trailing) to (..., heads or 1, G or 1, *trailing)."""
     lead, rest = tuple(x.shape[: x.ndim - trailing]), tuple(x.shape[x.ndim - trailing :])
     if not lead:
         return x

@@ -1,9 +1,9 @@
 """The library of an array, and the compiler that may be tracing this code.
 
-No library is named here: `randattn._backends` has a subclass of `Library` for each, and gives this module the
-function that finds it and the compiler to ask. A traced size is an expression, for programs that serve many
-sizes. To compare it is a guard for one compiler and an error for another: a choice of speed or memory asks
-`hint`, a layout that cannot do without the size asks `check_known`.
+No library is imported here: `randattn._backends` has a subclass of `Library` for each library, and gives this
+module the function that finds it and the compiler. In a program that serves many sizes a traced size is an
+expression. Comparing it adds a guard in one compiler and raises in another. So code that chooses by speed or
+memory calls `hint`, and code that lays out tokens by their number calls `check_known`.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 
 class Library:
-    """An array library, as the core sees it: by the array API standard alone.
+    """An array library as the core uses it, by the array API standard alone.
 
     Attributes
     ----------
     name : str
-        "other" for a library of which nothing but the standard is known.
+        The name of the library; "other" for a library without a backend of its own.
     """
 
     name = "other"
@@ -37,77 +37,79 @@ class Library:
     def namespace(self, x: Array) -> Namespace:
         """Return the array-API namespace of an array."""
         kind = type(x)
-        # array-api-compat asks every library in turn, on every call.
+        # array-api-compat tries every library in turn, on every call: one namespace is cached for each type.
         if kind not in self._namespaces:
             self._namespaces[kind] = compat.array_namespace(x)
         return self._namespaces[kind]
 
     def placement(self, x: Array) -> Any:
-        """Return the device to create arrays on beside `x`; None where a new array follows those that it meets."""
+        """Return the device for new arrays beside `x`; None where they take the device of other operands."""
         return getattr(x, "device", None)
 
     def beside(self, rows: Any, like: Array) -> Array:
-        """Bring a NumPy array to this library and the device of `like`."""
+        """Bring a NumPy array to this library and to the device of `like`."""
         return self.namespace(like).asarray(rows, device=self.placement(like))
 
     def cut_as(self, x: Array, like: Array) -> Array:  # noqa: ARG002
-        """Cut the last axis of a mask as the tokens of `like` are cut; arrays in one piece stay as they are."""
+        """Cut the last axis of a mask in the chunks of the tokens of `like`; a mask without chunks stays."""
         return x
 
 
 class Compiler:
-    """A compiler that runs or reads this code while it makes a program. This one never does."""
+    """A compiler that traces this code to make a program; this base class never traces."""
 
     def is_tracing(self) -> bool:
-        """Tell whether a program is being made."""
+        """Tell whether a program is being traced."""
         return False
 
     def reads_code(self) -> bool:
-        """Tell whether it is made by reading this code, where only constants and arrays can be held."""
+        """Tell whether the compiler reads this code itself, and so can hold constants and arrays alone."""
         return False
 
     def library(self, x: Any) -> Library | None:  # noqa: ARG002
-        """Return the library of an array that is traced; None for every other object."""
+        """Return the library of a traced array; None for every other object."""
         return None
 
     def constant(self, x: Any, device: Any) -> Array:
-        """Make a constant of the program of a NumPy array."""
+        """Return a constant of the program with the values of a NumPy array."""
         raise NotImplementedError
 
     def is_known(self, *sizes: Any) -> bool:
-        """Tell whether all sizes are numbers."""
+        """Tell whether all sizes are numbers, not expressions."""
         return all(isinstance(size, int) for size in sizes)
 
     def hint(self, size: Any) -> int:
-        """Return a number to choose by: the size, that of the caller's example, or the largest int."""
+        """Return a number to choose by: the size, its value in the caller's example, or the largest int."""
         return size if isinstance(size, int) else sys.maxsize
 
     def bound(self, size: Any, most: int) -> None:
-        """Let the program serve no larger size."""
+        """Guard that the program serves no size above `most`."""
 
     def specialize(self, *sizes: Any) -> None:
-        """Let the program have these sizes as constants."""
+        """Make these sizes constants of the program."""
 
     def stays(self, size: Any) -> bool:  # noqa: ARG002
-        """Tell whether the caller has asked for a program of all sizes like this expression."""
+        """Tell whether the caller asked for a program that serves all values of this size."""
         return True
 
 
 def _find_none(x: Any) -> Library | None:  # noqa: ARG001
-    """Find no library: `randattn._backends.dispatch` puts its own function here, and its own compiler."""
+    """Return None until `randattn._backends.dispatch` replaces this function."""
     return None
 
 
+# `randattn._backends.dispatch` replaces both. Other modules must read them as `library.compiler` and
+# `library.find`: an imported name would keep the first object.
 compiler = Compiler()
 find: Callable[[Any], Library | None] = _find_none
 _libraries: dict[type, Library | None] = {}
 
 
 def library_of(x: Any) -> Library | None:
-    """Return the library of an array; None where `x` is no array."""
+    """Return the library of `x`; None where `x` is no array."""
     traced = compiler.library(x)
     if traced is not None:
-        # Not from the table: an entry that a trace finds or writes becomes a guard of its program.
+        # Not from the cache: an entry that a trace reads or writes becomes a guard of its program.
         return traced
     kind = type(x)
     if kind not in _libraries:
@@ -121,7 +123,7 @@ def is_array(x: Any) -> bool:
 
 
 def known_library(x: Array) -> Library:
-    """Return the library of an object that is known to be an array."""
+    """Return the library of `x`; raise where `x` is no array."""
     library = library_of(x)
     if library is None:
         raise TypeError(f"expected an array, got {type(x).__name__}")
@@ -129,27 +131,27 @@ def known_library(x: Array) -> Library:
 
 
 def namespace(x: Array) -> Namespace:
-    """Return the array-API namespace of one array."""
+    """Return the array-API namespace of `x`."""
     return known_library(x).namespace(x)
 
 
 def placement(x: Array) -> Any:
-    """Return the device to create arrays on beside `x`; None where a new array follows those that it meets."""
+    """Return the device for new arrays beside `x`; None where they take the device of other operands."""
     return known_library(x).placement(x)
 
 
 def is_known(*sizes: Any) -> bool:
-    """Tell whether all sizes are numbers, not expressions that a compiler keeps."""
+    """Tell whether all sizes are numbers, not expressions of a compiler."""
     return compiler.is_known(*sizes)
 
 
 def hint(size: Any) -> int:
-    """Return a number to choose by, after which the program is right for every size."""
+    """Return a number to choose by; the choice must leave the program right for every size."""
     return compiler.hint(size)
 
 
 def check_known(name: str, why: str, *sizes: Any) -> None:
-    """Raise where a size has to stay symbolic that must be a number."""
+    """Raise where a size must stay symbolic though the code needs a number."""
     for size in sizes:
         if not is_known(size) and compiler.stays(size):
             raise ValueError(

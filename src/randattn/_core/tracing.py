@@ -1,4 +1,4 @@
-"""Work that is done once, on the host, while a program is traced: its results are constants of the program."""
+"""Host work that is done once, while a program is traced: its results are constants of the program."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ if TYPE_CHECKING:
 
     F = TypeVar("F", bound=Callable[..., Any])
 
-# Arrays of the trace that is under way, and of some before it; when all places are taken, the oldest is taken
-# again. One program of one length has about 20, so that 1,024 is room for the lengths of one model.
+# The number of arrays that are held for traces, which bounds memory. When all places are taken, a new array
+# takes the place of the oldest array, whose `Held` is then wrong. A program of one length has about 20
+# arrays, so that 1,024 places serve the lengths of one model.
 MOST_ARRAYS = 1024
+# For each place the array, and its tensor on each device. While the array is held no other object has its
+# `id`, the key of `_place_of`.
 _arrays: dict[int, Any] = {}
 _place_of: dict[int, int] = {}
 _places = itertools.count()
@@ -30,21 +33,21 @@ class Held(NamedTuple):
 
     shape: tuple[int, ...]
     size: int
-    place: int  # among `TENSORS`, of the function that gives the array as a tensor
+    place: int  # the index in `TENSORS` of the function that returns the array as a tensor
 
 
 def as_constant(function: F) -> F:
-    """Let Dynamo call `function` as it is, and take its result as a constant.
+    """Let Dynamo call `function` without tracing it, and take its result as a constant.
 
     Arguments must be plain constants (see `plain`), and the result must depend on them alone.
     """
-    # The mark that PyTorch's assume_constant_result sets; to set it here imports nothing.
+    # PyTorch's `assume_constant_result` sets this mark; setting it here imports nothing.
     function.__dict__["_dynamo_marked_constant"] = True
     return function
 
 
 def static(function: F) -> F:
-    """Make `as_constant` of a function that returns NumPy arrays, or tuples that have some."""
+    """Let Dynamo take the NumPy arrays that `function` returns, alone or in tuples, as constants."""
 
     @as_constant
     def held(*args: Any) -> Any:
@@ -63,7 +66,7 @@ def _held(x: Any) -> Any:
         return type(x)(*parts) if hasattr(x, "_fields") else tuple(parts)
     if not hasattr(x, "dtype"):
         return x
-    # Layers of one length have their grids from one cache: the same arrays, and so the same places.
+    # Layers of one length get their grids from one cache: the same arrays, and so the same places.
     place = _place_of.get(id(x))
     if place is None:
         place = next(_places) % MOST_ARRAYS
@@ -81,14 +84,15 @@ def _tensor(place: int) -> Callable[[Any], Any]:
             made[device] = library.compiler.constant(x, device)
         return made[device]
 
-    # Dynamo tells the constants of a program apart by the names of their functions.
+    # Dynamo tells the constants of a program apart by the names of their functions: each place has its own.
     tensor.__code__ = tensor.__code__.replace(co_name=f"held_{place}")
     return tensor
 
 
+# One function for each place, made at import: a trace calls the function and keeps its tensor as a constant.
 TENSORS = tuple(map(_tensor, range(MOST_ARRAYS)))
 
 
 def plain(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return sizes as plain integers, also where a compiler would keep them symbolic."""
+    """Return sizes as plain integers; a symbolic size becomes a constant of the program."""
     return tuple(operator.index(size) for size in shape)

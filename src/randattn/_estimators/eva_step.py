@@ -1,4 +1,4 @@
-"""Causal EVA a token at a time: a window of tokens, and the groups that were over before it began."""
+"""Causal EVA, one token at a time: the window of the token, and the groups that ended before it began."""
 
 from __future__ import annotations
 
@@ -20,31 +20,32 @@ if TYPE_CHECKING:
 
 
 class EVAState(NamedTuple):
-    """The state of causal `eva` after all tokens so far; groups have places for `max_tokens`.
+    """The state of causal `eva` after the tokens so far, with room for the C groups of `max_tokens` tokens.
 
     Attributes
     ----------
     q : array, shape (..., R, L, D)
-        The window's queries, as its R groups of L tokens.
+        Queries of the window, as its R groups of L tokens.
     k : array, shape (..., W, D)
-        The window's keys.
+        Keys of the window.
     v : array, shape (..., W, E)
+        Values of the window.
     bias : array, shape (..., W)
-        0 for a token of the window, -inf for padding and what is still to come.
+        0 for a token of the window, -inf for padding and for a token to come.
     mean_key : array, shape (..., C, D)
-        Of each group that is over.
+        Mean key of each group of the full windows.
     beta : array, shape (..., C, E)
-        Its control variate.
+        Control variate of each group of the full windows.
     weight : array, shape (..., C)
-        Its size or one; 0 for a group that is not over.
+        Weight of each group of the full windows, its size or 1; 0 for the other groups.
     noise : array, shape (..., C, D)
-        Added to the frequencies' means.
+        Scaled draws that are added to the means of the frequencies.
     tokens : integer array, shape ()
-        So far.
+        Number of tokens so far.
     scale : array, shape ()
         Factor of the logits.
     by_size : array, shape ()
-        1 where groups weigh by their size, or 0.
+        1 for ``group_weight="size"``, 0 for "unit".
     """
 
     q: Array
@@ -71,40 +72,41 @@ def eva_step(
     key_mask: Array | None = None,
     enable_gqa: bool = False,
 ) -> tuple[Array, EVAState]:
-    """Causal `eva` of the next tokens.
+    """Continue causal `eva` with the next tokens.
 
     Parameters
     ----------
     q : array, shape (..., T, D)
-        One or more tokens, heads first.
+        Queries of the next T tokens, at least one, heads first.
     k : array, shape (..., T, D)
-        Their keys.
+        Keys of these tokens.
     v : array, shape (..., T, E)
-        Their values.
+        Values of these tokens.
     state : EVAState
-        Of all tokens before, from `eva` with ``return_state=True`` or from this function.
+        State after all earlier tokens, from `eva` with ``return_state=True`` or from this function.
     key_mask : boolean array, shape (..., T), optional
-        True = attend, also in later steps.
+        True = attend, in this step and in later ones.
     enable_gqa : bool, default False
-        Let `q` have a multiple of the heads (axis -3) of `k` and `v`.
+        Allow `q` a multiple of the heads (axis -3) of `k` and `v`.
 
     Returns
     -------
     out : array, shape (..., T, E)
-        The result of one call of `eva` on all tokens, for these; NaN beyond its `max_tokens`.
+        The rows that one call of `eva` on all tokens gives for these tokens; NaN for tokens beyond the
+        `max_tokens` of that call.
     state : EVAState
-        After these tokens.
+        State after these tokens.
 
     Raises
     ------
     TypeError
-        Not arrays, or of different libraries or dtypes; not an `EVAState` of these.
+        Inputs that are not arrays of one library and dtype; a state that is no `EVAState` of such arrays.
     ValueError
         Shapes or devices that do not fit each other or the state.
 
     See Also
     --------
-    eva
+    eva : The call on all tokens.
 
     Examples
     --------
@@ -120,6 +122,7 @@ def eva_step(
     also = [(getattr(state, "beta", None), 2)]
     x = prepare(q, k, v, scale=1.0, key_mask=key_mask, enable_gqa=enable_gqa, also=also)
     check_causal(x, is_causal=True)
+    # The state carries the scale, as an array: `prepare` gets the factor one.
     sizes = _sizes(x.q.shape[-1], x.v.shape[-1])
     own = match_state("eva", EVAState, state, x, sizes, whole=("tokens",))
     after, out = backend_of(x.q).carry(_one, own, *((y, 1) for y in (x.q, x.k, x.v, _bias(x)[..., None])))
@@ -127,12 +130,12 @@ def eva_step(
 
 
 def _bias(x: Inputs) -> Array:
-    """Return the logarithm of the key mask, also where there is none."""
+    """Return the logarithm of the key mask, zeros where no mask is given."""
     return x.xp.zeros_like(x.k[..., 0]) if x.key_bias is None else x.key_bias
 
 
 def _sizes(d: int, e: int) -> dict[str, tuple[int | None, ...]]:
-    """Return the trailing axes of a state's fields."""
+    """Return the trailing axes of the fields of a state."""
     arrays: dict[str, tuple[int | None, ...]] = {
         "q": (None, None, d),
         "k": (None, d),
@@ -153,7 +156,7 @@ def _merged(x: Inputs, state: EVAState) -> EVAState:
 
 
 def _one(state: EVAState, q: Array, k: Array, v: Array, bias: Array) -> tuple[EVAState, Array]:
-    """Return the state after one token, and its average."""
+    """Return the state after one token, and the output of the token."""
     xp, device = namespace(q), placement(q)
     length = state.q.shape[-2]
     window, count = state.k.shape[-2], state.beta.shape[-2]
@@ -161,16 +164,20 @@ def _one(state: EVAState, q: Array, k: Array, v: Array, bias: Array) -> tuple[EV
     slots = xp.arange(window, dtype=state.tokens.dtype, device=device)
 
     def put(old: Array, new: Array) -> Array:
+        # Not an assignment: `place` is an array, and JAX's arrays are constants.
         return xp.where(with_rank((slots == place)[:, None], old.ndim), new, old)
 
     *lead, _, _, d = state.q.shape
     queries = put(xp.reshape(state.q, (*lead, window, d)), q)
     keys, values = put(state.k, k), put(state.v, v)
+    # Slots from `place` on still hold the window before: their tokens are in groups already.
     kept = xp.where(with_rank(slots < place, state.bias.ndim), state.bias, -math.inf)
     kept = put(kept[..., None], bias)[..., 0]
 
+    # Equation: out = attend(q, [k_E ; kt_c], [v_E ; beta_c], [0 ; log |P_c|]).
     far = log_of(state.weight)
     out, _ = attend(state.scale * q, Keys(keys, values, kept), Keys(state.mean_key, state.beta, far))
+    # Beyond `max_tokens` no slot is left for a group. A traced program cannot raise: the output is NaN.
     fits = state.tokens < count * length
     out = xp.where(with_rank(fits, out.ndim), out, math.nan)
 
@@ -182,7 +189,7 @@ def _one(state: EVAState, q: Array, k: Array, v: Array, bias: Array) -> tuple[EV
 
 
 def _with_window(state: EVAState) -> EVAState:
-    """Put the groups of a window that is over among the others."""
+    """Return the state with the groups of a full window added."""
     xp, device, dtype = namespace(state.q), placement(state.q), state.q.dtype
     groups, length = state.q.shape[-3:-1]
 
@@ -194,15 +201,19 @@ def _with_window(state: EVAState) -> EVAState:
     first = (state.tokens - 1) // length - (groups - 1)
     number = xp.arange(state.beta.shape[-2], dtype=state.tokens.dtype, device=device)[:, None] - first
     number = number - xp.arange(groups, dtype=state.tokens.dtype, device=device)[None, :]
+    # here[c, r] is 1 where slot c belongs to group r of the window. Slots are numbers in arrays, so that
+    # reads and writes of them are products with this matrix.
     here = xp.astype(number == 0, dtype)
     root = xp.sqrt(state.scale)
     noise = xp.matmul(with_rank(xp.matrix_transpose(here), state.noise.ndim), state.noise)
+    # Equation: w_c = (qt_c + kt_c)/2 + eps_c, then beta_c = f(w_c) over the keys of the group.
     w = root * (mean_q + mean_k) / 2 + noise
     beta, _ = attend(w[..., None, :], Keys(root * keys, values, bias, 1.0))
     size = xp.exp(log_size)
     weight = xp.where(state.by_size > 0, size, xp.astype(size > 0, dtype))
 
     def join(old: Array, new: Array) -> Array:
+        # The slots of these groups hold zeros so far.
         return old + xp.matmul(with_rank(here, new.ndim), new)
 
     return state._replace(
@@ -213,15 +224,20 @@ def _with_window(state: EVAState) -> EVAState:
 
 
 def log_of(weight: Array) -> Array:
-    """Return the logarithm, -inf of 0."""
+    """Return the logarithm of a weight, -inf for the weight 0."""
     xp = namespace(weight)
+    # The inner `where` keeps log(0) out of the branch that is not taken: its gradient there would be NaN.
     return xp.where(weight > 0, xp.log(xp.where(weight > 0, weight, 1.0)), -math.inf)
 
 
 def state_after(
     x: Inputs, window: int, length: int, groups: Keys, eps: Array | None, count: int, by_size: bool
 ) -> EVAState:
-    """Return the state after a whole call: its groups (..., C', X) in full windows count; `eps` is of all groups to come."""
+    """Return the state after a call of `eva`: the groups of its full windows, and its last, open window.
+
+    `groups` has the groups of the call (..., C', X). `eps` has the scaled draws of all `count` groups of the
+    state, or is None without draws.
+    """
     xp, device, dtype = x.xp, x.device, x.q.dtype
     n = x.q.shape[-2]
     full = n - n % window
@@ -232,6 +248,7 @@ def state_after(
         more = xp.full((*lead, size - y.shape[-2], y.shape[-1]), value, dtype=dtype, device=device)
         return xp.concat([y, more], axis=-2)
 
+    # The open window goes into the state by its tokens; it has no groups before it is full.
     over = groups.of(slice(0, full // length))
     assert over.bias is not None
     queries = filled(x.q[..., full:, :], window)

@@ -1,4 +1,4 @@
-"""The average that an estimator ends in, and for `diagnose` alone how the weight in it is spread."""
+"""Compute the last average of an estimator and, for `diagnose` alone, the spread of its weights."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ if TYPE_CHECKING:
 
     Array = Any
 
-# Whether `diagnose` calls. Not an option of estimators: users would find one that is for `diagnose` alone.
+# True while `diagnose` calls an estimator. An option of the estimators would be public, for `diagnose` alone.
 _is_watched: ContextVar[bool] = ContextVar("is_watched", default=False)
 
 
 class Spread(NamedTuple):
-    """How the weight of an average is spread over its terms, for each query (..., N).
+    """The spread of an average's weight over its terms, for each query (..., N).
 
     Attributes
     ----------
     effective : array
-        ``(sum_s p_s)^2 / sum_s p_s^2``, Kish's effective sample size; 0 where nothing has weight.
+        Kish's effective sample size ``(sum_s p_s)^2 / sum_s p_s^2``; 0 where no term has weight.
     largest : array
         The largest share ``p_s / sum p``.
     number : array
-        Draws, keys or groups that have a finite log weight.
+        The number of terms (draws, keys or groups) with a finite log weight.
     """
 
     effective: Array
@@ -42,10 +42,10 @@ class Spread(NamedTuple):
 
 @contextmanager
 def watched() -> Iterator[None]:
-    """Give results three more columns, a query's `Spread`, until `parted` takes them off.
+    """Append the `Spread` of each query to results, as three columns that `parted` removes.
 
-    An estimator lays its final average out once more: windows to tokens, split heads to one axis, padding to
-    zeros. Columns of the result go through all of that with it; numbers on the side would not.
+    An estimator rearranges its last average: windows to tokens, split heads to one axis, padding to zeros.
+    Columns of the result go through these steps with it; separate arrays would not.
     """
     token = _is_watched.set(True)
     try:
@@ -55,7 +55,7 @@ def watched() -> Iterator[None]:
 
 
 def parted(out: Array, values: int) -> tuple[Array, Spread | None]:
-    """Part a result into its values and the spread of its weights; None where no `final_average` gave it."""
+    """Split a result into its values and their `Spread`; None where `final_average` did not make it."""
     if out.shape[-1] == values:
         return out, None
     return out[..., :values], Spread(*(out[..., values + column] for column in range(len(Spread._fields))))
@@ -64,9 +64,11 @@ def parted(out: Array, values: int) -> tuple[Array, Spread | None]:
 def final_average(q: Array, *sets: Keys, scale: float = 1) -> Array:
     """Return ``attend(q, *sets, scale=scale).out``, the last average of an estimator: (..., N, E)."""
     out = attend(q, *sets, scale=scale).out
+    # A traced program outlives `diagnose`: it must not keep the three columns.
     if library.compiler.is_tracing() or not _is_watched.get():
         return out
     xp = namespace(q)
+    # The logits are computed again, a block of queries at a time: fused kernels do not return them.
     logits = math.prod(leading_axes(q, sets)) * sum(keys.k.shape[-2] for keys in sets)
     parts = [
         _spread(q[..., rows, :], [keys.for_queries(rows) for keys in sets], scale, rows.start)
@@ -77,13 +79,15 @@ def final_average(q: Array, *sets: Keys, scale: float = 1) -> Array:
 
 
 def _spread(q: Array, sets: list[Keys], scale: float, first: int) -> Array:
-    """Return the fields of `Spread` of some queries, from number `first` on: (..., n, 3)."""
+    """Return the fields of `Spread` (..., n, 3) of n queries; `first` is the number of the first query."""
     xp = namespace(q)
     logits = [logits_of(q, keys.biased(), scale, (first, 0)) for keys in sets]
+    # One maximum for all sets, or their weights would have different units; `finite` guards rows of -inf.
     top = xp.max(logits[0], axis=-1, keepdims=True)
     for x in logits[1:]:
         top = xp.maximum(top, xp.max(x, axis=-1, keepdims=True))
     weights = [xp.exp(x - finite(top)) for x in logits]
+    # A factor of pairs (LARA's alpha) multiplies the weight, as in `_core.average`.
     weights = [
         x if keys.pair_weight is None else x * xp.matrix_transpose(keys.pair_weight.of(q))
         for x, keys in zip(weights, sets, strict=True)

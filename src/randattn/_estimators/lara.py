@@ -68,83 +68,86 @@ def lara(
     is_causal: bool = False,
     enable_gqa: bool = False,
 ) -> Array:
-    r"""Attend by linear randomized attention (LARA): linear time, consistent, near RA with few samples.
+    r"""Attend by linear randomized attention (LARA): multiple importance sampling in linear time, consistent.
 
     Parameters
     ----------
     q : array, shape (..., N, D)
-        Queries, real floating, heads first. Leading axes of all arrays broadcast.
+        Queries, of a real floating dtype, heads first. The leading axes of all arrays broadcast.
     k : array, shape (..., M, D)
         Keys.
     v : array, shape (..., M, E)
         Values.
     num_landmarks : int or tuple of int, optional
-        Proposals C, by default 64, or as many as `landmarks` or `noise` has; at most M. On a `grid`
-        a tuple gives the number on each axis; an int is laid out as the largest number up to it that
-        fits, in the squarest blocks that this number allows (a prime makes strips).
+        Number C of proposals, at most M; by default 64, or as many as `landmarks` or `noise` has. On a
+        `grid`, a tuple gives the number on each axis, and an int gives the largest number up to it that fits,
+        in blocks as square as that number allows (a prime number gives strips).
     landmarks : tuple of arrays, shapes (..., C, D), optional
-        ``(q_landmarks, k_landmarks)`` of the caller's own, in the units of `q` and `k`. By default the
-        means of C segments (the last ones longer by one token where C does not divide; on a grid of
-        two or three axes those of adaptive pooling, which overlap there).
+        The caller's ``(q_landmarks, k_landmarks)``, in the units of `q` and `k`. By default these are the
+        means of C segments; the last segments are one token longer where C does not divide the number of
+        tokens. On a grid of two or three axes segments are the cells of adaptive pooling, which overlap in
+        that case.
     weighting : {"optimal", "balance", "biased"}, default "optimal"
-        How the proposals share the work for a query: the balance heuristic; moved from there towards
-        the landmarks near the query; or the balance heuristic times ``exp(q . mu)``.
+        Weights of the proposals for a query. "balance": the balance heuristic. "optimal": the balance
+        heuristic, moved towards the landmarks near the query. "biased": the balance heuristic times
+        ``exp(q . mu)``.
     alpha : float, default 1.0
-        How far "optimal" moves.
+        Factor of the move in "optimal".
     normalize : {"queries", "landmarks"}, optional
-        What the query's nearness to landmarks, in "optimal", adds up to one over. Over the queries, the
-        default, as in the published results, an output depends on the other queries; over landmarks,
-        the only choice and so the default where `is_causal`, it does not.
+        Axis over which the nearness of queries to landmarks, in "optimal", adds up to one. "queries": as in
+        the published results, the default; an output depends on the other queries. "landmarks": an output
+        does not depend on other queries; the default and the only choice with ``is_causal=True``.
     mix_keys : bool, default False
         Mix the key landmarks by softmax attention among themselves first.
     antithetic : bool, default False
         Use both ``mu + eps`` and ``mu - eps``: 2 C frequencies.
     noise_scale : float, default 1.0
-        Factor of the draws. The authors' code has ``D ** -0.25``, which is not what the weights assume
-        but trains well.
+        Factor of the draws. The authors' code uses ``D ** -0.25``, which trains well although the weights
+        assume 1.
     rng : int, numpy.random.Generator, torch.Generator, cupy.random.Generator or JAX key, optional
-        Where the draws come from. One int gives the same draws on every library. With neither `rng` nor
-        `noise` the frequencies are the means of the proposals: deterministic, for inference.
+        Source of the draws. One int gives the same draws on every library. Without `rng` and `noise` each
+        frequency is the mean of its proposal: a deterministic form, for inference.
     noise : array, shape (..., C, D), optional
-        The standard normal draws themselves; broadcasts.
+        The standard normal draws, in place of `rng`; the array broadcasts.
     query_mask : boolean array, shape (..., N), optional
-        False = padding: a row of zeros, whatever the query holds, no gradient from or to it, and no part in a
-        landmark. By default `key_mask` where N = M, as in self-attention: pass all True where other
-        queries are as many.
+        False = padding: the output row is zero, whatever the query holds, no gradient passes through it, and
+        no landmark includes it. Where N = M the default is `key_mask`, as in self-attention. Pass a mask of
+        True for N queries of another sequence.
     grid : tuple of int, optional
-        One, two or three sizes of the grid, in row-major order, that the tokens lie on; N = M.
+        One, two or three sizes of the grid on which the tokens lie in row-major order. Requires N = M.
     window : int, optional
-        Where `is_causal`: tokens of the window that a query sees exactly, by default 64.
+        With ``is_causal=True``: tokens of the window that a query sees exactly, by default 64.
     scale : float, optional
         Factor of the logits, by default ``D ** -0.5``.
     key_mask : boolean array, shape (..., M), optional
-        True = attend. What lies under False is never read, whatever it holds; a landmark of padding
-        alone has no weight. Padding may move the borders of the segments, nothing else.
+        True = attend. Masked keys and values are never read, even where they hold NaN. A landmark of padding
+        alone has no weight. Padding may move the borders of the segments and has no other effect.
     is_causal : bool, default False
-        Query n sees the keys up to n: those of its window exactly, those before the window by the
-        proposals whose segments were over, and by as many draws from N(0, I). N = M; weighting "optimal"
-        or "balance".
+        Query n sees the keys of its window up to n exactly. The proposals whose segments end before the
+        window begins, and draws from N(0, I), estimate the keys before the window. Requires N = M and the
+        weighting "optimal" or "balance".
     enable_gqa : bool, default False
-        Let `q` have a multiple of the heads (axis -3) of `k` and `v`.
+        Allow `q` a multiple of the heads (axis -3) of `k` and `v`.
 
     Returns
     -------
     array, shape (..., N, E)
-        Of the inputs' library, dtype and device; half precision is summed in float32. A query with
-        no key left gets zeros.
+        The output, of the inputs' library, dtype and device; half precision is summed in float32. A query
+        without keys gets zeros.
 
     Raises
     ------
     TypeError
-        Not arrays, or of different libraries or dtypes, or not floating; a generator of another library.
+        Inputs that are not arrays of one library and one real floating dtype; a generator of another library.
     ValueError
         Shapes, devices, counts or options that do not fit; both `rng` and `noise`; ``is_causal=True``
-        with N != M, sums over queries or biased weights.
+        with N != M, ``normalize="queries"`` or ``weighting="biased"``.
 
     Notes
     -----
-    With f and Z as in `rfa`, :math:`w_c \sim N(\mu_c, I)` and :math:`r_c` its density over that of
-    N(0, I), the self-normalized multiple importance sampler ([1]_, section 4)
+    Let f and Z be those of `rfa`, :math:`w_c \sim N(\mu_c, I)` a draw and :math:`r_c` the ratio of its
+    density to that of N(0, I). The result is the self-normalized multiple importance sampler
+    ([1]_, section 4)
 
     .. math::
 
@@ -152,9 +155,12 @@ def lara(
         h_{nc} = \frac{\alpha_{nc}}{r_c}\, \xi(q_n, w_c)\, Z(w_c), \qquad
         \mu_c = \tilde q_c + \tilde k_c,
 
-    in O(C (N + M)) time. Causal, for a window that begins when the segments 1, ..., b are over, the
-    proposals are theirs and C times N(0, I), so that the sum over draws estimates the absolute weight
-    :math:`\sum_m \exp(q_n \cdot k_m)` of the keys before the window, and merges with the window's own.
+    in O(C (N + M)) time.
+
+    In a causal call, let the segments 1, ..., b end before a window begins. The proposals for this window are
+    those of these segments, and N(0, I) once for each of its draws. The sum over all draws then estimates the
+    absolute weight :math:`\sum_m \exp(q_n \cdot k_m)` of the keys before the window, which merges with the
+    weight of the window's keys.
 
     References
     ----------
@@ -185,7 +191,9 @@ def lara(
     qt, kt, there = landmarks_of(x, num_landmarks, landmarks, noise, grid)
     qt, kt = x.root * qt, x.root * kt
     if mix_keys:
+        # Equation: kt = attend(kt, kt, kt). In a causal call a landmark must not see those of later segments.
         kt, _ = attend(kt, Keys(kt, kt, log_mask(there, kt), is_causal=is_causal))
+    # Equation: w_c ~ N(mu_c, I) with mu_c = qt_c + kt_c.
     mu = qt + kt
     eps = normal_draws(x, tuple(mu.shape[-2:]), rng=rng, noise=noise, axes="C, D", lead=mu.shape[:-2])
     if eps is None:
@@ -195,7 +203,7 @@ def lara(
         noises = [eps, -eps] if antithetic else [eps]
     draws = [mu + one for one in noises]
     if is_causal:
-        # The same draws from N(0, I), turned round: near those of no proposal.
+        # Draws from N(0, I): the same noise, negated, so that it adds no point near a proposal's own draw.
         standard = x.xp.concat([-one for one in noises], axis=-2)
         proposals = Proposals(qt, mu, there, tuple(draws), standard)
         size = as_count("window", 64 if window is None else window)
@@ -205,20 +213,24 @@ def lara(
 
 
 def _weighed(x: Inputs, proposals: Proposals, *, weighting: str, alpha: float, normalize: str) -> Array:
-    """Return the average over all proposals, weighed by how they share the work: (..., N, E)."""
+    """Return the average (..., N, E) over all draws, weighted by their proposals' shares of the work."""
     xp, (qt, mu, there, draws, _) = x.xp, proposals
     w = xp.concat(draws, axis=-2)
     mu = xp.concat([mu] * len(draws), axis=-2)
     present = None if there is None else xp.concat([there] * len(draws), axis=-1)
+    # Equation: f(w), log Z(w) = attend(w, k, v, kappa).
     f, log_z = attend(w, Keys(x.k, x.v, x.key_bias, x.scale), scale=x.root)
-    # Log densities over that of N(0, I), at each draw: of all proposals together, and of its own.
+    # Densities are ratios to N(0, I). Equation: log mixture(w) = logsumexp_c (w.mu_c - |mu_c|^2/2).
     half_norm = xp.sum(mu * mu, axis=-1) / 2
     _, log_mixture = attend(w, Keys(mu, mu, only(present, -half_norm)))
+    # Where all tokens are padding the mixture is -inf, and a difference of two -inf would be NaN.
     log_mixture = finite(log_mixture)
     if weighting != "optimal":
-        # The balance heuristic over r_c: the proposal's own density cancels.
+        # Equation: bh_c = r_c / mixture, so that bh_c / r_c = 1 / mixture: the proposal's own density
+        # cancels. The factor exp(q.mu) of "biased" joins exp(q.w) in one product.
         towards = w + mu if weighting == "biased" else w
         return final_average(x.q, Keys(towards, f, only(present, log_z - log_mixture)), scale=x.root)
+    # Equation: log r_c = w_c.mu_c - |mu_c|^2/2.
     log_r = xp.sum(w * mu, axis=-1) - half_norm
     over_queries = normalize == "queries"
     offset = _over_queries(x, qt) if over_queries else xp.zeros_like(qt[..., 0])
@@ -231,6 +243,8 @@ def _weighed(x: Inputs, proposals: Proposals, *, weighting: str, alpha: float, n
         over_queries=over_queries,
         copies=len(draws),
     )
+    # Equation: out = attend(q, W, f(W), log Z(W) + log alpha_nc - log r_c). As a factor alpha is made a block
+    # of queries at a time; as a bias of pairs it would be N x C numbers in memory.
     keys = Keys(w, f, only(present, log_z - log_r), pair_weight=alpha_nc)
     return final_average(x.q, keys, scale=x.root)
 
@@ -243,11 +257,11 @@ def _check_causal_options(is_causal: bool, window: Any, weighting: str, normaliz
     if isinstance(grid, tuple | list) and len(grid) > 1:
         raise ValueError(f"is_causal: expected tokens in a row, got grid {shown(grid)}")
     if normalize == "queries":
-        raise ValueError("is_causal: expected normalize='landmarks': a sum over queries has those to come")
+        raise ValueError("is_causal: expected normalize='landmarks': a sum over queries includes later ones")
     if weighting == "biased":
         raise ValueError(
-            "is_causal: expected weighting 'optimal' or 'balance': 'biased' weights are on no scale "
-            "that they share with the window's"
+            "is_causal: expected weighting 'optimal' or 'balance': 'biased' weights have no scale in common "
+            "with the weights of the window"
         )
 
 
@@ -258,7 +272,7 @@ def landmarks_of(
     noise: Array | None,
     grid: tuple[int, ...] | None,
 ) -> tuple[Array, Array, Array | None]:
-    """Return the landmarks' means (..., C, D), and whether there is a token behind each (..., C)."""
+    """Return the landmarks of queries and keys (..., C, D), and a mask (..., C) of landmarks with a token."""
     sizes = tokens_on_grid(grid, x.q.shape[-2], x.k.shape[-2])
     given = landmarks[-1] if isinstance(landmarks, tuple | list) and landmarks else None
     count = num_landmarks
@@ -275,11 +289,12 @@ def landmarks_of(
     kt, log_keys = pool(x.k, keys, x.key_mask)
     if x.query_mask is None and x.key_mask is None:
         return qt, kt, None
+    # A landmark counts if either side has a token: masked queries must not remove the keys of their segment.
     return qt, kt, (log_queries > -math.inf) | (log_keys > -math.inf)
 
 
 def lara_landmarks(x: Inputs, options: Mapping[str, Any], is_causal: bool) -> tuple[Array, Array]:  # noqa: ARG001
-    """Return the means of queries and keys (..., C, D) of each segment."""
+    """Return the mean queries and mean keys (..., C, D) of the segments."""
     qt, kt, _ = landmarks_of(x, options.get("num_landmarks"), None, None, options.get("grid"))
     return qt, kt
 

@@ -1,4 +1,4 @@
-"""Options of EVA and of adaptive EVA, resolved and checked."""
+"""Resolve and check the options of EVA and of adaptive EVA."""
 
 from __future__ import annotations
 
@@ -20,31 +20,33 @@ if TYPE_CHECKING:
 
     Array = Any
 
-# Groups of EVA and of adaptive EVA where the caller does not give them.
+# Default number of groups of EVA and of adaptive EVA.
 NUM_GROUPS = 64
-# Of the keys, the share that a block of queries computes exactly by default.
+# Default of `num_exact`: one key of so many, and so an eighth of the multiply-adds of exact attention.
 _EXACT_SHARE = 8
-# By default a block has 8 queries, which is most accurate, or 128 where the call is long enough for its time to matter;
-# and there are at most 64 blocks.
+# Default queries of a block: 8, the more accurate choice, for at most 2,048 queries, and 128 for more, where
+# the time of a call matters. At most 64 blocks keep the choice of keys linear in the number of keys.
 _SHORT, _SMALL_BLOCK, _LARGE_BLOCK, _MOST_BLOCKS = 2048, 8, 128, 64
-# Coordinates that keys are chosen by: a third of the features, and not fewer than these.
+# The least number of coordinates by which keys are chosen; from 24 features on it is a third of them.
+# docs/notes/adaptive_eva.md compares other numbers.
 _LEAST_RANK = 8
-# So many blocks of queries choose from one shortlist.
+# Blocks of queries that choose from one shortlist; docs/notes/adaptive_eva.md compares 4 with 8.
 FAMILY = 4
 
 
 class Layout(NamedTuple):
-    """How EVA lays tokens out.
+    """The layout of tokens in groups and windows of EVA.
 
     Attributes
     ----------
     tokens : tuple of int
-        The grid that they lie on.
+        Sizes of the grid on which the tokens lie.
     how, sizes
-        The groups, as `grids.blocks` takes them.
+        The groups, as arguments of `grids.blocks`.
     groups : Blocks
+        The tokens of each group.
     window : tuple of int, or None
-        Sizes of the window on the grid.
+        Sizes of the window on the grid; None for no window.
     """
 
     tokens: Sizes
@@ -65,7 +67,7 @@ def eva_layout(
     is_causal: bool,
     like: tuple[Any, Any] = (None, None),
 ) -> Layout:
-    """Lay out n queries and m keys; `like` are landmarks and noise, whose axis -2 counts the groups."""
+    """Lay out n queries and m keys; `like` has landmarks and noise, whose axis -2 counts the groups."""
     tokens = tokens_on_grid(grid, n, m)
     if is_causal:
         tile, sizes = _causal_sizes(tokens, window, num_groups, group_size, grid)
@@ -77,7 +79,7 @@ def eva_layout(
 def _groups_of(
     tokens: Sizes, num_groups: Any, group_size: Any, landmarks: Any, noise: Any
 ) -> tuple[How, Sizes]:
-    """Return how the keys are laid in groups: so many, or of that size."""
+    """Return the layout of keys in groups, by the number of groups or by their size."""
     if group_size is not None:
         if num_groups is not None:
             raise ValueError("group_size: expected either num_groups or group_size, got both")
@@ -90,7 +92,7 @@ def _groups_of(
 
 
 def _window_of(n: int, m: int, window: Any, tokens: Sizes) -> Sizes | None:
-    """Return the window's sizes; None for none."""
+    """Return the sizes of the window; None for no window."""
     if isinstance(window, numbers.Integral) and as_count("window", window, minimum=0) == 0:
         return None
     if n != m:
@@ -103,7 +105,7 @@ def _window_of(n: int, m: int, window: Any, tokens: Sizes) -> Sizes | None:
 def _causal_sizes(
     tokens: Sizes, window: Any, num_groups: Any, group_size: Any, grid: Any
 ) -> tuple[Sizes, Sizes]:
-    """Return the sizes of the window and of groups that are over where one begins."""
+    """Return the sizes of the window and of the groups of a causal call."""
     if window == 0 or len(tokens) != 1:
         raise ValueError(
             "is_causal: eva expects a window and tokens in a row, "
@@ -115,6 +117,7 @@ def _causal_sizes(
         as_count(name, *size) if isinstance(size, tuple | list) and len(size) == 1 else as_count(name, size)
         for name, size in (("window", window), ("group_size", window if group_size is None else group_size))
     ]
+    # A group across the border of two windows would hold keys that the queries of the first must not see.
     if sizes[0] % sizes[1]:
         raise ValueError(
             f"group_size: expected a divisor of the window ({sizes[0]}) where is_causal, got {sizes[1]}"
@@ -123,7 +126,7 @@ def _causal_sizes(
 
 
 def groups_to_draw(max_tokens: Any, n: int, layout: Layout, *, is_causal: bool) -> int:
-    """Return the number of groups of `max_tokens` tokens, by default of these."""
+    """Return the number of groups of `max_tokens` tokens, by default of the tokens of this call."""
     if max_tokens is None:
         return int(layout.groups.index.shape[0])
     if not is_causal:
@@ -140,30 +143,31 @@ def bias_of_window(x: Inputs, bias: Any, window: Sizes | None, *, is_causal: boo
     size = math.prod(window)
     own = x.match("window_bias", bias, 2)
     if len(window) == 1 and own.shape[-2] == own.shape[-1] >= x.q.shape[-2] <= size:
-        # A window longer than the sequence is the sequence.
+        # A window longer than the sequence is cut to it, and its bias with it.
         size = x.q.shape[-2]
         own = bias = own[..., :size, :size]
     if bias.ndim < 2 or tuple(own.shape[-2:]) != (size, size):
         raise ValueError(f"window_bias: expected shape (..., {size}, {size}), got {tuple(bias.shape)}")
     check_broadcast(q=(x.q, 2), k=(x.k, 2), v=(x.v, 2), window_bias=(own, 2))
     if is_causal:
+        # The bias hides the keys to come: a window with a bias needs no causal flag.
         own = x.xp.where(x.xp.matrix_transpose(past(own, size, 0, 0)), own, -math.inf)
     return own[..., None, :, :]
 
 
 class Choice(NamedTuple):
-    """How adaptive EVA groups keys and how many of them it computes exactly.
+    """The resolved options of adaptive EVA.
 
     Attributes
     ----------
     groups : Blocks, array of int (..., M), or None
-        Consecutive keys; labels; or, for None, by a tree.
+        Blocks of consecutive keys, labels, or None for a tree.
     num_groups : int
-        Groups C, of the tree and of labels.
+        Number C of groups.
     num_exact : int
-        Keys that a block of queries computes exactly.
+        Number of keys that a block of queries computes exactly.
     num_blocks : int
-        Blocks of queries that choose keys together.
+        Number of blocks of queries; the queries of a block choose keys together.
     """
 
     groups: Any
@@ -173,7 +177,7 @@ class Choice(NamedTuple):
 
 
 def adaptive_choice(x: Inputs, groups: Any, group_size: Any, num_exact: Any, block_size: Any) -> Choice:
-    """Resolve the caller's options."""
+    """Resolve and check the caller's options."""
     n, m = x.q.shape[-2], x.k.shape[-2]
     check_known("k", "groups and blocks that are laid by the number of tokens", m, n)
     n, m = plain((n, m))
@@ -190,7 +194,7 @@ def adaptive_choice(x: Inputs, groups: Any, group_size: Any, num_exact: Any, blo
 
 
 def resolved(n: int, m: int, num_exact: Any, block_size: Any) -> tuple[int, int]:
-    """Return the exact keys of a block of queries, and the number of blocks."""
+    """Return the number of exact keys of a block of queries, and the number of blocks."""
     exact = -(-m // _EXACT_SHARE) if num_exact is None else min(m, as_count("num_exact", num_exact))
     if block_size is not None:
         return exact, -(-n // as_count("block_size", block_size))
@@ -206,26 +210,29 @@ def _labels_of(x: Inputs, labels: Any, count: int, m: int) -> Array:
         raise ValueError(f"groups: expected shape (..., {m}), got {tuple(labels.shape)}")
     xp = x.xp
     if xp.iinfo(labels.dtype).bits < 32:
-        # Indices are computed from labels: they overflow fewer bits.
+        # Labels are part of indices into all heads, which overflow int8 and int16.
         labels = xp.astype(labels, xp.int32)
+    # Only values on the host are checked: the host would wait for a GPU, and a traced program has no values.
     if backend_of(labels).is_at_hand(labels) and not xp.all((labels >= 0) & (labels < count)):
         raise ValueError(f"groups: expected labels in range({count}), the keys over group_size")
-    # array-api-compat's clip reads masks, for which a GPU waits.
+    # Labels that were not checked are clipped: an index out of range could read another head. By `where`,
+    # since array-api-compat's clip reads a mask on the host.
     labels = xp.where(labels < count, xp.where(labels < 0, 0, labels), count - 1)
     return x.with_heads("groups", labels, 1)
 
 
 def depth_of(count: int, tokens: int) -> int:
-    """Return how often tokens are halved, to be in at most so many groups."""
+    """Return the number of halvings that makes at most `count` groups of so many tokens."""
     return min(count, tokens).bit_length() - 1
 
 
 def rank_of(features: int) -> int:
-    """Return the number of coordinates that keys are chosen by."""
+    """Return the number of coordinates by which keys are chosen."""
     return min(features, max(_LEAST_RANK, features // 3))
 
 
 def shortlist_of(num_exact: int, keys: int, blocks: int) -> int:
-    """Return the keys on a shortlist, or all where shortlists would not make choosing cheaper."""
+    """Return the length of a shortlist of keys; `keys` where shortlists would not make the choice cheaper."""
+    # A family scores all keys once and FAMILY shortlists, in place of FAMILY times all keys.
     listed = max(3 * num_exact, -(-keys // 4))
     return listed if blocks >= FAMILY and FAMILY * listed + keys < FAMILY * keys else keys

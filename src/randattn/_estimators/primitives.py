@@ -1,4 +1,4 @@
-"""The two public primitives: `attend` and `merge`, checked."""
+"""The two public primitives, `attend` and `merge`, with checks of their arguments."""
 
 from __future__ import annotations
 
@@ -38,44 +38,44 @@ def attend(
         \mathrm{out}_n = \sum_m \mathrm{softmax}_m(q_n \cdot k_m + b_m)\, v_m, \qquad
         \mathrm{log\_norm}_n = \log \sum_m \exp(q_n \cdot k_m + b_m)
 
-    The logits are plain dot products: there is no scale. They are never whole in memory.
+    A logit is a plain dot product, without a scale. The logits are computed in blocks of bounded size.
 
     Parameters
     ----------
     q : array, shape (..., N, D)
-        Queries, real floating.
+        Queries, of a real floating dtype.
     k : array, shape (..., M, D)
         Keys.
     v : array, shape (..., M, E)
         Values.
     bias : array, shape (..., M), optional
-        Added to the logits of a key, in nats. ``-inf`` takes the key away.
+        Bias that is added to all logits of a key, in nats. ``-inf`` removes the key.
     pair_bias : array, shape (..., N, M), optional
-        Added to the logit of a query and a key, in nats; either axis may be of length one.
+        Bias that is added to the logit of a query and a key, in nats. Either axis may have length one.
     key_mask : boolean array, shape (..., M), optional
-        True = attend. What lies under False is never read.
+        True = attend. Masked keys and values are never read, even where they hold NaN.
     query_mask : boolean array, shape (..., N), optional
-        False = padding: zeros and -inf, whatever the query holds, and no gradient from or to it. Never taken
-        from `key_mask`: the keys may be a part of all that these queries attend to.
+        False = padding: the row is zero with the norm -inf, whatever the query holds, and no gradient passes
+        through it. The default is never `key_mask`: these keys may be a part of those that the queries see.
     is_causal : bool, default False
-        Query n sees the keys up to n; N = M.
+        Query n sees the keys up to n. Requires N = M.
     enable_gqa : bool, default False
-        Let `q` have a multiple of the heads (axis -3) of `k` and `v`.
+        Allow `q` a multiple of the heads (axis -3) of `k` and `v`.
 
     Returns
     -------
     out : array, shape (..., N, E)
-        The average, in the dtype of the inputs. Zeros where no key is left.
+        The average, in the dtype of the inputs; zeros for a query without keys.
     log_norm : array, shape (..., N)
-        Log-sum-exp of the logits, in nats; float32 for half-precision inputs. ``-inf`` where no
-        key is left.
+        Log-sum-exp of the logits, in nats; ``-inf`` for a query without keys. The dtype is float32 for inputs
+        in half precision.
 
     Raises
     ------
     TypeError
-        Arrays of different libraries or dtypes, not floating, not arrays.
+        Inputs that are not arrays of one library and one real floating dtype.
     ValueError
-        Shapes or devices that do not go together.
+        Shapes or devices that do not fit each other.
 
     See Also
     --------
@@ -112,7 +112,7 @@ def attend(
             raise ValueError(f"bias: expected shape (..., {m}), got {shape}")
         given["bias"] = (bias, 1)
     if x.key_mask is not None:
-        # Not a sum: what the caller's bias holds under the mask may be NaN.
+        # Not a sum: the caller's bias may be NaN under the mask.
         bias = x.key_bias if bias is None else xp.where(x.key_mask, bias, -math.inf)
     if pair_bias is not None:
         shape = tuple(getattr(pair_bias, "shape", ()))
@@ -122,43 +122,45 @@ def attend(
         given["pair_bias"] = (pair_bias, 2)
         pair_bias = xp.broadcast_to(pair_bias, (*pair_bias.shape[:-2], n, m))
         if x.key_mask is not None:
+            # NaN here would be added to the -inf of a masked key.
             pair_bias = xp.where(x.key_mask[..., None, :], pair_bias, 0.0)
     check_broadcast(**given)
     keys = Keys(x.k, x.v, bias, pair_bias=pair_bias, is_causal=is_causal)
     out, log_norm = dispatch.attend(x.q, keys)
     if x.query_mask is not None:
+        # `finish` sets rows of padding to zero. Their norm must vanish too, or they would weigh in `merge`.
         log_norm = xp.where(x.query_mask, log_norm, -math.inf)
     return Average(x.finish(out), x.merge_heads(log_norm, 1))
 
 
 def merge(a: tuple[Array, Array], b: tuple[Array, Array], /) -> Average:
-    r"""Merge two averages over disjoint key sets into the one over their union.
+    r"""Merge two averages over disjoint key sets into the average over their union.
 
     .. math::
 
         l = \log(e^{l_1} + e^{l_2}), \qquad o = e^{l_1 - l} o_1 + e^{l_2 - l} o_2
 
-    Associative and commutative, so that keys can be cut into blocks, streamed, or laid over
+    The operation is associative and commutative: keys can be cut into blocks, streamed, or spread over
     machines, in any order.
 
     Parameters
     ----------
     a, b : tuple of arrays, shapes (..., N, E) and (..., N)
-        ``(out, log_norm)`` as `attend` returns them.
+        Pairs ``(out, log_norm)`` as `attend` returns them.
 
     Returns
     -------
     out : array, shape (..., N, E)
-        In the dtype of the first one's `out`. Zeros where neither has a key.
+        The average over both sets, in the dtype of `out` in `a`; zeros for a query without keys in both.
     log_norm : array, shape (..., N)
-        In nats.
+        Log-sum-exp of the logits of both sets, in nats.
 
     Raises
     ------
     TypeError
-        Not pairs of arrays of one library and floating dtypes.
+        Arguments that are not pairs of arrays of one library and of real floating dtypes.
     ValueError
-        Shapes or devices that do not go together.
+        Shapes or devices that do not fit each other.
 
     Examples
     --------
@@ -182,6 +184,7 @@ def merge(a: tuple[Array, Array], b: tuple[Array, Array], /) -> Average:
     check_broadcast(
         **{"a.out": (out_a, 2), "a.log_norm": (log_a, 1), "b.out": (out_b, 2), "b.log_norm": (log_b, 1)}
     )
+    # Half precision is merged in float32, since exp(l1 - l) of close norms needs more than 11 bits.
     xp, dtype = namespace(out_a), out_a.dtype
     rank = max(out_a.ndim, log_a.ndim + 1, out_b.ndim, log_b.ndim + 1)
     out_a, out_b = (with_rank(working_precision(x), rank) for x in (out_a, out_b))

@@ -35,49 +35,50 @@ def ra(
     is_causal: bool = False,
     enable_gqa: bool = False,
 ) -> Array:
-    r"""Randomized attention: unbiased, at quadratic cost.
+    r"""Attend by randomized attention (RA), without bias, at quadratic cost.
 
     Parameters
     ----------
     q : array, shape (..., N, D)
-        Queries, real floating, heads first. Leading axes of all arrays broadcast.
+        Queries, of a real floating dtype, heads first. The leading axes of all arrays broadcast.
     k : array, shape (..., M, D)
         Keys.
     v : array, shape (..., M, E)
         Values.
     num_samples : int, optional
-        Frequencies S for each query, by default 1, or as many as `noise` has.
+        Number S of frequencies for each query, by default 1, or as many as `noise` has.
     rng : int, numpy.random.Generator, torch.Generator, cupy.random.Generator or JAX key, optional
-        Where the draws come from. One int gives the same draws on every library. One of `rng` and
-        `noise` is needed.
+        Source of the draws. One int gives the same draws on every library. Either `rng` or `noise` is
+        required.
     noise : array, shape (..., S, N, D), optional
-        The standard normal draws themselves; broadcasts. Goes with `components`.
+        The standard normal draws, together with `components` in place of `rng`; the array broadcasts.
     components : array, shape (..., S, N), optional
-        Uniform draws in [0, 1) that choose the key whose proposal is drawn from, by inversion of the
-        softmax's distribution function. Goes with `noise`.
+        Uniform draws in [0, 1), together with `noise`. Each chooses the key m' of a proposal by inversion of
+        the distribution function of the softmax.
     scale : float, optional
         Factor of the logits, by default ``D ** -0.5``.
     key_mask : boolean array, shape (..., M), optional
-        True = attend. What lies under False is never read, whatever it holds; any amount of it
-        leaves the other outputs unchanged to rounding.
+        True = attend. Masked keys and values are never read, even where they hold NaN. Padding leaves the
+        other outputs unchanged up to rounding.
     query_mask : boolean array, shape (..., N), optional
-        False = padding: a row of zeros, whatever the query holds, and no gradient from or to it. By default
-        `key_mask` where N = M, as in self-attention: pass all True where other queries are as many.
+        False = padding: the output row is zero, whatever the query holds, and no gradient passes through it.
+        Where N = M the default is `key_mask`, as in self-attention. Pass a mask of True for N queries of
+        another sequence.
     is_causal : bool, default False
-        Not there: a draw comes from a softmax over the keys.
+        Not supported: each draw comes from a softmax over all keys.
     enable_gqa : bool, default False
-        Let `q` have a multiple of the heads (axis -3) of `k` and `v`.
+        Allow `q` a multiple of the heads (axis -3) of `k` and `v`.
 
     Returns
     -------
     array, shape (..., N, E)
-        Of the inputs' library, dtype and device; half precision is summed in float32. A query with
-        no key left gets zeros.
+        The output, of the inputs' library, dtype and device; half precision is summed in float32. A query
+        without keys gets zeros.
 
     Raises
     ------
     TypeError
-        Not arrays, or of different libraries or dtypes, or not floating; a generator of another library.
+        Inputs that are not arrays of one library and one real floating dtype; a generator of another library.
     ValueError
         Shapes, devices, counts or options that do not fit; both or neither of `rng` and `noise`.
     NotImplementedError
@@ -90,9 +91,9 @@ def ra(
         \mathrm{out}_n = \frac1S \sum_s f(w_{ns}), \qquad w_{ns} = q_n + k_{m'} + \epsilon, \quad
         m' \sim \mathrm{softmax}(q_n \cdot k), \quad \epsilon \sim N(0, I),
 
-    with f as in `rfa`: softmax attention is the expectation of f under this mixture ([1]_, section 3).
-    Time is O(S N M), memory O(S N D) for the draws and a block of queries. A gradient takes the chosen
-    keys as they fell.
+    with f as in `rfa`: softmax attention is the expectation of f under this mixture ([1]_, section 3). Time
+    is O(S N M). Memory is O(S N D), for the draws, and that of a block of queries. Gradients take the choice
+    of the keys m' as constant.
 
     References
     ----------
@@ -131,14 +132,17 @@ def ra(
     check_broadcast(noise=(eps, 3), components=(u, 2))
 
     xp = x.xp
+    # The frequencies of a query are queries to the same keys: samples are an axis before that of tokens.
     bias = None if x.key_bias is None else x.key_bias[..., None, :]
     keys = Keys(x.k[..., None, :, :], x.v[..., None, :, :], bias, x.scale).biased()
 
     def mean(q: Array, u: Array, eps: Array) -> Array:
+        # Equation: w_ns = q_n + k_m' + eps, then out_n = mean over s of f(w_ns).
         w = x.root * (q[..., None, :, :] + _sample_keys(x, q, u)) + eps
         f, _ = attend(w, keys, scale=x.root)
         return xp.mean(f, axis=-3)
 
+    # A block of queries at a time: all S N frequencies would have S times the logits of exact attention.
     rows = rows_of_block(math.prod(x.lead) * count * x.k.shape[-2])
     eps = xp.broadcast_to(eps, (*eps.shape[:-2], n, d))
     u = xp.broadcast_to(u, (*u.shape[:-1], n))
@@ -146,7 +150,7 @@ def ra(
 
 
 def _sample_keys(x: Inputs, q: Array, u: Array) -> Array:
-    """Return for uniforms (..., S, N) the keys (..., S, N, D) at which each query's softmax passes them."""
+    """Return the keys (..., S, N, D) at which the summed softmax of a query passes each of its uniforms."""
     xp = x.xp
     logits = xp.matmul(x.scale * q, xp.matrix_transpose(x.k))
     if x.key_mask is not None:
@@ -154,9 +158,11 @@ def _sample_keys(x: Inputs, q: Array, u: Array) -> Array:
     mass = xp.exp(logits - finite(xp.max(logits, axis=-1, keepdims=True)))
     passed = backend_of(mass).cumulative_sum(mass, -1)[..., None, :, :]
     total = passed[..., -1:]
-    # A key without mass is never chosen, not even where rounding makes u one.
+    # Equation: m' is the number of keys whose running sum is at most u times the total. Rounding can make
+    # that product the total: the second count ends the range before keys without mass at the end.
     first = xp.minimum(_count(passed <= u[..., None] * total), _count(passed < total))
     index = xp.arange(x.k.shape[-2], dtype=first.dtype, device=x.device)
+    # A product takes the keys: Dask has no take along an axis, and its gradient needs no scatter.
     one_hot = xp.astype(first[..., None] == with_rank(index, first.ndim + 1), q.dtype)
     return xp.matmul(one_hot, x.k[..., None, :, :])
 

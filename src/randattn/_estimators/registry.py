@@ -1,6 +1,8 @@
-"""The estimators, a row for each: the command, `diagnose`, `multiply_adds`, layers, benchmarks, tests and docs read it.
+"""The registry of estimators: one row for each, with the facts that its readers need.
 
-A new estimator is one file and one row. Readers look rows up when they are called, never when they are imported.
+The command, `diagnose`, `multiply_adds`, the layers, benchmarks, tests and docs read it. A new estimator is
+one file and one row. A module looks a row up when its function is called, not at import; only the command,
+whose options list the rows, reads them at import.
 """
 
 from __future__ import annotations
@@ -28,34 +30,36 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Estimator:
-    """An estimator and the facts of it that its readers need.
+    """One estimator, with the facts that readers of the registry need.
 
     Attributes
     ----------
     function : callable
-        The public function; its name is the estimator's.
+        The public function. Its name is the name of the estimator.
     cost : callable
-        Of N, M, D, E and a dict of all its options, the multiply-adds of one head.
+        Function of N, M, D, E and a dict of all options; it returns the multiply-adds of one head.
     colour : str
-        In plots; of Okabe and Ito's, which the colour-blind can tell apart.
+        Colour in plots, from the palette of Okabe and Ito, which colour-blind readers can tell apart.
     count : str or None
-        The keyword that its draws, landmarks, groups or exact keys are counted by; None where it has none.
+        Keyword for the number of draws, landmarks, groups or exact keys; None for an estimator without one.
     default : int or None
-        The count that the command measures where only one is.
+        The count that the command uses where it measures a single one.
     draws : {"never", "optional", "always"}
-        Whether it takes an `rng`: not at all; or is deterministic without one; or needs one.
+        "never": the function takes no `rng`. "optional": without `rng` it is deterministic. "always": it
+        needs `rng`.
     counts_tokens : bool
-        Whether the count is one of tokens, and so at most the number of keys.
+        True if the count is a number of tokens, and so at most the number of keys.
     is_linear : bool
-        Whether its time grows in proportion to the number of tokens.
+        True if time grows in proportion to the number of tokens.
     is_causal : bool
-        Whether it takes ``is_causal=True``.
+        True if the function takes ``is_causal=True``.
     step : callable or None
-        The function of the next tokens after a causal call.
+        The function for the tokens that follow a causal call; None for an estimator without one.
     across : mapping
-        Options that it needs where the queries are not as many as the keys.
+        Options that the function needs where N is not M.
     landmarks : callable or None
-        Of `Inputs`, a dict of options and `is_causal`, the pooled queries and keys that its `landmarks` would be.
+        Function of `Inputs`, a dict of options and `is_causal`; it returns the pooled queries and keys that
+        stand for the option `landmarks` by default.
     """
 
     function: Callable[..., Any]
@@ -73,22 +77,22 @@ class Estimator:
 
     @property
     def name(self) -> str:
-        """The name of the function."""
+        """Return the name of the function."""
         return self.function.__name__
 
     @property
     def label(self) -> str:
-        """The short name, for tables and options of the command."""
+        """Return the short name, for tables and options of the command."""
         return self.name.removesuffix("_attention")
 
     @property
     def is_exact(self) -> bool:
-        """Whether it is softmax attention itself."""
+        """Tell whether the function is softmax attention itself."""
         return self.function is softmax_attention
 
     @property
     def options(self) -> dict[str, Any]:
-        """The keywords of the function, with their defaults."""
+        """Return the keywords of the function, with their defaults."""
         found = inspect.signature(self.function).parameters.values()
         return {one.name: one.default for one in found if one.kind is inspect.Parameter.KEYWORD_ONLY}
 
@@ -105,6 +109,7 @@ _ROWS = (
         is_causal=True,
         step=rfa_step,
     ),
+    # One sample of RA takes twice the multiply-adds of exact attention where D = E: its default is one.
     Estimator(ra, costs.ra, "#CC79A7", count="num_samples", default=1, draws="always", is_linear=False),
     Estimator(
         lara,
@@ -127,6 +132,7 @@ _ROWS = (
         counts_tokens=True,
         is_causal=True,
         step=eva_step,
+        # A query of another sequence has no window among the keys.
         across={"window": 0},
         landmarks=eva_landmarks,
     ),
@@ -144,10 +150,10 @@ ESTIMATORS: dict[str, Estimator] = {row.name: row for row in _ROWS}
 
 
 def row_of(function: Callable[..., Any]) -> Estimator | None:
-    """Return the row of a public function; None for every other one."""
+    """Return the row of a public function; None for any other function."""
     return next((row for row in ESTIMATORS.values() if row.function is function), None)
 
 
 def by_label() -> dict[str, Estimator]:
-    """Return the rows by their short names, in the order of tables."""
+    """Return the rows by their short names, in the order in which tables list them."""
     return {row.label: row for row in ESTIMATORS.values()}

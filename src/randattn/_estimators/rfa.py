@@ -1,6 +1,6 @@
 """Random-feature attention: ``attend(q, W, f(W), log Z(W)).out`` with ``W ~ N(0, I)``.
 
-Causal, a block of tokens at a time: f(W) and log Z(W) of the keys before it are all there is to carry.
+A causal call goes along the tokens a block at a time, and carries f(W) and log Z(W) of all keys before.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ if TYPE_CHECKING:
 
 
 class RFAState(NamedTuple):
-    """What `rfa` keeps of all tokens so far; its size is that of a few tokens, however many there were.
+    """The state of causal `rfa` after the tokens so far; its size does not depend on their number.
 
     Attributes
     ----------
     frequencies : array, shape (..., S, D)
+        The frequencies w.
     out : array, shape (..., S, E)
-        For each frequency w the average f(w) of the values so far.
+        The average f(w) of the values so far, for each frequency w.
     log_norm : array, shape (..., S)
         ``log Z(w)``, in nats; -inf before the first key.
     scale : array, shape ()
@@ -69,97 +70,102 @@ def rfa(
     return_state: bool = False,
     enable_gqa: bool = False,
 ) -> Any:
-    r"""Random-feature attention (RFA, Performer): linear time, consistent.
+    r"""Attend by random features (RFA, Performer): linear time, consistent.
 
     Parameters
     ----------
     q : array, shape (..., N, D)
-        Queries, real floating, heads first. Leading axes of all arrays broadcast.
+        Queries, of a real floating dtype, heads first. The leading axes of all arrays broadcast.
     k : array, shape (..., M, D)
         Keys.
     v : array, shape (..., M, E)
         Values.
     num_samples : int, optional
-        Frequencies S, by default 64, or as many as `noise` has.
+        Number S of frequencies, by default 64, or as many as `noise` has.
     features : {"positive", "optimal", "trigonometric"}, default "positive"
-        "positive": ``exp(w.x - |x|^2/2)`` (FAVOR+), an average of the values. "optimal": the same with
-        frequencies from ``N(0, s I)``, weighed to the same kernel, with the s of least variance for the
-        mean of ``|q + k|^2`` (FAVOR++). "trigonometric": cosines and sines, whose signs can take the
-        estimate out of the range of the values, to which it is cut.
+        "positive": ``exp(w.x - |x|^2/2)`` (FAVOR+); the result is an average of the values. "optimal":
+        positive features with frequencies from ``N(0, s I)``, weighted to the same kernel, with the s of
+        least variance at the mean of ``|q + k|^2`` (FAVOR++). "trigonometric": cosines and sines; their signs
+        can take the estimate out of the range of the values, and it is clipped to this range.
     draws : {"iid", "orthogonal", "simplex", "antithetic", "qmc"}, default "iid"
-        How frequencies depend on each other, each still standard normal: not; orthogonal in each D of
-        them; to the corners of a simplex; each with its negative; scrambled Sobol points (an int seed
-        or NumPy's generator; needs SciPy).
+        Dependence of the frequencies, each of which is standard normal. "iid": independent. "orthogonal":
+        orthogonal within each D of them. "simplex": to the corners of a simplex within each D of them.
+        "antithetic": each with its negative. "qmc": scrambled Sobol points (for an int seed or NumPy's
+        generator; needs SciPy).
     precondition : bool, default False
-        Scale each feature of the queries by what the keys' is divided by, so that their squares are as
-        large (SADERF's diagonal form): the products stay, their estimates' variance is less.
+        Multiply each feature of the queries, and divide that of the keys, by one factor that makes their mean
+        squares equal (the diagonal form of SADERF), to lower the variance of the estimated products. The
+        products themselves stay as they are.
     rng : int, numpy.random.Generator, torch.Generator, cupy.random.Generator or JAX key, optional
-        Where the draws come from. One int gives the same draws on every library. One of `rng` and
-        `noise` is needed.
+        Source of the draws. One int gives the same draws on every library. `rng` or `noise` is required.
     noise : array, shape (..., S, D), optional
-        The frequencies themselves, standard normal; leading axes broadcast.
+        The frequencies, standard normal draws, in place of `rng`; the leading axes broadcast.
     scale : float, optional
         Factor of the logits, by default ``D ** -0.5``.
     key_mask : boolean array, shape (..., M), optional
-        True = attend. What lies under False is never read, whatever it holds; any amount of it
-        leaves the other outputs unchanged to rounding.
+        True = attend. Masked keys and values are never read, even where they hold NaN. Padding leaves the
+        other outputs unchanged up to rounding.
     query_mask : boolean array, shape (..., N), optional
-        False = padding: a row of zeros, whatever the query holds, and no gradient from or to it. By default
-        `key_mask` where N = M, as in self-attention: pass all True where other queries are as many.
+        False = padding: the output row is zero, whatever the query holds, and no gradient passes through it.
+        Where N = M the default is `key_mask`, as in self-attention. Pass a mask of True for N queries of
+        another sequence.
     is_causal : bool, default False
-        Query n sees the keys up to n; N = M, positive features. Of the pairs within 64 tokens, those
-        whose kernel is 87 nats below what their norms allow are taken at that distance: with norms of
-        tens, in the units of the logits' square root, single rows may be off by as much as the values.
+        Query n sees the keys up to n. Requires N = M and positive features. Within a block of 64 tokens the
+        kernel of a pair has a least value in float32, 87 nats below the bound that the norms of query and key
+        set. Where the norms of ``sqrt(scale) q`` are in the tens, single rows may be off by as much as the
+        values.
     return_state : bool, default False
-        With ``is_causal=True``: return the state after the last token too, for `rfa_step`.
+        With ``is_causal=True``: also return the state after the last token, for `rfa_step`.
     enable_gqa : bool, default False
-        Let `q` have a multiple of the heads (axis -3) of `k` and `v`.
+        Allow `q` a multiple of the heads (axis -3) of `k` and `v`.
 
     Returns
     -------
     array, shape (..., N, E)
-        Of the inputs' library, dtype and device; half precision is summed in float32. A query with
-        no key left gets zeros. With ``return_state=True``, a pair of this and an `RFAState`.
+        The output, of the inputs' library, dtype and device; half precision is summed in float32. A query
+        without keys gets zeros. With ``return_state=True``, a pair of this array and an `RFAState`.
 
     Raises
     ------
     TypeError
-        Not arrays, or of different libraries or dtypes, or not floating; a generator of another library.
+        Inputs that are not arrays of one library and one real floating dtype; a generator of another library.
     ValueError
         Shapes, devices, counts or options that do not fit; both or neither of `rng` and `noise`;
         ``is_causal=True`` with N != M.
     NotImplementedError
-        ``is_causal=True`` with other features than positive ones, or with `precondition`: what they take
-        from the data is of all tokens.
+        ``is_causal=True`` with features other than positive ones, or with `precondition`: both depend on
+        statistics of all tokens.
 
     See Also
     --------
-    rfa_step : The next tokens.
+    rfa_step : The call for the next tokens.
 
     Notes
     -----
-    With :math:`\xi(x, w) = \exp(w \cdot x - |x|^2/2)` and :math:`w_s \sim N(0, I)`,
+    Let :math:`\xi(x, w) = \exp(w \cdot x - |x|^2/2)` and :math:`w_s \sim N(0, I)`. The result is
 
     .. math::
 
         f(w) = \frac{\sum_m \xi(k_m, w)\, v_m}{Z(w)}, \quad Z(w) = \sum_m \xi(k_m, w), \qquad
         \mathrm{out}_n = \frac{\sum_s \xi(q_n, w_s) Z(w_s) f(w_s)}{\sum_s \xi(q_n, w_s) Z(w_s)},
 
-    the self-normalized importance sampler of [1]_ with the proposal N(0, I), in O(S (N + M)) time.
-    Computed in log space: no additive epsilon, no maximum over the sequence, no overflow. Its variance
-    grows as :math:`\exp(|q + k|^2)`: on inputs of a trained model it is often worse than the mean of
-    the values.
+    the self-normalized importance sampler of [1]_ with the proposal N(0, I). Time is O(S (N + M)). The
+    positive features and orthogonal draws are those of [2]_, the trigonometric features those of [3]_, the
+    optimal features those of [4]_, the preconditioning that of [5]_ and the simplex draws those of [6]_.
+
+    The sums are computed in log space, without an additive epsilon, without a maximum over the sequence and
+    without overflow. The variance grows as :math:`\exp(|q + k|^2)`: on inputs of a trained model the error is
+    often larger than that of the mean of the values.
 
     References
     ----------
     .. [1] L. Zheng, C. Wang, L. Kong, "Linear Complexity Randomized Self-attention Mechanism",
        ICML 2022, arXiv 2204.04667.
-    .. [2] K. Choromanski et al., "Rethinking Attention with Performers", arXiv 2009.14794: the
-       positive features, orthogonal draws.
-    .. [4] V. Likhosherstov et al., "Chefs' Random Tables", arXiv 2205.15317: the optimal positive
-       features. "FAVOR#", arXiv 2302.00787: the scaling of features. I. Reid et al., "Simplex Random
-       Features", arXiv 2301.13856.
-    .. [3] H. Peng et al., "Random Feature Attention", arXiv 2103.02143: the trigonometric features.
+    .. [2] K. Choromanski et al., "Rethinking Attention with Performers", ICLR 2021, arXiv 2009.14794.
+    .. [3] H. Peng et al., "Random Feature Attention", ICLR 2021, arXiv 2103.02143.
+    .. [4] V. Likhosherstov et al., "Chefs' Random Tables", arXiv 2205.15317.
+    .. [5] V. Likhosherstov et al., "FAVOR#", arXiv 2302.00787.
+    .. [6] I. Reid et al., "Simplex Random Features", arXiv 2301.13856.
 
     Examples
     --------
@@ -205,10 +211,14 @@ def rfa(
     if features == "optimal":
         spread = optimal_spread(x)
         w = w * x.xp.sqrt(spread)
+        # Equation: the density of N(0, I) over that of N(0, s I) is exp((1/s - 1) |w|^2 / 2) up to a
+        # constant, which cancels in the average.
         log_weight = (1 / spread - 1)[..., 0] / 2 * dot(w, w)
+    # Equation: f(w), log Z(w) = attend(w, k, v, kappa).
     f, log_z = attend(w, Keys(x.k, x.v, x.key_bias, x.scale), scale=x.root)
     if features == "optimal":
         log_z = log_z + log_weight
+    # Equation: out = attend(q, W, f(W), log Z(W)).
     return x.finish(final_average(x.q, Keys(w, f, log_z), scale=x.root))
 
 
@@ -223,40 +233,40 @@ def rfa_step(
     key_mask: Array | None = None,
     enable_gqa: bool = False,
 ) -> tuple[Array, RFAState]:
-    """Causal `rfa` of the next tokens.
+    """Continue causal `rfa` with the next tokens.
 
     Parameters
     ----------
     q : array, shape (..., T, D)
-        One or more tokens, heads first.
+        Queries of the next T tokens, at least one, heads first.
     k : array, shape (..., T, D)
-        Their keys.
+        Keys of these tokens.
     v : array, shape (..., T, E)
-        Their values.
+        Values of these tokens.
     state : RFAState
-        Of all tokens before, from `rfa` with ``return_state=True`` or from this function.
+        State after all earlier tokens, from `rfa` with ``return_state=True`` or from this function.
     key_mask : boolean array, shape (..., T), optional
-        True = attend, also in later steps.
+        True = attend, in this step and in later ones.
     enable_gqa : bool, default False
-        Let `q` have a multiple of the heads (axis -3) of `k` and `v`.
+        Allow `q` a multiple of the heads (axis -3) of `k` and `v`.
 
     Returns
     -------
     out : array, shape (..., T, E)
-        What one call of `rfa` on all tokens gives for these.
+        The rows that one call of `rfa` on all tokens gives for these tokens.
     state : RFAState
-        After these tokens.
+        State after these tokens.
 
     Raises
     ------
     TypeError
-        Not arrays, or of different libraries or dtypes; not an `RFAState` of these.
+        Inputs that are not arrays of one library and dtype; a state that is no `RFAState` of such arrays.
     ValueError
         Shapes or devices that do not fit each other or the state.
 
     See Also
     --------
-    rfa
+    rfa : The call on all tokens.
 
     Examples
     --------
@@ -287,10 +297,11 @@ def _given_back(x: Inputs, w: Array, state: Average, scale: Array) -> RFAState:
 
 
 def _causal(x: Inputs, w: Array, before: Average, root: Any) -> tuple[Average, Array]:
-    """Return the averages after the last token, and the results."""
+    """Return the state after the last token, and the outputs of all tokens."""
 
     def results(block: Block, q: Array) -> Array:
         if q.shape[-2] == 1:
+            # The state after a single token has its key: no kernel within the block is needed.
             return attend(root * q, Keys(w, *block.after)).out
         along_q = x.xp.matmul(root * q, x.xp.matrix_transpose(w))
         return _by_kernel(along_q, block, is_masked=x.key_mask is not None)
@@ -300,19 +311,24 @@ def _causal(x: Inputs, w: Array, before: Average, root: Any) -> tuple[Average, A
 
 
 def _by_kernel(along_q: Array, block: Block, *, is_masked: bool) -> Array:
-    """Attend to the keys before the block through the state, to its own keys by their kernel with each query."""
+    """Attend to the keys before the block through the state, and to the block's own keys by their kernel."""
     xp, (before, _, log_xi, v) = namespace(along_q), block
-    # xi(q, w) xi(k, w), each over its maximum. What is moved from one to the other first, and what is
-    # subtracted, is of the past alone: a key to come must not push the others below the smallest float.
+    # Equation: the kernel of a pair is sum_s xi(q, w_s) xi(k, w_s). Each factor is taken over its maximum, or
+    # it would overflow; before that a level for each frequency moves from the keys' factor to the queries'.
+    # The level is that of the past and the block's first key: with a later key in it, the features of earlier
+    # keys would fall below the smallest float.
     level = xp.logaddexp(before.log_norm, _of_first(log_xi, before) if is_masked else log_xi[..., 0])
     along_q, log_xi = along_q + level[..., None, :], log_xi - level[..., None]
     top_k = xp.max(log_xi, axis=-2, keepdims=True)
     features_q = xp.exp(along_q - xp.max(along_q, axis=-1, keepdims=True))
+    # The maximum of a padded key is -inf: `finite` keeps -inf - -inf = NaN out.
     kernel = xp.matmul(features_q, xp.exp(log_xi - finite(top_k)))
     smallest = xp.asarray(xp.finfo(kernel.dtype).smallest_normal, dtype=kernel.dtype, device=placement(v))
+    # The logarithm of a kernel that underflows would be -inf, with a gradient of NaN: hence a least value.
     seen = xp.matrix_transpose(past(along_q, v.shape[-2], 0, 0))
     log_weights = xp.where(seen, xp.log(xp.maximum(kernel, smallest)) + top_k, -math.inf)
-    # In these units the first key and the past together weigh at least one.
+    # In these units the past and the first key together weigh at least one. A negative maximum is not
+    # subtracted: exp(-top) would overflow.
     top = xp.max(log_weights, axis=-1, keepdims=True)
     top = xp.where(top > 0, top, 0.0)
     weights = xp.exp(log_weights - top)
@@ -322,11 +338,12 @@ def _by_kernel(along_q: Array, block: Block, *, is_masked: bool) -> Array:
 
 
 def _of_first(log_xi: Array, before: Average) -> Array:
-    """Return `log_xi` of a block's first key (..., S); where it is padding and has no past, of the first real key."""
+    """Return `log_xi` (..., S) of the first key of a block, or of its first real key if nothing precedes."""
     xp, n = namespace(log_xi), log_xi.shape[-1]
     order = with_rank(xp.arange(n, device=placement(log_xi)), log_xi.ndim)
     is_real = log_xi > -math.inf
     number = xp.min(xp.where(is_real, order, n), axis=-1, keepdims=True)
     found = xp.sum(xp.where(is_real & (order == number), log_xi, 0.0), axis=-1)
     first = log_xi[..., 0]
+    # Padding before all keys has the level -inf, from which a difference is NaN: a real key stands in.
     return xp.where((first == -math.inf) & (before.log_norm == -math.inf), found, first)

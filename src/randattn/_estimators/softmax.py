@@ -27,12 +27,12 @@ def softmax_attention(
     is_causal: bool = False,
     enable_gqa: bool = False,
 ) -> Array:
-    r"""Exact softmax attention, in blocks: the N x M logits are never whole in memory.
+    r"""Compute exact softmax attention in blocks, without all N x M logits in memory.
 
     Parameters
     ----------
     q : array, shape (..., N, D)
-        Queries, real floating, heads first. Leading axes of all arrays broadcast.
+        Queries, of a real floating dtype, heads first. The leading axes of all arrays broadcast.
     k : array, shape (..., M, D)
         Keys.
     v : array, shape (..., M, E)
@@ -40,34 +40,35 @@ def softmax_attention(
     scale : float, optional
         Factor of the logits, by default ``D ** -0.5``.
     key_mask : boolean array, shape (..., M), optional
-        True = attend. What lies under False is never read, whatever it holds.
+        True = attend. Masked keys and values are never read, even where they hold NaN.
     query_mask : boolean array, shape (..., N), optional
-        False = padding: a row of zeros, whatever the query holds, and no gradient from or to it. By default
-        `key_mask` where N = M, as in self-attention: pass all True where other queries are as many.
+        False = padding: the output row is zero, whatever the query holds, and no gradient passes through it.
+        Where N = M the default is `key_mask`, as in self-attention. Pass a mask of True for N queries of
+        another sequence.
     is_causal : bool, default False
-        Query n sees the keys up to n; N = M.
+        Query n sees the keys up to n. Requires N = M.
     enable_gqa : bool, default False
-        Let `q` have a multiple of the heads (axis -3) of `k` and `v`.
+        Allow `q` a multiple of the heads (axis -3) of `k` and `v`.
 
     Returns
     -------
     array, shape (..., N, E)
-        Of the inputs' library, dtype and device; half precision is summed in float32. A query with
-        no key left gets zeros.
+        The output, of the inputs' library, dtype and device; half precision is summed in float32. A query
+        without keys gets zeros.
 
     Raises
     ------
     TypeError
-        Not arrays, or of different libraries or dtypes, or not of a real floating dtype.
+        Inputs that are not arrays of one library and one real floating dtype.
     ValueError
         Shapes, devices or a scale that do not fit.
 
     Notes
     -----
-    :math:`\mathrm{out}_n = \sum_m \mathrm{softmax}_m(s\, q_n \cdot k_m)\, v_m`, in O(N M D) time and
-    O(N E) memory. Gradients on PyTorch and JAX make the logits again, block by block; where PyTorch
-    compiles or transforms the call, those of every block are kept. A program of `torch.export` with
-    symbolic sizes has as many blocks as its example needed, which grow with what it is called with.
+    With the scale s, :math:`\mathrm{out}_n = \sum_m \mathrm{softmax}_m(s\, q_n \cdot k_m)\, v_m`. Time is O(N
+    M D) and memory O(N E). Gradients on PyTorch and JAX recompute the logits block by block; where PyTorch
+    compiles or transforms the call, the logits of every block are kept. A program of `torch.export` with
+    symbolic sizes keeps the number of blocks of its example: larger inputs make larger blocks.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Advise for `diagnose`: a call that may do better, and one plain sentence."""
+"""Advise the users of `diagnose`: a call that may do better, and one sentence."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ if TYPE_CHECKING:
 
     Array = Any
 
+# Options that the better call takes over; all others belong to the estimator that is diagnosed.
 _SHARED = ("scale", "key_mask", "query_mask", "enable_gqa")
 
 
 def beside(row: Estimator | None, options: dict[str, Any]) -> tuple[str, Callable[..., Array]] | None:
-    """Return a call that may do better than an estimator, and its name; None where there is none."""
+    """Return the name of a call that may do better than an estimator, and the call; None without one."""
+    # adaptive_eva has no causal form.
     is_causal = bool(options.get("is_causal", False))
     better: Callable[..., Array] = eva if is_causal else adaptive_eva
     if row is not None and (row.is_exact or row.function is better):
@@ -32,7 +34,7 @@ def beside(row: Estimator | None, options: dict[str, Any]) -> tuple[str, Callabl
 
 
 class Found(NamedTuple):
-    """Relative errors."""
+    """The relative errors of an estimator, of mean(V), and of the call that was measured beside."""
 
     name: str
     is_exact: bool
@@ -44,12 +46,16 @@ class Found(NamedTuple):
 
 
 def recommendation(found: Found) -> str:
-    """Return one plain sentence."""
+    """Return one sentence of advice."""
     name, error, mean_error = found.name, found.error, found.mean_error
     if found.is_exact:
         return "softmax_attention is exact."
     if not math.isfinite(error):
-        return f"No error of {name} is relative to exact attention that is zero or not finite in a layer."
+        return (
+            f"{name} has no error relative to exact attention here: "
+            "an output is not finite, or exact attention is zero in a layer."
+        )
+    # The other call must beat mean(V), and have half the error of an estimator that beats mean(V) too.
     is_worse = error >= mean_error > 0
     use = "use softmax_attention"
     if found.beside_error is not None and found.beside_error < min(
@@ -57,12 +63,15 @@ def recommendation(found: Found) -> str:
     ):
         use = f"use {found.beside}, which errs by {found.beside_error:.2g}"
     if is_worse:
-        says = f"{name} would be worse than mean(V) here (relative error {error:.2g} to {mean_error:.2g})"
+        says = (
+            f"{name} would be worse than mean(V) here (relative error {error:.2g} against {mean_error:.2g})"
+        )
         return f"{says}: {use}."
     says = f"{name} errs by {error:.2g} here, where mean(V) errs by {mean_error:.2g}"
     if use != "use softmax_attention":
         return f"{says}: {use}."
     if found.standard_error is not None:
+        # Mean square error = variance of the draws + square of the bias.
         share = min(1.0, (found.standard_error / error) ** 2) if error else 0.0
         says = f"{says}; {share:.0%} of its mean square comes from the draws, the rest is bias"
     return f"{says}."

@@ -29,26 +29,26 @@ def multiply_adds(
     estimator : function
         `softmax_attention`, `rfa`, `ra`, `lara`, `eva` or `adaptive_eva`.
     n : int
-        Queries N.
+        Number N of queries.
     m : int
-        Keys M.
+        Number M of keys.
     d : int
-        Features D of queries and keys.
+        Number D of features of queries and keys.
     e : int
-        Features E of values.
+        Number E of features of values.
     **options
-        As for the estimator. Arrays may be left out.
+        Options of the estimator. Arrays may be left out.
 
     Returns
     -------
     int
-        Multiply-adds of products of matrices and of weighted sums, those that choose groups and keys
-        included. Exponentials, comparisons, sorts and sums without weights are not.
+        Multiply-adds of matrix products and weighted sums, including those that choose groups and keys.
+        Exponentials, comparisons, sorts and unweighted sums are not counted.
 
     Raises
     ------
     TypeError
-        Another function, or an option that it does not have.
+        A function that is no estimator, or an option that the estimator does not have.
     ValueError
         A count that is not positive.
     NotImplementedError
@@ -56,7 +56,7 @@ def multiply_adds(
 
     Notes
     -----
-    Exact attention takes ``N M (D + E)``. Blocks count as large as they are when filled up.
+    Exact attention takes ``N M (D + E)``. Blocks that are filled up count at their full size.
 
     Examples
     --------

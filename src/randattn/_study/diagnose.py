@@ -1,4 +1,4 @@
-"""When to trust an estimator: what its weights, its replicates and exact attention say of it."""
+"""Diagnose an estimator by its weights, by replicates, and by comparison with exact attention."""
 
 from __future__ import annotations
 
@@ -28,54 +28,54 @@ if TYPE_CHECKING:
 
     Array = Any
 
-# Pairs of queries and keys, over all heads, up to which each is looked at; up to which a better estimator is
-# run beside; and at a time.
+# Pairs of queries and keys over all heads: the most for which all queries are compared, the most for which
+# another call is measured beside (both bound time), and those whose rows are computed at a time (memory).
 _MOST_PAIRS, _MOST_PAIRS_BESIDE, _AT_HAND = 1 << 24, 1 << 28, 1 << 22
-# Queries that are looked at where there are more pairs.
+# Queries that are compared beyond `_MOST_PAIRS`: the comparison is then linear in the number of tokens.
 _FEW_QUERIES = 64
 
 
 @dataclass(frozen=True, repr=False)
 class Diagnosis:
-    """What `diagnose` found. Arrays are of the inputs' library; what was not computed is None.
+    """The result of `diagnose`. Arrays are of the inputs' library; a figure that was not computed is None.
 
     Attributes
     ----------
     estimator : str
-        Its name.
+        Name of the estimator.
     effective_samples : array, shape (..., N), or None
-        Of each query's self-normalized weights ``p``, of draws (rfa, lara), of keys and groups (eva) or
-        of keys (softmax): ``(sum p)^2 / sum p^2``, Kish's effective sample size. None where the result is
-        no such average: `ra`, trigonometric features, causal rfa and lara, other functions.
+        Kish's effective sample size ``(sum p)^2 / sum p^2`` of each query's self-normalized weights ``p``:
+        weights of draws (rfa, lara), of keys and groups (eva, adaptive_eva) or of keys (softmax). None where
+        the result is no such average: `ra`, trigonometric features, causal rfa and lara, other functions.
     largest_weight : array, shape (..., N), or None
-        The largest of those weights, which add up to one.
+        The largest of these weights, which add up to one.
     num_weights : array, shape (..., N), or None
-        How many there are.
+        The number of these weights.
     standard_error : array, shape (..., N), or None
-        The standard deviation of one call's output over replicates with draws of their own, the root of
-        the sum over features. None where nothing is drawn.
+        Standard deviation of the output of one call over replicates with draws of their own: the root of the
+        summed variances of the features. None for an estimator that draws nothing.
     queries : tuple of int
-        The Q queries that the following are of.
+        Numbers of the Q queries that are compared with exact attention.
     error : array, shape (..., Q)
         ``|out - exact|``, the root mean square over replicates.
     entropy : array, shape (..., Q)
-        Of the exact attention weights, in nats. NaN where no key is left, and for padding.
+        Entropy of the exact attention weights, in nats; NaN for padding and for a query without keys.
     rows : array, shape (..., Q, M), or None
-        What the estimator, as it drew first, multiplies the values by: its attention matrix. None where
-        there are too many pairs, or where the result is no weighting of the values.
+        The attention matrix of the first replicate: the weights of the values in its output. None for too
+        many pairs, and where the output is no weighting of the values.
     relative_error : float
         ``|out - exact| / |exact|`` of a layer (the last three axes), averaged over layers and replicates;
         padded queries are left out.
     relative_standard_error : float or None
-        The same of the standard errors.
+        Standard error of a layer over ``|exact|``, averaged over layers.
     mean_error : float
-        The relative error of the trivial answer, the same mean(V) for every query.
+        Relative error of the trivial answer, the same mean(V) for every query.
     alternative : str or None
         Another call that was measured beside.
     alternative_error : float or None
-        Its relative error.
+        Relative error of this other call.
     recommendation : str
-        One plain sentence.
+        One sentence of advice.
     """
 
     estimator: str
@@ -109,48 +109,50 @@ def diagnose(
     queries: Sequence[int] | None = None,
     **options: Any,
 ) -> Diagnosis:
-    r"""Say when to trust an estimator, on inputs of the caller's own.
+    r"""Diagnose an estimator on the caller's own inputs: its error, and when to trust it.
 
     Parameters
     ----------
     estimator : callable
-        `softmax_attention`, `rfa`, `ra`, `lara`, `eva`, a `functools.partial` of one, or any function
+        An estimator of this library, a `functools.partial` of one, or any function
         ``estimator(q, k, v, **options)`` that returns (..., N, E).
     q : array, shape (..., N, D)
-        Queries, real floating, heads first. Half precision is looked at in float32.
+        Queries, of a real floating dtype, heads first. Half precision is raised to float32.
     k : array, shape (..., M, D)
         Keys.
     v : array, shape (..., M, E)
         Values.
     num_replicates : int, default 8
-        Calls with draws of their own, at least two; one where nothing is drawn.
+        Number of calls with draws of their own, at least two. Without `rng` there is one call.
     queries : sequence of int, optional
-        The queries that are compared with exact attention, and whose rows are computed, in time N x M. By
-        default all, up to 2**24 pairs of a query and a key over all heads; beyond, 64 of them, without rows.
+        Numbers of the queries that are compared with exact attention and whose rows are computed, in O(N M)
+        time. The default is all queries, up to 2**24 pairs of a query and a key over all heads, or else 64
+        queries without rows.
     **options
-        As for the estimator. Where `rng` is given, replicates draw from seeds or keys made of it.
+        Options of the estimator. Replicates draw from seeds or keys that are made of `rng`.
 
     Returns
     -------
     Diagnosis
-        What was found, and one plain sentence of advice.
+        Errors, weights and one sentence of advice.
 
     Raises
     ------
     TypeError
-        An `estimator` that cannot be called, or gives no array; Dask's arrays; whatever it raises itself.
+        An `estimator` that is not callable or returns no array; arrays of Dask; errors of the estimator.
     ValueError
-        Queries that are not there; fewer than two replicates; whatever the estimator raises itself.
+        Numbers of queries out of range; fewer than two replicates; errors of the estimator.
 
     Notes
     -----
-    The standard error is of the draws alone: what draws nothing, or where few draws decide, can be far from
-    exact attention with a small one.
+    The standard error is that of the draws alone. An estimator that draws nothing, or whose result hangs on a
+    few draws, can have a small standard error and be far from exact attention.
 
-    For itself, not for a program: it calls the estimator again and again, cannot be traced by ``jit``, and
-    nothing of it is differentiated. The entropy of a row of exact attention is
-    :math:`\log Z(q) - \sum_m p_m\, q \cdot k_m`. The rows are the estimator's results for values that are
-    one at one key each, beside the values and too small to be seen.
+    `diagnose` is for use by hand, not within a program: it calls the estimator many times, cannot be traced
+    by ``jit`` and has no gradients. The entropy of a row of exact attention is
+    :math:`\log Z(q) - \sum_m p_m\, q \cdot k_m`. The rows are the estimator's results for further features of
+    the values, each one at a single key and zero at the others, scaled so small that no choice of keys sees
+    them.
 
     Examples
     --------
@@ -244,7 +246,7 @@ def _diagnosed(
 
 
 def _index(queries: Sequence[int] | None, n: int, pairs: int) -> tuple[int, ...]:
-    """The queries to look at."""
+    """Return the numbers of the queries to compare."""
     if queries is None:
         if pairs <= _MOST_PAIRS:
             return tuple(range(n))
@@ -256,10 +258,7 @@ def _index(queries: Sequence[int] | None, n: int, pairs: int) -> tuple[int, ...]
 
 
 class _Exact:
-    """Exact attention at some queries, and how far results are from it.
-
-    Figures of queries are in the caller's heads, (..., Q).
-    """
+    """Exact attention at the compared queries, and distances from it, in the caller's heads (..., Q)."""
 
     def __init__(self, x: Inputs, index: tuple[int, ...], *, is_causal: bool) -> None:
         xp, (n, m) = x.xp, (x.q.shape[-2], x.k.shape[-2])
@@ -269,35 +268,38 @@ class _Exact:
             number = xp.asarray(index, device=x.device)[:, None]
             seen = number >= xp.arange(m, device=x.device)[None, :]
             past = with_rank(xp.where(seen, xp.zeros_like(seen, dtype=q.dtype), -math.inf), q.ndim)
+        # Equation: entropy = log Z(q) - sum_m p_m q.k_m. One average has both the output and the mean key.
         lead = broadcast_shapes(x.k.shape[:-2], x.v.shape[:-2])
         values = xp.concat([xp.broadcast_to(y, (*lead, *y.shape[-2:])) for y in (x.v, x.k)], axis=-1)
         both, log_norm = attend(q, Keys(x.k, values, x.key_bias, pair_bias=past), scale=x.scale)
         is_empty, mean_key = log_norm == -math.inf, both[..., x.v.shape[-1] :]
         self._mask, self._out = None, both[..., : x.v.shape[-1]]
         if x.query_mask is not None:
-            # Estimators give zeros for padding: so does exact attention.
+            # Estimators give zeros for padding: exact attention must too, or padding would have an error.
             is_query = self.at(xp.broadcast_to(x.query_mask, (*x.lead, n)), -1)
             self._mask, self._out = x.merge_heads(is_query, 1), hide(self._out, is_query)
             is_empty = is_empty | ~is_query
         entropy = log_norm - x.scale * dot(q, mean_key)
+        # Rounding can take the entropy of a row with one key below zero.
         entropy = xp.where(is_empty, math.nan, xp.where(entropy < 0, 0.0, entropy))
         self.entropy = x.merge_heads(entropy, 1)
         self._total = self._of_layers(x.merge_heads(dot(self._out, self._out), 1))
+        # Queries of zero give every key the same weight: mean(V), of the past in a causal call.
         mean, _ = attend(xp.zeros_like(q), Keys(x.k, x.v, x.key_bias, pair_bias=past))
         self.square_of_mean = self._square(mean)
 
     def at(self, x: Array, axis: int) -> Array:
-        """Of what has an axis of queries, these."""
+        """Take the compared queries from an axis of all queries."""
         if self._index == tuple(range(x.shape[axis])):
             return x
         return self._x.xp.take(x, self._x.xp.asarray(self._index, device=self._x.device), axis=axis)
 
     def square(self, out: Array) -> Array:
-        """``|out - exact|^2`` of an estimator's result."""
+        """Return ``|out - exact|^2`` of a result of the estimator."""
         return self._square(self.at(self._x.with_heads("out", out, 2), -2))
 
     def relative(self, squares: Array) -> float:
-        """Their root over exact attention's in a layer, averaged over layers."""
+        """Return the root of squares of a layer over the norm of exact attention, averaged over layers."""
         xp, total = self._x.xp, self._total
         root = xp.sqrt(self._of_layers(squares) / nonzero(total))
         return float(xp.mean(xp.where(total == 0, math.nan, root)))
@@ -314,7 +316,7 @@ class _Exact:
 
 
 def _variance(outs: Sequence[Array]) -> Array:
-    """Of one call, from independent ones: (..., N), the sum over features."""
+    """Return the variance (..., N) of one call from independent calls, summed over features."""
     mean = sum(outs[1:], outs[0]) / len(outs)
     return sum(dot(out - mean, out - mean) for out in outs) / (len(outs) - 1)
 
@@ -322,9 +324,10 @@ def _variance(outs: Sequence[Array]) -> Array:
 def _rows(
     estimate: Callable[..., Array], x: Inputs, given: tuple[Array, ...], out: Array, index: tuple[int, ...]
 ) -> Array | None:
-    """What results are of the values, (..., Q, M); None where they are no such thing."""
+    """Return the attention matrix (..., Q, M); None where the result is no weighting of the values."""
     xp, (q, k, v), m = x.xp, given, x.k.shape[-2]
-    # A power of two, so that nothing is rounded; beside the values its square is below their rounding.
+    # One-hot values stand beside V, so that the estimator chooses by V. A power of two scales them without
+    # rounding, so far down that their squares are lost in the rounding of |v|^2.
     largest = float(xp.max(xp.abs(x.v)))
     unit = 2.0 ** (math.frexp(largest)[1] - math.ceil(-0.75 * math.log2(xp.finfo(v.dtype).eps)))
     number, done = xp.arange(m, device=x.device), []
@@ -334,6 +337,7 @@ def _rows(
         beside = xp.broadcast_to(with_rank(one_hot, v.ndim), (*v.shape[:-1], one_hot.shape[-1]))
         found = estimate(q, k, xp.concat([v, beside], axis=-1))[..., v.shape[-1] :]
         done.append(xp.take(found, taken, axis=-2) / unit)
+    # A result that is clipped to the range of the values is no product of rows and values.
     rows = xp.concat(done, axis=-1)
     lost = xp.matmul(x.with_heads("rows", rows, 2), x.v) - x.with_heads(
         "out", xp.take(out, taken, axis=-2), 2

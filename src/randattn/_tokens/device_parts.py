@@ -1,8 +1,8 @@
 """Lay blocks of tokens over devices, and cut groups by windows, as plain NumPy indices.
 
-Where tokens are laid over devices they are cut in lanes, each on one device: blocks are then listed by lane,
-as many in each, and made of the tokens of their lane alone. A window belongs to the lane that it begins in,
-which has the first tokens of the next lane too: its edge.
+Tokens that are laid over devices are cut in lanes, each lane on one device. Blocks are then listed by lane,
+as many in each lane, and a block has tokens of its lane alone. A window belongs to the lane that it begins
+in. For windows that end in the next lane, a lane also has the first tokens of the next lane, its edge.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 
 
 class Members(NamedTuple):
-    """The parts of each group, and for each window where its own stand.
+    """The parts of each group, and the places of the windows' own parts among them.
 
     Attributes
     ----------
     index, valid : ndarrays of int and bool, shape (C, r)
-        The parts of each group, filled up.
+        The parts of each group; `valid` is False for padding.
     inside : ndarray of int, shape (B, R)
-        Where, among all members, the part stands that a window has of each group that it cuts.
+        For each window and each group that it cuts, the place of the window's own part among all members.
     lanes : int
-        A group of this level and its parts are in one of so many lanes.
+        The number of lanes of this level: a group and its parts are in one lane.
     """
 
     index: Any
@@ -39,7 +39,7 @@ class Members(NamedTuple):
 
 
 class Pieces(NamedTuple):
-    """Groups of keys in pieces.
+    """Groups of keys, cut in pieces.
 
     Attributes
     ----------
@@ -47,7 +47,7 @@ class Pieces(NamedTuple):
         The smallest pieces.
     group_of_atom : ndarray of int, shape (A,)
     levels : tuple of Members
-        What atoms are merged to, up to groups: of one lane first, then across lanes.
+        The merges from atoms to groups: within each lane first, then across lanes.
     """
 
     atoms: Blocks
@@ -56,16 +56,16 @@ class Pieces(NamedTuple):
 
 
 class Cuts(NamedTuple):
-    """How windows cut groups of keys, by their common refinement into atoms.
+    """The cuts of groups of keys by windows, from their common refinement into atoms.
 
     Attributes
     ----------
     pieces : Pieces
-        An atom is what a window and a group share.
+        An atom has the tokens that a window and a group share.
     is_cut, group_of_cut : ndarrays of bool and int, shape (B, R)
-        For each window the groups that it cuts, filled up.
+        For each window the groups that it cuts; `is_cut` is False for padding.
     outside : ndarray of bool, shape (B, C)
-        Whether a group has no token in a window.
+        True where a group has no token in a window.
     """
 
     pieces: Pieces
@@ -76,10 +76,11 @@ class Cuts(NamedTuple):
 
 @static
 def windows(grid: Sizes, window: Sizes, lanes: int) -> Blocks:
-    """Lay windows of a size, in lanes."""
+    """Lay windows of one size over the grid, in lanes."""
     return _windows(grid, window, lanes)[0] if lanes > 1 else host_blocks(grid, "tiles", window)
 
 
+# Each cache keeps 64 layouts, which bounds host memory. Layers share layouts: no caller may write to them.
 @functools.lru_cache(maxsize=64)
 def _windows(grid: Sizes, window: Sizes, lanes: int) -> tuple[Blocks, Any]:
     owners, by_window = _owners(grid, window, lanes), host_blocks(grid, "tiles", window)
@@ -108,7 +109,7 @@ def _pieces(grid: Sizes, how: How, sizes: Sizes, lanes: int) -> Pieces:
 
 @static
 def divided(at: Blocks, most: int) -> Pieces:
-    """Cut blocks in parts of at most so many tokens, as many of each."""
+    """Cut each block in the same number of parts, of at most `most` tokens."""
     import numpy as np
 
     count, length = at.index.shape
@@ -127,7 +128,7 @@ def divided(at: Blocks, most: int) -> Pieces:
 
 @static
 def cuts(grid: Sizes, groups: tuple[How, Sizes], window: Sizes, lanes: int = 1) -> Cuts:
-    """Return how windows of a size cut groups of keys."""
+    """Return the cuts of groups of keys by windows of one size."""
     return _cuts(grid, groups, window, lanes)
 
 
@@ -144,17 +145,20 @@ def _cuts(grid: Sizes, groups: tuple[How, Sizes], window: Sizes, lanes: int) -> 
     window_of_token = by_window.place // by_window.index.shape[1]
     laid_windows, slot_of_window = _windows(grid, window, lanes)
 
+    # Tokens of one label, a pair of a window and a group, are an atom.
     label = window_of_token * group_count + group
     owners = _owners(grid, window, lanes)
     atoms, of_atom, is_atom = _lay(owners, np.arange(n), label, len(by_window.index) * group_count)
     atom_window, atom_group = of_atom // group_count, of_atom % group_count
-    # Of each lane its pieces of groups, then of each group its pieces.
+    # A piece is the part of a group in one lane: atoms merge to pieces within a lane, pieces to groups across
+    # lanes, so that averages of pieces alone travel between devices.
     lane = np.arange(len(of_atom)) // (len(of_atom) // lanes)
     piece, piece_group, is_piece = _slots(lane, atom_group, is_atom, group_count, lanes)
     within, place = _members(piece, is_atom, len(piece_group), lanes)
     across, place_of_piece = _members(piece_group, is_piece, group_count, 1)
 
     tokens_of_atom = np.bincount(label, minlength=len(by_window.index) * group_count)[of_atom]
+    # A window cuts a group if their atom has fewer tokens than the group.
     cut = np.flatnonzero(is_atom & (tokens_of_atom < np.bincount(group)[atom_group]))
     of_window, is_cut = _list_by(slot_of_window[atom_window[cut]], len(laid_windows.index))
     chosen = cut[of_window] if cut.size else np.zeros_like(of_window)
@@ -163,13 +167,13 @@ def _cuts(grid: Sizes, groups: tuple[How, Sizes], window: Sizes, lanes: int) -> 
 
     outside = np.ones((len(laid_windows.index), group_count), dtype=bool)
     outside[slot_of_window[atom_window[is_atom]], atom_group[is_atom]] = False
-    # In one lane a piece is a group.
+    # With one lane a piece is a whole group, and the second level would merge nothing.
     parts = Pieces(atoms, atom_group, levels if lanes > 1 else levels[:1])
     return Cuts(parts, is_cut, atom_group[chosen], outside)
 
 
 class _Owners(NamedTuple):
-    """In which of the lanes each token is, (N,), where one of its window's edge is in the lane before."""
+    """The lane of each token, (N,), and the length of an edge; the lane of a token is that of its window."""
 
     lane: Any
     lanes: int
@@ -186,17 +190,18 @@ def _owners(grid: Sizes, window: Sizes | None, lanes: int) -> _Owners:
         return _Owners(lane, lanes, 0)
     at = host_blocks(grid, "tiles", window)
     lane = lane[at.index[:, 0]][at.place // at.index.shape[1]]
+    # The edge is as long as the farthest reach of a window beyond the end of its lane.
     return _Owners(lane, lanes, max(0, int(np.max(token + 1 - (lane + 1) * length))))
 
 
 @static
 def fits_lanes(grid: Sizes, window: Sizes, lanes: int) -> bool:
-    """Tell whether no window reaches farther than into the next lane."""
+    """Tell whether every window ends in its own lane or in the next lane."""
     return _owners(grid, window, lanes).edge <= math.prod(grid) // lanes
 
 
 def _entries(at: Blocks) -> tuple[Any, Any]:
-    """Return the tokens in blocks, and the block of each."""
+    """Return the tokens of all blocks without padding, and the block of each token."""
     import numpy as np
 
     block = np.broadcast_to(np.arange(len(at.index))[:, None], at.index.shape)
@@ -205,7 +210,10 @@ def _entries(at: Blocks) -> tuple[Any, Any]:
 
 
 def _lay(owners: _Owners, tokens: Any, label: Any, count: int) -> tuple[Blocks, Any, Any]:
-    """Lay blocks of the tokens of one lane and label, as many in each lane; return their labels and which are real."""
+    """Lay tokens of one lane and label in a block, with as many blocks in each lane.
+
+    Also return the label of each block, and for each block False where it is padding.
+    """
     import numpy as np
 
     lane, lanes, edge = owners
@@ -213,7 +221,9 @@ def _lay(owners: _Owners, tokens: Any, label: Any, count: int) -> tuple[Blocks, 
     length, held = n // lanes, n // lanes + edge
     part, label_of_block, is_block = _slots(lane[tokens], label, True, count, lanes)
     listed, valid = _list_by(part, len(label_of_block))
+    # In lanes with edges a token stands behind the edges of all lanes before its own.
     position = np.arange(n) + lane * edge
+    # Padding is a place of the same lane, so that a gather reads from no other device.
     index = np.where(
         valid.any(axis=1, keepdims=True), position[tokens[listed]], _firsts(valid.shape, lanes, held)
     )
@@ -226,7 +236,10 @@ def _lay(owners: _Owners, tokens: Any, label: Any, count: int) -> tuple[Blocks, 
 
 
 def _slots(lane: Any, label: Any, real: Any, count: int, lanes: int) -> tuple[Any, Any, Any]:
-    """Give a slot to each lane and label that there is, as many in each lane; return the slots of entries and the labels."""
+    """Give a slot to each pair of lane and label that occurs, with as many slots in each lane.
+
+    Return the slot of each entry, the label of each slot, and for each slot False where it is padding.
+    """
     import numpy as np
 
     real = np.broadcast_to(real, lane.shape)
@@ -234,6 +247,7 @@ def _slots(lane: Any, label: Any, real: Any, count: int, lanes: int) -> tuple[An
     lane_of_pair = pairs // count
     each = np.bincount(lane_of_pair, minlength=lanes)
     width = int(each.max())
+    # Pairs are sorted by lane: a slot is the first slot of its lane plus the number of the pair in the lane.
     slot = np.arange(len(pairs)) + (np.arange(lanes) * width - (np.cumsum(each) - each))[lane_of_pair]
     label_of_slot, is_slot = np.zeros(lanes * width, dtype=np.int64), np.zeros(lanes * width, dtype=bool)
     label_of_slot[slot], is_slot[slot] = pairs % count, True
@@ -257,6 +271,7 @@ def _members(group: Any, real: Any, count: int, lanes: int) -> tuple[Members, An
 
 
 def _inverse(label: Any, real: Any, count: int) -> Any:
+    """Return the slot of each label."""
     import numpy as np
 
     slot = np.zeros(count, dtype=np.int64)
@@ -273,7 +288,7 @@ def _firsts(shape: Sizes, lanes: int, size: int) -> Any:
 
 
 def _list_by(label: Any, count: int) -> tuple[Any, Any]:
-    """Return the positions (count, L) at which each label stands, filled up, and where they are real."""
+    """Return the positions (count, L) of each label, and False for padding."""
     import numpy as np
 
     sizes = np.bincount(label, minlength=count)
@@ -281,5 +296,6 @@ def _list_by(label: Any, count: int) -> tuple[Any, Any]:
     starts = np.cumsum(sizes) - sizes
     step = np.arange(length)
     valid = step < sizes[:, None]
+    # One entry more: the positions of a label that does not occur may begin after the last entry.
     order = np.append(np.argsort(label, kind="stable"), 0)
     return order[starts[:, None] + np.where(valid, step, 0)], valid

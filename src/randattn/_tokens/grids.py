@@ -26,26 +26,26 @@ if TYPE_CHECKING:
 
 
 class Blocks(NamedTuple):
-    """Blocks of tokens, each filled up to one length by repeating a token of its own.
+    """Blocks of tokens of one length; tokens of a block are repeated as its padding.
 
     Attributes
     ----------
     index : ndarray of int, shape (B, L)
-        The tokens of each block; in lanes, their places in lanes with edges.
+        The tokens of each block; with lanes, the places of the tokens in lanes with edges.
     valid : ndarray of bool, shape (B, L), or None
-        False where a block is filled up; None where none is.
+        False for padding; None without padding.
     place : ndarray of int, shape (N,)
-        Where each token stands among the B x L (the last place, where it stands in several).
+        The place of each token among the B x L; the last place of a token that is in several blocks.
     in_order : bool
-        The blocks are the tokens as they stand: a reshape will do.
+        True where the blocks have all tokens in their order: a reshape makes the blocks.
     lanes : int
-        As many as the tokens are cut in, 1 where they are not.
+        The number of lanes that the tokens are cut in; 1 without lanes.
     edge : int
-        Tokens of the next lane that a lane has too.
+        The number of tokens of the next lane that a lane has too.
     own : ndarray of bool, shape (lanes, N / lanes), or None
-        Whether a token is in a block of the lane that it lies in; None where all are.
+        True for a token in a block of the lane that the token lies in; None where all tokens are.
     laid : tuple (grid, how, sizes), or None
-        What `blocks` was asked for, where that made them.
+        The arguments of `blocks`; None for blocks that other functions made.
     """
 
     index: Any
@@ -62,14 +62,16 @@ class Blocks(NamedTuple):
 def blocks(grid: Sizes, how: How, sizes: Sizes) -> Blocks:
     """Lay blocks over a grid.
 
-    "segments": so many on each axis, of equal sizes, or the last ones by one token longer.
-    "cells": so many on each axis, overlapping by a token where they do not divide it, repeating
-    tokens where they are more; those of adaptive pooling.
-    "tiles": of that size on each axis, the last one cut off by the border.
+    "segments": `sizes` are numbers of blocks on each axis; the last blocks may be longer by a token.
+    "cells": `sizes` are numbers of blocks on each axis, as in adaptive pooling: blocks overlap by a token
+    where their number does not divide the axis, and repeat tokens where there are more blocks than tokens.
+    "tiles": `sizes` are sizes of blocks on each axis; the border cuts the last block.
     """
     return host_blocks(grid, how, sizes)
 
 
+# The cache keeps 64 layouts, which bounds host memory: a layout has indices of all tokens. The layers of a
+# model share these arrays, so that no caller may write to them.
 @functools.lru_cache(maxsize=64)
 def host_blocks(grid: Sizes, how: How, sizes: Sizes) -> Blocks:
     import numpy as np
@@ -79,11 +81,13 @@ def host_blocks(grid: Sizes, how: How, sizes: Sizes) -> Blocks:
     valid = np.ones((1,) * 2 * rank, dtype=bool)
     for axis, (n, size) in enumerate(zip(grid, sizes, strict=True)):
         starts, stops = _borders(n, how, size)
+        # Blocks are on the first `rank` axes of `index`, the tokens of a block on the last `rank` axes.
         steps = np.arange(np.max(stops - starts))
         tokens = starts[:, None] + steps
         shape = [1] * (2 * rank)
         shape[axis], shape[rank + axis] = tokens.shape
         inside = tokens < stops[:, None]
+        # Padding repeats the block's first token: a gather reads no token of another block.
         tokens = np.where(inside, tokens, starts[:, None])
         index = index * n + tokens.reshape(shape)
         valid = valid & inside.reshape(shape)
@@ -93,7 +97,7 @@ def host_blocks(grid: Sizes, how: How, sizes: Sizes) -> Blocks:
 
 
 def listed(index: Any, valid: Any, n: int) -> Blocks:
-    """Return blocks of n tokens by their indices (B, L)."""
+    """Return blocks of n tokens from their indices (B, L)."""
     import numpy as np
 
     place = np.zeros(n, dtype=np.int64)
@@ -110,6 +114,7 @@ def _borders(n: int, how: How, size: int) -> tuple[Any, Any]:
         return starts, np.minimum(starts + size, n)
     i = np.arange(size)
     if how == "cells":
+        # From the floor of i n / size to the ceiling of (i + 1) n / size, in whole numbers.
         return i * n // size, -((i + 1) * -n // size)
     short, longer = divmod(n, size)
     stops = np.cumsum(short + (i >= size - longer))
@@ -118,19 +123,22 @@ def _borders(n: int, how: How, size: int) -> tuple[Any, Any]:
 
 @static
 def blocks_over(grid: Sizes, of: tuple[How, Sizes], window: Sizes) -> Any:
-    """Tell whether a block of tokens in a row is over where a window begins: bools, (windows, blocks)."""
+    """Tell for each window and block of consecutive tokens whether the block ends before the window begins.
+
+    The result is (windows, blocks).
+    """
     ends, starts = host_blocks(grid, *of).index.max(axis=1), host_blocks(grid, "tiles", window).index[:, 0]
     return ends[None, :] < starts[:, None]
 
 
 @static
 def blocks_before(grid: Sizes, of: tuple[How, Sizes], window: Sizes) -> Any:
-    """Return for each window how many blocks are over where it begins, (windows,)."""
+    """Return the number of blocks that end before each window begins: (windows,)."""
     return blocks_over(grid, of, window).sum(axis=1)
 
 
 def tokens_on_grid(grid: Any, n: int, m: int) -> Sizes:
-    """Return the caller's grid, or a row of all keys."""
+    """Return the caller's grid, or without one a row of all keys."""
     if grid is None:
         check_known("k", "segments and windows that are laid by the number of tokens", m)
         return plain((m,))
@@ -143,12 +151,12 @@ def tokens_on_grid(grid: Any, n: int, m: int) -> Sizes:
 
 
 def number_on_grid(name: str, value: Any, grid: Sizes) -> Sizes:
-    """Return a number of blocks as numbers on the axes of a grid: the caller's own, or the best that fit."""
+    """Return the numbers of blocks on the axes of a grid: the caller's own, or the best factors of an int."""
     return _on_grid(name, value, grid, by_tokens=False)
 
 
 def size_on_grid(name: str, value: Any, grid: Sizes) -> Sizes:
-    """Return the tokens of a block as its sizes on the axes of a grid: the caller's own, or the best that fit."""
+    """Return the sizes of a block on the axes of a grid: the caller's own, or the best factors of an int."""
     return _on_grid(name, value, grid, by_tokens=True)
 
 
@@ -167,14 +175,15 @@ def _on_grid(name: str, value: Any, grid: Sizes, *, by_tokens: bool) -> Sizes:
 
 @static
 def _factors(grid: Sizes, total: int, cubes: bool) -> Sizes:
-    """Return sizes that fit the grid with the largest product up to `total`.
+    """Return the sizes that fit the grid and have the largest product up to `total`.
 
-    Of several, sizes that are nearest to cubes themselves (`cubes`) or that cut the grid into blocks nearest
-    to cubes.
+    Among equal products the sizes nearest to a cube win (`cubes`), or the sizes that cut the grid into blocks
+    nearest to cubes.
     """
     return _best_factors(grid, total, cubes)
 
 
+# The cache keeps 256 results, a few numbers each: without it each call would search all sizes.
 @functools.lru_cache(maxsize=256)
 def _best_factors(grid: Sizes, total: int, cubes: bool) -> Sizes:
     def preference(sizes: Sizes) -> tuple[int, float]:
@@ -185,6 +194,7 @@ def _best_factors(grid: Sizes, total: int, cubes: bool) -> Sizes:
 
 
 def _sizes_within(grid: Sizes, total: int) -> Iterator[Sizes]:
+    """Yield sizes that fit the grid with a product up to `total`, the last size as large as it may be."""
     *others, last = grid
     for sizes in itertools.product(*(range(1, min(n, total) + 1) for n in others)):
         rest = total // math.prod(sizes)

@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 
 def pool(x: Array, at: Blocks, mask: Array | None) -> Average:
-    """Return the mean token (..., B, D) of each block and the logarithm of its size, padding left out.
+    """Return the mean token (..., B, D) of each block and the logarithm of its size, without padding.
 
-    A block of padding alone has a mean of zero and the size's logarithm -inf.
+    A block of padding alone has the mean 0 and the logarithm -inf.
     """
     parts = in_pieces(x, at)
     if parts is not None:
@@ -45,7 +45,10 @@ def pool(x: Array, at: Blocks, mask: Array | None) -> Average:
 
 
 def in_pieces(x: Array, at: Blocks) -> Pieces | None:
-    """Return blocks in pieces, where their tokens are laid over devices, or in chunks shorter than a block."""
+    """Return the pieces of blocks, for tokens on several devices or in chunks.
+
+    None for other tokens, and for blocks that are pieces already.
+    """
     if at.laid is None:
         return None
     longest = backend_of(x).longest_chunk(x)
@@ -66,20 +69,21 @@ def gather(x: Array, at: Blocks) -> Array:
 
 
 def _with_edges(x: Array, at: Blocks) -> Array:
-    """Give each lane the first tokens of the next one: all that leaves a device."""
+    """Append to each lane the first tokens of the next lane; no other tokens leave a device."""
     if not at.edge:
         return x
     xp = namespace(x)
     *lead, n, d = x.shape
     x = xp.reshape(x, (*lead, at.lanes, n // at.lanes, d))
+    # The last lane gets tokens of the first lane, which no window reads.
     x = xp.concat([x, xp.roll(x[..., : at.edge, :], -1, axis=-3)], axis=-2)
     return xp.reshape(x, (*lead, n + at.lanes * at.edge, d))
 
 
 def gather_bias(x: Array, mask: Array | None, at: Blocks) -> Array | None:
-    """Return 0 for the tokens of each block, -inf for padding and for entries that fill it up: (..., B, L).
+    """Return a bias (..., B, L) for the tokens of each block: 0, or -inf for padding of tokens or of blocks.
 
-    None where all are 0.
+    None where all entries are 0.
     """
     if mask is None and at.valid is None:
         return None
@@ -93,7 +97,7 @@ def gather_bias(x: Array, mask: Array | None, at: Blocks) -> Array | None:
 
 
 def scatter(x: Array, at: Blocks, like: Array) -> Array:
-    """Bring the rows of blocks back to their tokens: (..., B, L, E) -> (..., N, E), in the chunks of `like`."""
+    """Bring rows of blocks (..., B, L, E) back to their tokens (..., N, E), in the chunks of `like`."""
     return backend_of(x).cut_tokens_as(_scattered(x, at), like)
 
 
@@ -106,7 +110,7 @@ def _scattered(x: Array, at: Blocks) -> Array:
     x = _take(x, at.place, axis=-2, lanes=at.lanes)
     if not at.edge:
         return x
-    # A row of the edge belongs to the next lane.
+    # The rows of an edge are tokens of the next lane: they go there, for tokens that are not `own`.
     x = xp.reshape(x, (*lead, at.lanes, -1, e))
     mine, edge = x[..., : -at.edge, :], xp.roll(x[..., -at.edge :, :], 1, axis=-3)
     own = with_rank(xp.asarray(at.own[..., None], device=placement(x)), x.ndim)
@@ -117,13 +121,14 @@ def _scattered(x: Array, at: Blocks) -> Array:
 def _take(x: Array, index: Any, axis: int, lanes: int) -> Array:
     """Take from `x` at a NumPy index of any shape, which is flattened into the axis.
 
-    With lanes, each of an equal share of the index is into the same share of the axis.
+    With lanes, index and axis have a share for each lane, and an entry is in the share of its own lane.
     """
     xp = namespace(x)
     if lanes == 1:
         return backend_of(x).take(x, index, axis)
     axis, size = axis + x.ndim, x.shape[axis]
     shape, rest = tuple(x.shape[:axis]), tuple(x.shape[axis + 1 :])
+    # Along an axis of lanes a device takes from its own tokens; a flat `take` would gather all tokens first.
     within = index.reshape(lanes, -1) % (size // lanes)
     at = xp.asarray(within.reshape(*[1] * len(shape), *within.shape, *[1] * len(rest)), device=placement(x))
     x = xp.reshape(x, (*shape, lanes, size // lanes, *rest))
@@ -131,9 +136,9 @@ def _take(x: Array, index: Any, axis: int, lanes: int) -> Array:
 
 
 class Parted(NamedTuple):
-    """The parts of groups: averages over the smallest pieces, and at each level the parts of each group.
+    """Averages over atoms, and at each level the averages over the parts of each group.
 
-    The parts are made once; of lazy arrays, in the task of each caller.
+    The averages over parts are computed once. Lazy arrays have none: each task computes them from the atoms.
     """
 
     atoms: Average
@@ -141,7 +146,10 @@ class Parted(NamedTuple):
 
 
 def union(atoms: Average, parts: Pieces | None) -> tuple[Average, Parted]:
-    """Merge averages over pieces to averages over groups (no pieces: they are the groups); return their parts too."""
+    """Merge averages over atoms to averages over groups; return the averages over their parts too.
+
+    Without pieces the atoms are the groups.
+    """
     if parts is None:
         return atoms, Parted(atoms, [])
     own = backend_of(atoms.out)
@@ -154,7 +162,7 @@ def union(atoms: Average, parts: Pieces | None) -> tuple[Average, Parted]:
 
 
 def others(groups: Parted, cut: Cuts) -> Average:
-    """Return for each window and each group that it cuts the average over the other parts: (..., B, R, E)."""
+    """Return averages over the groups that each window cuts, without the window's part: (..., B, R, E)."""
     if groups.members:
         return _others(groups.members, cut)
     return backend_of(groups.atoms.out).regroup(_others_of_atoms, groups.atoms, cut.is_cut.shape, cut)
@@ -176,7 +184,7 @@ def _others(members: Sequence[Average], cut: Cuts) -> Average:
 
 
 def _levels(atoms: Average, parts: Pieces) -> Iterator[tuple[Average, Average]]:
-    """Yield at each level the averages over its groups, and the parts of each of them."""
+    """Yield at each level the averages over its groups, and the averages over their parts."""
     for level in parts.levels:
         members = _of_groups(backend_of(atoms.out).everywhere(atoms) if level.lanes == 1 else atoms, level)
         atoms = average_of_all(members.log_norm, members.out)
@@ -184,7 +192,7 @@ def _levels(atoms: Average, parts: Pieces) -> Iterator[tuple[Average, Average]]:
 
 
 def _of_groups(atoms: Average, level: Members) -> Average:
-    """Gather the parts of each group: (..., C, r, E)."""
+    """Gather the averages over the parts of each group: (..., C, r, E)."""
     xp, shape = namespace(atoms.out), level.index.shape
     log_norm = _take(atoms.log_norm, level.index, axis=-1, lanes=level.lanes)
     log_norm = xp.reshape(log_norm, (*log_norm.shape[:-1], *shape))
@@ -194,8 +202,10 @@ def _of_groups(atoms: Average, level: Members) -> Average:
 
 
 def _all_but(members: Average, level: Members) -> Average:
-    """Return for each window the groups that it cuts without its own part: (..., B, R, E)."""
+    """Compute `others` for the parts of one level: (..., B, R, E)."""
     xp, shape = namespace(members.out), level.inside.shape
+    # The parts before merged with the parts after: a difference (group less part) would lose all digits where
+    # the part has nearly all of the group's weight.
     before, after = (
         _before(members),
         _before(Average(xp.flip(members.out, axis=-2), xp.flip(members.log_norm, axis=-1))),
@@ -210,7 +220,7 @@ def _all_but(members: Average, level: Members) -> Average:
 
 
 def _before(parts: Average) -> Average:
-    """Return for each part (..., r, E) the average over the parts before it: a scan of `merge`, by doubling."""
+    """Return for each part (..., r, E) the average over the parts before it, by a scan of `merge`."""
     xp = namespace(parts.out)
 
     def later(x: Average, step: int) -> Average:
@@ -221,6 +231,7 @@ def _before(parts: Average) -> Average:
         )
 
     count, step = parts.out.shape[-2], 1
+    # By doubling: after a step each average is over the 2 * step parts before it, in log2(count) merges.
     parts = later(parts, 1)
     while step < count:
         parts = merge(parts, later(parts, step))
@@ -229,7 +240,7 @@ def _before(parts: Average) -> Average:
 
 
 def blocks_of_queries(x: Inputs, keys: Blocks) -> Blocks:
-    """Lay as many blocks of queries as of keys, the very same ones where N = M."""
+    """Return as many blocks of queries as of keys, the same blocks where N = M."""
     n, m = x.q.shape[-2], x.k.shape[-2]
     check_known("q", "segments that are laid by the number of tokens", n, m)
     n, m = plain((n, m))
@@ -240,13 +251,13 @@ def blocks_of_queries(x: Inputs, keys: Blocks) -> Blocks:
 
 
 def pooling_ranks(landmarks: Any, noise: Any) -> list[tuple[Any, int]]:
-    """Return the further arrays of an estimator that pools, with the number of their trailing axes."""
+    """Return the noise and the landmarks, each with the number of its trailing axes."""
     pair = landmarks if isinstance(landmarks, tuple | list) else ()
     return [(noise, 2), *[(array, 2) for array in pair]]
 
 
 def given_landmarks(x: Inputs, landmarks: Any, count: int) -> tuple[Array, Array]:
-    """Return the caller's own landmarks (..., C, D), checked."""
+    """Check the caller's landmarks (..., C, D) and return them."""
     if not isinstance(landmarks, tuple | list) or len(landmarks) != 2:
         raise TypeError(
             f"landmarks: expected a pair (q_landmarks, k_landmarks), got {type(landmarks).__name__}"

@@ -1,6 +1,6 @@
-"""Group tokens that are near each other where logits are concerned, in groups of one size.
+"""Group tokens with similar logits, in groups of one size.
 
-Arrays here are (L, N, .), the leading axes in one; gradients do not pass through the choice of groups.
+Arrays here are (L, N, .), with all leading axes in one axis L. The choice of groups passes no gradient.
 """
 
 from __future__ import annotations
@@ -15,18 +15,19 @@ from randattn._core.library import namespace, placement
 if TYPE_CHECKING:
     Array = Any
 
-# A covariance is estimated from one token in so many, where there are enough: errors as with all tokens, a
-# quarter of the multiply-adds.
+# The stride, in tokens, of the sample for a covariance, where there are enough tokens. It bounds time: with
+# every fourth token the errors were as with all tokens, for a quarter of the multiply-adds.
 STRIDE = 4
-# Steps of a power iteration: directions need to be near the leading ones alone.
+# The number of steps of a power iteration, which costs time in proportion. Directions need not be exact
+# eigenvectors, only near the leading eigenvectors.
 ROUNDS = 2
 
 
 def sketch(q: Array, k: Array, rank: int) -> tuple[Array, Array]:
-    """Return coordinates (L, N, r), (L, M, r) whose products approximate ``q . k``, of tokens about their means.
+    """Return coordinates (L, N, r), (L, M, r) whose products approximate ``q . k`` of tokens with zero mean.
 
-    ``X'q`` and ``(cov(q) X)'k`` with the leading eigenvectors X of cov(k) cov(q), orthonormal by cov(q):
-    the best there is of this rank. By subspace iteration.
+    The coordinates are ``X'q`` and ``(cov(q) X)'k`` with the leading eigenvectors X of cov(k) cov(q), which
+    are orthonormal by cov(q): the best approximation of this rank. Subspace iteration finds X.
     """
     if q.shape[-1] <= rank:
         return q, k
@@ -39,18 +40,23 @@ def sketch(q: Array, k: Array, rank: int) -> tuple[Array, Array]:
 
 
 def stride_of(tokens: int) -> int:
-    """Return the stride of the tokens that a covariance is estimated from."""
+    """Return the stride of the sample of tokens for a covariance."""
+    # The sample has at least 128 tokens, or all tokens.
     return max(1, min(2 * STRIDE, tokens // 128))
 
 
 def _orthonormal(x: Array, metric: Array) -> Array:
-    """Make the columns of `x` (L, D, r) orthonormal by the metric, one by one; a column without length is zero."""
+    """Make the columns of `x` (L, D, r) orthonormal by the metric; a column without length becomes zero."""
     xp, done = namespace(x), []
     transpose = xp.matrix_transpose
-    largest = xp.sqrt(xp.max(xp.sum(x * xp.matmul(metric, x), axis=-2), axis=-1))[:, None, None]
+    # Squares of lengths: rounding alone can make one negative.
+    squares = xp.abs(xp.sum(x * xp.matmul(metric, x), axis=-2))
+    largest = xp.sqrt(xp.max(squares, axis=-1))[:, None, None]
     for _ in range(x.shape[-1]):
         one, x = x[..., :1], x[..., 1:]
         along = xp.matmul(metric, one)
+        # `abs`, since rounding may make a tiny square negative. A column below sqrt(eps) of the largest
+        # length is rounding alone: to divide it by its length would make noise a direction.
         length = xp.sqrt(xp.abs(xp.sum(one * along, axis=-2, keepdims=True)))
         is_more = length > largest * xp.finfo(x.dtype).eps ** 0.5
         length = xp.where(is_more, length, 1.0)
@@ -61,46 +67,48 @@ def _orthonormal(x: Array, metric: Array) -> Array:
 
 
 def covariance(x: Array) -> Array:
-    """Return ``x'x / n`` of tokens (L, n, r), which are about their mean."""
+    """Return ``x'x / n`` of tokens (L, n, r) with zero mean."""
     xp = namespace(x)
     return xp.matmul(xp.matrix_transpose(x), x) / x.shape[-2]
 
 
 def halves(x: Array, metric: Array, keep: Array | None, depth: int) -> Array:
-    """Return groups (L, 2**depth, s) of tokens `x` (L, N, r), halved again and again along their main direction.
+    """Return groups (L, 2**depth, s) of tokens `x` (L, N, r), from repeated halving along a main direction.
 
-    Lengths are measured by `metric` (L, r, r), the covariance of the other factor of the products. Numbers
-    from N on fill the groups up; tokens that `keep` (L, N) has as False are in the last groups.
+    Lengths are measured by `metric` (L, r, r), the covariance of the other factor of the products: tokens
+    with similar logits are near each other. Numbers from N on are padding; tokens that are False in `keep`
+    (L, N) are in the last groups.
     """
-    xp, (lanes, n, features) = namespace(x), x.shape
+    xp, (heads, n, features) = namespace(x), x.shape
     size = -(-n // 2**depth)
     fill = size * 2**depth - n
     device = placement(x)
-    index = xp.broadcast_to(xp.arange(n + fill, device=device)[None, :], (lanes, n + fill))
-    is_token = xp.ones((lanes, n), dtype=xp.bool, device=device) if keep is None else keep
+    index = xp.broadcast_to(xp.arange(n + fill, device=device)[None, :], (heads, n + fill))
+    is_token = xp.ones((heads, n), dtype=xp.bool, device=device) if keep is None else keep
     if fill:
-        x = xp.concat([x, xp.zeros((lanes, fill, features), dtype=x.dtype, device=device)], axis=1)
-        none = xp.zeros((lanes, fill), dtype=xp.bool, device=device)
+        x = xp.concat([x, xp.zeros((heads, fill, features), dtype=x.dtype, device=device)], axis=1)
+        none = xp.zeros((heads, fill), dtype=xp.bool, device=device)
         is_token = xp.concat([is_token, none], axis=1)
     for level in range(depth):
-        nodes, length = lanes * 2**level, size * 2 ** (depth - level)
+        nodes, length = heads * 2**level, size * 2 ** (depth - level)
         x, is_token, index = (xp.reshape(y, (nodes, length, *y.shape[2:])) for y in (x, is_token, index))
         weight = xp.astype(is_token, x.dtype)[..., None]
         every = max(1, min(STRIDE, length // 8))
         steps = xp.reshape(
-            xp.broadcast_to(metric[:, None, ...], (lanes, 2**level, features, features)),
+            xp.broadcast_to(metric[:, None, ...], (heads, 2**level, features, features)),
             (nodes, features, features),
         )
         direction = _direction(x[:, ::every, :], weight[:, ::every, :], steps)
+        # Padding sorts last at every level, and so ends in the last groups.
         along = xp.where(is_token, xp.matmul(x, direction)[..., 0], math.inf)
-        # Padding is all alike, and lies in the same places on every library.
+        # Masked tokens compare equal: a stable sort gives them the same places on every library.
         order = backend_of(x).order_of(along, stable=keep is not None)
         x, is_token, index = rows(x, order), entries(is_token, order), entries(index, order)
-    return xp.reshape(index, (lanes, 2**depth, size))
+    return xp.reshape(index, (heads, 2**depth, size))
 
 
 def _direction(x: Array, weight: Array, metric: Array) -> Array:
-    """Return the leading eigenvector (nodes, r, 1) of metric times covariance, by a few steps."""
+    """Return the leading eigenvector (nodes, r, 1) of metric times covariance, by power iteration."""
     xp = namespace(x)
     tiny = xp.finfo(x.dtype).smallest_normal
     count = xp.sum(weight, axis=-2, keepdims=True)
@@ -112,6 +120,7 @@ def _direction(x: Array, weight: Array, metric: Array) -> Array:
     for _ in range(ROUNDS):
         along = xp.matmul(xp.matrix_transpose(x), xp.matmul(x, direction))
         direction = xp.matmul(metric, along)
+        # Divided by the largest entry, or repeated products would overflow. For equal tokens it stays 0.
         longest = xp.max(xp.abs(direction), axis=-2, keepdims=True)
         direction = direction / xp.where(longest < tiny, 1.0, longest)
     return direction

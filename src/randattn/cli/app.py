@@ -1,4 +1,4 @@
-"""The command's options, and the calls that they make."""
+"""Define the options of the command, and make its calls."""
 
 from __future__ import annotations
 
@@ -30,13 +30,14 @@ if TYPE_CHECKING:
     from .compare.measure import Advance
     from .libraries import ArrayLibrary
 
+# Exit status of a program that an interrupt ended: 128 + SIGINT, as shells report it.
 _INTERRUPTED = 130
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]}, invoke_without_command=True)
 @click.pass_context
 def app(context: click.Context) -> None:
-    """Randomized attention for any array library."""
+    """Compare and diagnose randomized attention on any array library."""
     if context.invoked_subcommand is None:
         click.echo(context.get_help(), err=True)
         context.exit(2)
@@ -49,9 +50,9 @@ def app(context: click.Context) -> None:
     multiple=True,
     type=click.Choice(NAMES),
     metavar="NAME",
-    help=f"An array library to measure: {', '.join(NAMES)}. Repeatable. Default: all that are installed, "
-    f"except {' and '.join(CHECKS)}, which are checks rather than tools. PyTorch runs on a CUDA device where "
-    "it has one, JAX on its default device; CuPy needs a CUDA device.",
+    help=f"An array library to measure: {', '.join(NAMES)}. Repeatable. Default: all installed libraries "
+    f"except {' and '.join(CHECKS)}, which serve for checks. PyTorch runs on a CUDA device if it finds one, "
+    "JAX on its default device; CuPy needs a CUDA device.",
 )
 @click.option(
     "--estimator",
@@ -67,24 +68,22 @@ def app(context: click.Context) -> None:
     type=Path,
     metavar="FILE",
     help="A .npz or .safetensors file with q (..., N, D), k (..., M, D), v (..., M, E) and optionally scale. "
-    "Default: the embedded sample, what a small sentence encoder passes to its attention.",
+    "Default: the embedded sample, the attention inputs of a small sentence encoder.",
 )
 @click.option(
     "--seeds",
     type=click.IntRange(min=1),
     metavar="N",
-    help=f"How many seeds errors are averaged over. Default: {FULL.seeds}, or {QUICK.seeds} with --quick.",
+    help=f"Number of seeds that errors are averaged over. Default: {FULL.seeds}, with --quick {QUICK.seeds}.",
 )
 @click.option(
     "--output",
     type=Path,
     metavar="DIR",
-    help="Write report.png and report.json there, in place of those that are there: both or neither.",
+    help="Directory for report.png and report.json. Older files of that name are replaced, both or neither.",
 )
-@click.option(
-    "--json", "as_json", is_flag=True, help="Print what report.json holds, alone, on standard output."
-)
-@click.option("--quick", is_flag=True, help="Fewer sample counts, seeds, repetitions and lengths: seconds.")
+@click.option("--json", "as_json", is_flag=True, help="Print the content of report.json, and nothing else.")
+@click.option("--quick", is_flag=True, help="Measure less, in seconds: fewer samples, seeds and lengths.")
 def compare(
     *,
     names: tuple[str, ...],
@@ -98,13 +97,13 @@ def compare(
     """Compare the estimators with exact attention: error, time, and agreement between libraries.
 
     The error of a layer is the norm of the difference from exact attention over the norm of exact
-    attention; it is averaged over layers and seeds. A layer is what the last three axes hold: heads,
-    tokens and features. Beside it stands the error of the trivial answer, mean(V), the mean of all
-    values: an estimator that errs more is worse than not looking at the queries.
+    attention. It is averaged over layers and seeds. A layer is the last three axes: heads, tokens and
+    features. The trivial answer, mean(V), is the mean of all values: an estimator with a larger error
+    is worse than one that ignores the queries.
 
-    Times are medians in float32, from the drawing of random numbers to the device's last result; JAX
-    is compiled, and its draws are constants then. Speedup is over exact attention by the same
-    library. Agreement is the largest difference from NumPy's result with the same seed.
+    Times are medians in float32, from the draws to the device's last result. JAX is compiled, and its
+    draws are then constants. Speedup is the time of exact attention over that of the estimator, both by
+    one library. Agreement is the largest difference from NumPy's result with the same seed.
     """
     start = time.perf_counter()
     plan = QUICK if quick else FULL
@@ -116,7 +115,7 @@ def compare(
         report = measure(
             inputs,
             libraries,
-            # In the table's order, and once.
+            # In the order of the table, each once: an option may be repeated.
             [name for name in by_label() if name in estimators or not estimators],
             plan=plan,
             seeds=plan.seeds if seeds is None else seeds,
@@ -125,7 +124,7 @@ def compare(
         )
     text = json.dumps(report.to_json(), indent=2, allow_nan=False) + "\n"
     if output is not None:
-        # Late: it takes a second to import.
+        # Imported late: matplotlib would delay every call of the command.
         from .compare.plot import plot
 
         write_report(output, {"report.png": plot(report), "report.json": text.encode()})
@@ -142,7 +141,7 @@ def compare(
     type=Path,
     metavar="FILE",
     help="A .npz or .safetensors file with q (..., N, D), k (..., M, D), v (..., M, E) and optionally scale. "
-    "Default: the embedded sample, what a small sentence encoder passes to its attention.",
+    "Default: the embedded sample, the attention inputs of a small sentence encoder.",
 )
 @click.option(
     "--estimator",
@@ -156,26 +155,27 @@ def compare(
     "--samples",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Draws, landmarks, groups or exact keys. Default: "
+    help="Number of draws, landmarks, groups or exact keys. Default: "
     + ", ".join(f"{by_label()[name].default} for {name}" for name in labels())
     + ".",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, metavar="N", help="Of the draws. Default: 0.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, metavar="N", help="Seed of draws. Default: 0.")
 @click.option(
     "--replicates",
     type=click.IntRange(min=2),
     default=8,
     metavar="N",
-    help="Calls with draws of their own, for the standard error. Default: 8.",
+    help="Number of calls with draws of their own, for the standard error. Default: 8.",
 )
 @click.option(
     "--output",
     type=Path,
     metavar="DIR",
-    help="Write diagnosis.png and diagnosis.json there, in place of those that are there: both or neither.",
+    help="Directory for diagnosis.png and diagnosis.json. Older files of that name are replaced, both or "
+    "neither.",
 )
 @click.option(
-    "--json", "as_json", is_flag=True, help="Print what diagnosis.json holds, alone, on standard output."
+    "--json", "as_json", is_flag=True, help="Print the content of diagnosis.json, and nothing else."
 )
 def diagnose(
     *,
@@ -187,12 +187,12 @@ def diagnose(
     output: Path | None,
     as_json: bool,
 ) -> None:
-    """Say when to trust an estimator on these inputs, and what to use instead.
+    """Diagnose the estimators on these inputs: when to trust one, and what to use instead.
 
-    Beside the error of each estimator and of the trivial answer, mean(V), stand what tells without exact
-    attention: the standard error over replicates, the effective sample size of a query's self-normalized
-    weights, and the largest weight. Everything printed was computed on these inputs; it is
-    randattn.diagnose, in float32 and on NumPy.
+    The table has the error of each estimator and of the trivial answer, mean(V). Three columns do without
+    exact attention: the standard error over replicates, the effective sample size of a query's
+    self-normalized weights, and the largest weight. All figures are those of randattn.diagnose on these
+    inputs, on NumPy in float32.
     """
     inputs = read_sample() if path is None else read_inputs(path)
     if output is not None:
@@ -218,12 +218,13 @@ def diagnose(
 
 
 def run() -> int:
-    """Run the command line: an error goes on one line of standard error, never as a traceback."""
+    """Run the command line, and report an error in one line of standard error."""
     try:
-        # The status of a command, `--help` among them.
+        # Not click's standalone mode, which prints errors in its own form and ends the process. The call
+        # returns the status of a command, of `--help` too.
         return int(app(standalone_mode=False) or 0)
     except click.ClickException as error:
-        # One line whatever a file is called.
+        # The name of a file can have line breaks: the message stays in one line.
         sys.stderr.write(f"Error: {' '.join(error.format_message().split())}\n")
         return error.exit_code
     except click.Abort:
@@ -234,7 +235,7 @@ def run() -> int:
 def _open_libraries(names: tuple[str, ...]) -> list[ArrayLibrary]:
     if names:
         try:
-            # Once each, in the order in which they are named.
+            # Each library once, in the order of the options.
             return [open_library(name) for name in dict.fromkeys(names)]
         except Unusable as error:
             raise Refused(f"--backend {error}") from None
@@ -249,10 +250,10 @@ def _open_libraries(names: tuple[str, ...]) -> list[ArrayLibrary]:
 
 @contextmanager
 def _progress() -> Iterator[Advance]:
-    """A progress bar on standard error, where that is a terminal."""
+    """Yield a function that advances a progress bar on standard error, if that is a terminal."""
     console = Console(stderr=True)
     if not console.is_terminal:
-        # Not the bar's own `disable`, which in older versions of Rich still prints a line.
+        # Not `Progress(disable=True)`, which prints a line in older versions of Rich.
         yield lambda _done, _total, _doing: None
         return
     columns = (
@@ -261,7 +262,7 @@ def _progress() -> Iterator[Advance]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    # Drawn seldom: it would show in the times.
+    # Four times a second: a thread that draws more often would show in the measured times.
     with Progress(*columns, console=console, transient=True, refresh_per_second=4) as bar:
         task = bar.add_task("")
 

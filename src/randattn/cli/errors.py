@@ -1,4 +1,4 @@
-"""What the command refuses."""
+"""Errors that the command reports in one line."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ import click
 
 
 class Refused(click.ClickException):
-    """What is wrong with what the caller gave, in one line."""
+    """A fault of the caller's input, in one line."""
 
     exit_code = 2

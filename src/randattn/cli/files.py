@@ -1,4 +1,4 @@
-"""Read the arrays, write the report."""
+"""Read the arrays of a caller's file, and write the report."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _AXES = {"q": "N, D", "k": "M, D", "v": "M, E"}
 
 
 class _Unfit(Exception):  # noqa: N818  (a file's fault)
-    """The fault of a file, without its name."""
+    """A fault of a file, without the file's name."""
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """Inputs of attention: q (..., N, D), k (..., M, D), v (..., M, E) in float32, and the scale."""
+class Arrays:
+    """The inputs of attention: q (..., N, D), k (..., M, D), v (..., M, E) in float32, and the scale."""
 
     name: str
     q: np.ndarray
@@ -38,24 +38,24 @@ class Inputs:
     v: np.ndarray
     scale: float
 
-    def one_head(self, length: int) -> Inputs:
-        """Return the first head, its tokens repeated or cut to a length."""
+    def one_head(self, length: int) -> Arrays:
+        """Return the first head, with its tokens repeated or cut to a length."""
 
         def repeated(x: np.ndarray) -> np.ndarray:
             tokens: np.ndarray = x.reshape(-1, *x.shape[-2:])[0]
             return np.take(tokens, np.arange(length), axis=0, mode="wrap")
 
-        return Inputs(self.name, repeated(self.q), repeated(self.k), repeated(self.v), self.scale)
+        return Arrays(self.name, repeated(self.q), repeated(self.k), repeated(self.v), self.scale)
 
 
-def read_sample() -> Inputs:
+def read_sample() -> Arrays:
     """Return the embedded sample."""
     q, k, v, scale = data.read_sample()
     return _checked("embedded sample", {"q": q, "k": k, "v": v, "scale": np.asarray(scale)})
 
 
-def read_inputs(path: Path) -> Inputs:
-    """Read and check a caller's file; raise `Refused` with its fault.
+def read_inputs(path: Path) -> Arrays:
+    """Read and check a caller's file; raise `Refused` for a fault of it.
 
     Parameters
     ----------
@@ -64,7 +64,7 @@ def read_inputs(path: Path) -> Inputs:
 
     Returns
     -------
-    Inputs
+    Arrays
     """
     try:
         return _checked(str(path), _read(path))
@@ -89,7 +89,8 @@ def _read(path: Path) -> dict[str, np.ndarray]:
 
 
 def _read_npz(content: bytes) -> dict[str, np.ndarray]:
-    """Return the arrays, each checked against its sum, none of them unpickled."""
+    """Return the arrays of a .npz file, each checked against its checksum, none of them unpickled."""
+    # A pickle begins with this byte. To load one can run any code: it gets an error of its own.
     if content[:1] == b"\x80":
         raise _Unfit("is a pickle, which could run any code and is not read")
     try:
@@ -122,7 +123,7 @@ def _read_safetensors(content: bytes) -> dict[str, np.ndarray]:
 def _from_safetensors(name: str, tensor: Mapping[str, Any]) -> np.ndarray:
     dtype, shape = tensor["dtype"], tensor["shape"]
     if dtype == "BF16":
-        # The upper half of a float32, and NumPy has no such type.
+        # NumPy has no bfloat16; its bits are the upper half of a float32.
         upper = np.frombuffer(tensor["data"], dtype="<u2").astype(np.uint32)
         return (upper << 16).view(np.float32).reshape(shape)
     if dtype not in ("F16", "F32", "F64"):
@@ -136,7 +137,7 @@ def _check_names(names: Iterable[str]) -> None:
         raise _Unfit(f"expected the arrays q, k, v and optionally scale, got {', '.join(got) or 'none'}")
 
 
-def _checked(name: str, arrays: Mapping[str, np.ndarray]) -> Inputs:
+def _checked(name: str, arrays: Mapping[str, np.ndarray]) -> Arrays:
     for which, x in arrays.items():
         if not np.issubdtype(x.dtype, np.floating):
             raise _Unfit(f"{which}: expected a real floating dtype, got {x.dtype}")
@@ -154,10 +155,12 @@ def _checked(name: str, arrays: Mapping[str, np.ndarray]) -> Inputs:
     except ValueError:
         raise _Unfit(f"leading axes of q, k, v: expected some that broadcast, got {q}, {k}, {v}") from None
     single = {which: _single(which, arrays[which]) for which in _AXES}
-    return Inputs(name, **single, scale=_scale(arrays.get("scale"), q[-1]))
+    return Arrays(name, **single, scale=_scale(arrays.get("scale"), q[-1]))
 
 
 def _single(which: str, x: np.ndarray) -> np.ndarray:
+    # Values that overflow in float32, or squared norms |k|^2 that do, become NaN in estimators: the fault is
+    # named here, before anything is measured.
     if not np.isfinite(x).all():
         raise _Unfit(f"{which}: holds NaN or infinity")
     with np.errstate(over="ignore"):
@@ -180,13 +183,14 @@ def _scale(scale: np.ndarray | None, features: int) -> float:
 
 
 def check_output(folder: Path) -> None:
-    """Refuse, before anything is measured, a folder that cannot be written to.
+    """Refuse a folder that cannot be written to, before anything is measured.
 
     Parameters
     ----------
     folder : Path
-        It may not exist yet.
+        The folder, which need not exist.
     """
+    # The nearest parent that exists says whether the folder can be made.
     try:
         there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     except OSError as error:
@@ -198,19 +202,19 @@ def check_output(folder: Path) -> None:
 
 
 def write_report(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Put files in a folder, in place of files of their names: all of them or none.
+    """Write files to a folder, in place of older files of their names: all of them or none.
 
-    Files are first written whole, and older files copied, to a hidden folder within `folder`; then
-    each is renamed into place, which the system does at once or not at all. If one rename fails, or
-    the program is interrupted between two, the older files are renamed back from their copies. A
-    machine that stops between two renames leaves a mixture.
+    The new files are first written whole to a hidden folder within `folder`, and the older files are copied
+    there. Each new file is then renamed into place, which the system does at once or not at all. If a rename
+    fails, or an interrupt comes between two, the older files are renamed back from their copies. A machine
+    that stops between two renames leaves a mixture.
 
     Parameters
     ----------
     folder : Path
-        Made where it does not exist; then it is removed again if a file cannot be written.
+        The folder. If it does not exist it is made, and removed again if a file cannot be written.
     files : mapping of str to bytes
-        The files' names and contents.
+        Names and contents of the files.
     """
     made: list[Path] = []
     try:
@@ -238,7 +242,7 @@ def _replace(folder: Path, names: Iterable[str], new: Path, old: Path) -> None:
         for name in names:
             (new / name).replace(folder / name)
     except BaseException:
-        # The folders are asked, no list is kept: an interrupt may come right after a rename.
+        # A list of finished renames would miss one if an interrupt came right after it: the folders tell.
         for name in names:
             if (new / name).exists():
                 continue
@@ -250,7 +254,8 @@ def _replace(folder: Path, names: Iterable[str], new: Path, old: Path) -> None:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Write to the disk, so that a rename never comes before what it names."""
+    """Write a file to the disk."""
+    # Without fsync a rename can reach the disk before the content of the file, and leave an empty file.
     with path.open("wb") as file:
         file.write(content)
         file.flush()

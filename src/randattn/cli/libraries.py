@@ -1,4 +1,4 @@
-"""Array libraries as programs use them: bring arrays to a device and back, compile, differentiate, wait.
+"""Array libraries as programs use them: move arrays to a device and back, compile, differentiate, wait.
 
 The command, the benchmarks and the tests open a library here.
 """
@@ -20,23 +20,26 @@ if TYPE_CHECKING:
 
 
 class Unusable(Exception):  # noqa: N818  (a state of the machine, not of this program)
-    """A library that is not installed, cannot be imported or has no device to run on."""
+    """A library that is not installed, cannot be imported, or finds no device."""
 
 
 class ArrayLibrary:
-    """NumPy, and the defaults of the others.
+    """NumPy, and the base class of the other libraries.
 
     Attributes
     ----------
     name : str
+        Name of the library in the command's options.
     xp : module
+        The namespace of its functions.
     place : object or None
-        The device that arrays are made on, as the library has it; None for the only one.
+        The library's own object for the device of new arrays; None for its only device.
     device : str
         "cpu", or the name of a GPU.
     version : str
+        Version of the library.
     half : tuple of str
-        Names of the half precision dtypes.
+        Names of its dtypes of half precision.
     """
 
     name = "numpy"
@@ -51,34 +54,34 @@ class ArrayLibrary:
         self.version = str(getattr(top, "__version__", "unknown"))
 
     def find_device(self, device: str | None) -> None:
-        """Find the device "cpu" or "cuda", by default the fastest; raise `Unusable` where there is none."""
+        """Find the device "cpu" or "cuda", by default the fastest; raise `Unusable` if there is none."""
         if device not in (None, "cpu"):
             raise ValueError(f"device: expected cpu for {self.name}, got {device}")
 
     def asarray(self, x: np.ndarray, dtype: str | None = None) -> Array:
-        """Bring a copy of a NumPy array to the device, in a dtype of this name."""
+        """Copy a NumPy array to the device, in the dtype of this name."""
         kind = None if dtype is None else getattr(self.xp, dtype)
         return self.xp.asarray(
             np.array(x), dtype=kind, **({} if self.place is None else {"device": self.place})
         )
 
     def to_numpy(self, x: Array) -> np.ndarray:
-        """Bring the values back; of dtypes that NumPy does not have, in float32."""
+        """Return the values as a NumPy array; dtypes that NumPy does not have become float32."""
         return np.asarray(x)
 
     def wait(self, x: Array) -> None:
         """Wait until a result is computed."""
 
     def compiled(self, function: Function) -> Function:
-        """Return a function as users of the library call it where time matters."""
+        """Return a function in the form that users of the library call where time matters."""
         return function
 
     def generator(self, seed: int) -> Any:
-        """Return the library's own source of draws."""
+        """Return a generator of the library, with this seed."""
         return np.random.default_rng(seed)
 
     def gradient(self, function: Function, cotangent: Array) -> Function | None:  # noqa: ARG002
-        """Return a function of three arrays that computes the result and its gradients; None where there are none."""
+        """Return a function of three arrays that computes result and gradients; None without gradients."""
         return None
 
     def copy(self, x: Array) -> Array:
@@ -101,6 +104,7 @@ class _Torch(ArrayLibrary):
         return found
 
     def wait(self, x: Array) -> None:  # noqa: ARG002
+        # A call on CUDA returns when its work is queued: a time without this would be that of the queue.
         if self.place.type == "cuda":
             self.xp.cuda.synchronize(self.place)
 
@@ -128,10 +132,12 @@ class _Jax(ArrayLibrary):
         self._copy = self.jax.jit(self.xp.copy)
 
     def find_device(self, device: str | None) -> None:
-        # Read when the first device is asked for.
         if device == "cpu":
+            # JAX has read the variable at its import; processes that are started from here read it again.
             os.environ.setdefault("JAX_PLATFORMS", "cpu")
-        # The pool would take most of a GPU's memory, and hide how much is used.
+            self.jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
+        # JAX reads this one with its first device. Its memory pool would take most of a GPU's memory from
+        # other libraries, and hide how much is used.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         self.place = self.jax.devices("gpu" if device == "cuda" else device)[0]
         self.device = "cpu" if self.place.platform == "cpu" else str(self.place.device_kind)
@@ -147,7 +153,7 @@ class _Jax(ArrayLibrary):
 
     def compiled(self, function: Function) -> Function:
         def in_float32(*arrays: Array) -> Array:
-            # The default on GPUs has the precision of half a float32.
+            # By default JAX multiplies in TensorFloat-32 on GPUs, of 11 bits: libraries would disagree.
             with self.jax.default_matmul_precision("float32"):
                 return function(*arrays)
 
@@ -161,7 +167,7 @@ class _Jax(ArrayLibrary):
         def weighted(*arrays: Array) -> Array:
             return self.xp.sum(function(*arrays) * cotangent)
 
-        # The value too, which the program would leave out otherwise.
+        # A program of the gradients alone would leave the result out.
         found: Function = self.jax.value_and_grad(weighted, argnums=(0, 1, 2))
         return found
 
@@ -174,6 +180,7 @@ class _Cupy(ArrayLibrary):
 
     def find_device(self, device: str | None) -> None:
         super().find_device(None if device == "cuda" else device)
+        # CuPy can be imported on a machine without a GPU: only a computation shows that a device works.
         try:
             properties = self.xp.cuda.runtime.getDeviceProperties(self.xp.cuda.runtime.getDevice())
             self.xp.asarray(np.zeros(1)).sum()
@@ -210,17 +217,17 @@ class _Dask(ArrayLibrary):
 
 CLASSES = {one.name: one for one in (ArrayLibrary, _Torch, _Jax, _Cupy, _Strict, _Dask)}
 NAMES = tuple(CLASSES)
-# Libraries to check against, not to compute with: measured only where they are asked for.
+# Libraries for checks, not for computing: measured only if an option names them.
 CHECKS = ("array-api-strict", "dask")
 
 
 def installed() -> list[str]:
-    """Return the libraries to measure where none is asked for."""
+    """Return the libraries that are measured by default."""
     return [name for name in NAMES if name not in CHECKS and _is_installed(name)]
 
 
 def open_library(name: str, device: str | None = None) -> ArrayLibrary:
-    """Import a library and find its device ("cpu" or "cuda"; by default the fastest); `Unusable` where it fails."""
+    """Import a library and find its device, "cpu", "cuda" or the fastest; raise `Unusable` for a failure."""
     if not _is_installed(name):
         raise Unusable(f"{name}: is not installed for this Python")
     try:
@@ -233,5 +240,5 @@ def open_library(name: str, device: str | None = None) -> ArrayLibrary:
 
 def _is_installed(name: str) -> bool:
     spec = importlib.util.find_spec(CLASSES[name].module.partition(".")[0])
-    # A folder that happens to have the name has no origin.
+    # A folder of that name in the working directory is a namespace package, which has no origin.
     return spec is not None and spec.origin is not None

@@ -1,4 +1,4 @@
-"""The look of all pictures."""
+"""Set the style of all pictures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from matplotlib.figure import Figure
 
-# Characters of a file's name in a title; of a longer one the end.
+# Characters of a file's name that fit in a title; a longer name is cut at its start.
 LONGEST_NAME = 40
 _RC: dict[Any, Any] = {
     "font.size": 11,
@@ -32,7 +32,8 @@ _RC: dict[Any, Any] = {
 
 @contextmanager
 def settings() -> Iterator[None]:
-    """Set the look of all pictures, whatever the user's own settings are."""
+    """Set the style of all pictures within this context."""
+    # A user's matplotlibrc could change sizes and colours: the defaults come first.
     with mpl.rc_context():
         mpl.rcdefaults()
         mpl.rcParams.update(_RC)
@@ -40,7 +41,7 @@ def settings() -> Iterator[None]:
 
 
 def as_png(figure: Figure, dpi: int = 150) -> bytes:
-    """Return the bytes of a PNG file."""
+    """Return the figure as the bytes of a PNG file."""
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=dpi)
     return picture.getvalue()

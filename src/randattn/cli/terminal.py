@@ -1,4 +1,4 @@
-"""The look of tables in a terminal."""
+"""Make the console and the tables of the command."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from rich.text import Text
 
 
 def console() -> Console:
-    """Return standard output."""
+    """Return a console on standard output."""
     out = Console(highlight=False)
-    # A file or a pipe has no width; Rich would take 80 columns.
+    # A file or a pipe has no width: Rich would take 80 columns and cut the tables.
     return out if out.is_terminal else Console(highlight=False, width=100)
 
 
 def table(title: str, *names: str) -> Table:
-    """Return a table that begins with columns of names."""
+    """Return a table whose first columns have these names."""
     made = Table(
         title=Text(title, style="bold"),
         title_justify="left",

@@ -1,4 +1,4 @@
-"""Queries, keys and values of a trained model's attention, to try estimators on."""
+"""Read a sample of a trained model's queries, keys and values, to try estimators on."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ if TYPE_CHECKING:
 
 
 class Sample(NamedTuple):
-    """Inputs of attention, and the scale of their logits; see README.md in this folder for their source.
+    """The inputs of attention, and the scale of their logits; README.md in this folder names the source.
 
     Attributes
     ----------
     q, k, v : ndarrays of float16, shape (6, 1, 512, 32)
-        Of one head of each of six layers, 512 tokens.
+        Queries, keys and values of one head of each of six layers, for 512 tokens.
     scale : float
+        Factor of the logits.
     """
 
     q: np.ndarray
@@ -32,6 +33,7 @@ def read_sample() -> Sample:
     Returns
     -------
     Sample
+        The arrays and the scale.
 
     Examples
     --------
@@ -41,6 +43,7 @@ def read_sample() -> Sample:
     """
     import numpy as np
 
+    # By its bytes, not by a path: the package may be in a zip file.
     file = importlib.resources.files(__name__) / "attention_inputs.npz"
     with np.load(io.BytesIO(file.read_bytes())) as arrays:
         return Sample(arrays["q"], arrays["k"], arrays["v"], float(arrays["scale"]))

@@ -1,1 +1,1 @@
-"""The estimators where frameworks look for attention: a module each, imported by name alone."""
+"""Integrations of the estimators in frameworks: a module for each framework, imported by its name alone."""

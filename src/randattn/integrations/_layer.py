@@ -1,4 +1,4 @@
-"""Share between the layers of PyTorch and Flax: the papers' pooling, T5's buckets, heads, options."""
+"""Functions that the layers of PyTorch and Flax share: pooling, T5's buckets, heads, options."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 
 def check_estimator(name: str) -> None:
-    """Raise where no row of the registry has this name."""
+    """Raise if no row of the registry has this name."""
     if name not in ESTIMATORS:
         raise ValueError(f"estimator: expected one of {', '.join(ESTIMATORS)}, got {shown(name)}")
 
 
 def draws_in_evaluation(name: str) -> dict[str, Any]:
-    """Return the options with which an estimator that needs draws has the same in each call."""
+    """Return the options of evaluation: a fixed seed for an estimator that needs draws, or else none."""
     return {"rng": 0} if ESTIMATORS[name].draws == "always" else {}
 
 
@@ -39,7 +39,7 @@ def check_layer(
     max_distance: int,
     is_causal: bool,
 ) -> None:
-    """Raise where sizes and options do not fit together."""
+    """Raise if sizes and options do not fit together."""
     check_estimator(estimator)
     row = ESTIMATORS[estimator]
     if features % num_heads:
@@ -48,6 +48,8 @@ def check_layer(
         having = " and ".join(name for name, one in ESTIMATORS.items() if one.landmarks is not None)
         raise ValueError(f"learned_landmarks: {having} have landmarks, {estimator} has none")
     if relative_bias:
+        # Half of a direction's buckets are single distances. Without one of them, or with a largest distance
+        # that they reach, the logarithm in `buckets` would be undefined.
         single = num_buckets // (2 if is_causal else 4)
         if single < 1 or num_buckets % 2 or max_distance <= single:
             raise ValueError(
@@ -77,8 +79,9 @@ def masks_of(
 ) -> tuple[Array, Array, dict[str, Any]]:
     """Return the tokens (..., N, F) and (..., M, F) with zeros for padding, and the masks of all heads.
 
-    The weights' gradients are products with the tokens, where NaN times zero would be NaN.
+    Gradients of the projections are products with the tokens: NaN in padding, times zero, would be NaN.
     """
+    # In self-attention one mask serves queries and keys.
     if context is None:
         context, query_mask = x, key_mask if query_mask is None else query_mask
     masks = {
@@ -98,7 +101,8 @@ def pooled(
     key_mask: Array | None,
     query_mask: Array | None,
 ) -> tuple[Array, Array]:
-    """Return the means of queries and keys (..., H, C, D) that the estimator's own landmarks would be."""
+    """Return the mean queries and mean keys (..., H, C, D) that the estimator has as its own landmarks."""
+    # Unscaled: `landmarks` are in the units of q and k.
     x = prepare(
         q, k, k, scale=None, key_mask=key_mask, query_mask=query_mask, is_self=False, enable_gqa=False
     )
@@ -110,13 +114,15 @@ def pooled(
 def buckets(window: int, num_buckets: int, max_distance: int, *, is_causal: bool) -> np.ndarray:
     """Return T5's bucket of each query and key of a window, (W, W) (arXiv 1910.10683, section 2.1).
 
-    Half of the buckets are single distances, the other half grow with their logarithm up to the largest;
-    without a direction of time, half of all are for keys that come later.
+    Half of the buckets are single distances. The other half are ranges of distances that grow geometrically,
+    up to `max_distance`. Without `is_causal` half of all buckets are for keys that come later.
     """
     import numpy as np
 
     place = np.arange(window)
     later = place[None, :] - place[:, None]
+    # Equation: bucket = s + (count - s) log(distance / s) / log(max_distance / s) from s = count / 2 on. The
+    # distance is at least one, or its logarithm would be -inf, which no integer holds.
     count = num_buckets if is_causal else num_buckets // 2
     distance = np.maximum(-later, 0) if is_causal else np.abs(later)
     single = count // 2

@@ -1,4 +1,4 @@
-"""Turn the arguments of frameworks into arguments of estimators."""
+"""Translate the arguments of frameworks into arguments of estimators."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def key_mask_of(mask: Array | None, keys: int, name: str = "mask") -> Array | None:
-    """Return the key mask (..., H, M) of a mask (..., H, N, M) that is the same for all queries."""
+    """Return the key mask (..., H, M) of a mask (..., H, 1, M), which is the same for all queries."""
     if mask is None:
         return None
     shape = tuple(mask.shape)
@@ -24,6 +24,7 @@ def key_mask_of(mask: Array | None, keys: int, name: str = "mask") -> Array | No
             f"{name}: expected one that is the same for all queries, shape (..., 1, {keys}), got {shape}; "
             "for a causal one pass is_causal=True"
         )
+    # A mask of floats is added to logits: it can hold any bias, and estimators have none of pairs.
     if "bool" not in str(mask.dtype):
         raise NotImplementedError(f"{name}: expected booleans, True = attend, got {mask.dtype}")
     return mask[..., 0, :]
@@ -39,26 +40,27 @@ def estimate(
     is_causal: bool,
     **ours: Any,
 ) -> Array:
-    """Return the estimate of heads-first arrays, with the caller's options and `ours`."""
+    """Return the estimate of heads-first arrays, with the caller's options and a framework's arguments."""
     n, m = q.shape[-2], k.shape[-2]
     for name in ours:
         if options.get(name) is not None:
             raise TypeError(f"{name}: expected of the call, not among the estimator's options")
     has_query_mask = options.get("query_mask") is not None or ours.get("query_mask") is not None
     if n == m and not has_query_mask and ours.get("key_mask") is not None:
-        # A caller that masks keys alone has a result for every query, which may be as many of another sequence.
+        # Estimators take the key mask for the queries where N = M. A framework that masks keys alone expects
+        # a row for every query, which may be of another sequence.
         ours["query_mask"] = namespace(q).ones((n,), dtype=namespace(q).bool, device=placement(q))
     if n != m and options.get("window_bias") is not None:
         raise NotImplementedError(f"window_bias: expected as many keys as queries ({n}), got {m}")
     options = {name: value for name, value in options.items() if name not in ours}
     if n == 1 and not is_causal:
-        # Exactly, which costs no more than an estimate: a step with a cache, a query that pools.
+        # A single query (a step with a cache, a query that pools) costs no more exactly than by an estimate.
         ours.setdefault("scale", options.get("scale"))
         return softmax_attention(q, k, v, **ours)
     if is_causal:
         ours["is_causal"] = True
     row = row_of(estimator)
     if row is not None and n != m:
-        # A query of another sequence has no window, say.
+        # Options for N != M, such as a window of 0.
         ours |= row.across
     return estimator(q, k, v, **{**options, **ours})

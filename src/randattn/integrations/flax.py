@@ -1,4 +1,4 @@
-"""Flax: the estimators as `attention_fn` of its attention modules, and a layer as in the papers."""
+"""Flax: the estimators as `attention_fn` of its attention modules, and the layer of the papers."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ def attention_fn(estimator: Callable[..., jax.Array], /, **options: Any) -> Call
     Parameters
     ----------
     estimator : function
-        `randattn.eva` or another.
+        An estimator, such as `randattn.eva`.
     **options
-        As for the estimator. `is_causal` here is for linen, whose modules say it by a mask alone.
+        Options of the estimator. Modules of linen need `is_causal` here, since they say it by a mask alone.
 
     Returns
     -------
     function
-        With the signature of `flax.nnx.dot_product_attention`, which `flax.linen`'s modules call as well:
-        `query` (..., N, H, D), `key` (..., M, H, D), `value` (..., M, H, E). It raises NotImplementedError
-        for what estimators have not: a mask that is not the same for all queries, a bias, dropout of
-        weights, weights to be sown.
+        A function with the signature of `flax.nnx.dot_product_attention`, which modules of `flax.linen` call
+        as well: `query` (..., N, H, D), `key` (..., M, H, D), `value` (..., M, H, E). It raises
+        NotImplementedError for a mask that is not the same for all queries, a bias, dropout of weights, and
+        weights to be sown.
 
     Raises
     ------
     TypeError
-        An estimator that cannot be called.
+        An estimator that is not callable.
 
     Examples
     --------
@@ -80,13 +80,14 @@ def attention_fn(estimator: Callable[..., jax.Array], /, **options: Any) -> Call
         is_causal: bool = False,
     ) -> jax.Array:
         if bias is not None:
-            raise NotImplementedError("bias: expected None: estimators have no bias of pairs")
+            raise NotImplementedError("bias: expected None: estimators take no bias of pairs")
         if dropout_rate and not deterministic:
             raise NotImplementedError(
-                f"dropout_rate: expected 0, got {shown(dropout_rate)}: no weights are there to drop"
+                f"dropout_rate: expected 0, got {shown(dropout_rate)}: estimators have no weights to drop"
             )
+        # Flax passes the module exactly where the weights are to be sown in it.
         if module is not None:
-            raise NotImplementedError("sow_weights: expected False: no weights are there to sow")
+            raise NotImplementedError("sow_weights: expected False: estimators have no weights to sow")
         q, k, v = (x.swapaxes(-2, -3) for x in (query, key, value))
         if dtype is not None:
             q, k, v = (x.astype(dtype) for x in (q, k, v))
@@ -97,7 +98,7 @@ def attention_fn(estimator: Callable[..., jax.Array], /, **options: Any) -> Call
             k,
             v,
             is_causal=is_causal,
-            # Flax makes masks of floats, too: what is not zero is there.
+            # Flax's masks can be floats, in which every number but zero means attend.
             key_mask=key_mask_of(None if mask is None else mask.astype(bool), k.shape[-2]),
             enable_gqa=q.shape[-3] != k.shape[-3],
         )
@@ -107,30 +108,30 @@ def attention_fn(estimator: Callable[..., jax.Array], /, **options: Any) -> Call
 
 
 class Attention(nnx.Module):
-    """Multi-head attention by an estimator, with what the papers train beside the projections.
+    """Multi-head attention by an estimator, with the learned landmarks and the relative bias of the papers.
 
     Parameters
     ----------
     features : int
-        Of the inputs, of all heads together, and of the results.
+        Number of features of the inputs, of all heads together, and of the results.
     num_heads : int
-        A divisor of them.
+        Number of heads, a divisor of `features`.
     estimator : {"eva", "adaptive_eva", "lara", "rfa", "ra", "softmax_attention"}, default "eva"
-        The estimator.
+        Name of the estimator.
     options : dict, optional
-        As for the estimator.
+        Options of the estimator.
     learned_landmarks : bool, default False
         For lara and eva: landmarks are ``LayerNorm(Linear(mean))`` of each segment's queries and keys.
     relative_bias : bool, default False
         For eva: T5's relative bias inside the window, learned for each head.
     num_buckets, max_distance : int, default 32, 128
-        Of the relative bias.
+        Number of buckets of the relative bias, and the distance from which on all keys are in the last one.
     is_causal : bool, default False
         Query n sees the keys up to n.
     bias : bool, default True
-        Let the projections have one.
+        True gives the projections a bias.
     rngs : nnx.Rngs
-        Of the parameters, and, its stream `draws`, of what estimators draw.
+        Random numbers of the parameters; its stream `draws` serves the draws of the estimator.
 
     Raises
     ------
@@ -139,9 +140,9 @@ class Attention(nnx.Module):
 
     Notes
     -----
-    After ``train()`` each call draws anew; after ``eval()`` lara and eva draw nothing, rfa and ra from the
-    seed 0. A call's own `rng` or `noise` goes before. `load` takes the weights of
-    `randattn.integrations.torch.Attention`, which then gives the same.
+    After ``train()`` each call draws anew. After ``eval()`` lara and eva draw nothing, rfa and ra draw from
+    the seed 0. An `rng` or `noise` of a call has precedence. `load` takes the weights of
+    `randattn.integrations.torch.Attention`; both layers then give the same results.
 
     Examples
     --------
@@ -193,7 +194,7 @@ class Attention(nnx.Module):
             size = features // num_heads
             if not learned_landmarks:
                 return None
-            # PyTorch's epsilon.
+            # Flax's default epsilon, 1e-6, would make results differ from those of PyTorch's layer.
             norm = nnx.LayerNorm(size, epsilon=1e-5, rngs=rngs)
             return nnx.Sequential(nnx.Linear(size, size, rngs=rngs), norm)
 
@@ -215,8 +216,8 @@ class Attention(nnx.Module):
     ) -> jax.Array:
         """Attend from `x` (..., N, F) to `context` (..., M, F), by default to itself.
 
-        `key_mask` (..., M) is True where there is a key, `query_mask` (..., N) where a query is. Without a
-        context one mask is both. Further options are the estimator's.
+        `key_mask` (..., M) and `query_mask` (..., N) are False for padding. Without a context `query_mask` is
+        `key_mask` by default. Further options are those of the estimator.
         """
         x, context, masks = masks_of(x, context, key_mask, query_mask)
         q, k, v = (
@@ -227,6 +228,7 @@ class Attention(nnx.Module):
         if self.query_landmark is not None and self.key_landmark is not None:
             qt, kt = pooled(self.estimator, q, k, options, is_causal=self.is_causal, **masks)
             options["landmarks"] = (self.query_landmark(qt), self.key_landmark(kt))
+            # The landmarks have the number in their shape.
             for name in ("num_landmarks", "num_groups"):
                 options.pop(name, None)
         if self.relative_bias is not None:
@@ -246,14 +248,14 @@ class Attention(nnx.Module):
         return draws_in_evaluation(self.estimator)
 
     def load(self, weights: Mapping[str, Any]) -> None:
-        """Take the weights of PyTorch's layer: its ``state_dict()``, as NumPy arrays or what makes them.
+        """Load the weights of PyTorch's layer: its ``state_dict()``, as NumPy arrays or objects like them.
 
         Raises
         ------
         KeyError
-            A weight that is missing.
+            A missing weight.
         ValueError
-            One that this layer has not, or of another shape.
+            A weight of another shape, or one that this layer does not have.
         """
         layers: dict[str, Any] = {
             "query": self.query,
@@ -268,6 +270,7 @@ class Attention(nnx.Module):
         taken = set()
 
         def take(parameter: Any, name: str, *, turned: bool = False) -> None:
+            # A kernel of Flax is (inputs, outputs), a weight of PyTorch (outputs, inputs).
             weight = jnp.asarray(weights[name])
             weight = weight.T if turned else weight
             if weight.shape != parameter.shape:

@@ -1,4 +1,4 @@
-"""Keras 3: its attention layers with estimators inside, on all its back ends."""
+"""Keras 3: its attention layers with estimators inside, on all back ends."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MODULE = "randattn"
 
 
 class _Masks(NamedTuple):
-    """In the place of a mask of pairs."""
+    """The masks of keys and queries, which take the place of Keras's mask of pairs."""
 
     keys: Array | None
     queries: Array | None
@@ -28,7 +28,7 @@ class _Masks(NamedTuple):
 
 
 class _Estimated:
-    """The part of the two layers beyond Keras's: an estimator in the place of the weights."""
+    """The common part of the two layers: an estimator in place of Keras's attention weights."""
 
     def __init__(self, *args: Any, estimator: str = "eva", options: dict[str, Any] | None = None, **own: Any):
         super().__init__(*args, **own)
@@ -37,8 +37,9 @@ class _Estimated:
             value = getattr(self, f"_{name}", getattr(self, name, None))
             if value:
                 raise NotImplementedError(
-                    f"{name}: expected none, got {shown(value)}: estimators have no such thing"
+                    f"{name}: expected none, got {shown(value)}: estimators do not support it"
                 )
+        # Programs of TensorFlow, kept by masks: each new one would be traced and compiled.
         self.estimator, self.options = estimator, dict(options or {})
         self._programs: dict[Any, Callable[..., Array]] = {}
 
@@ -64,6 +65,7 @@ class _Estimated:
                     f"got {tuple(attention_mask.shape)}; for a causal one pass use_causal_mask"
                 )
             masks.append(keras.ops.cast(attention_mask[..., 0, :], "bool"))
+        # A key is seen if no mask hides it. Keras would join these masks and the queries' in one of pairs.
         keys = None
         for mask in masks:
             keys = mask if keys is None else keras.ops.logical_and(keys, mask)
@@ -81,12 +83,13 @@ class _Estimated:
     ) -> tuple[Array, None]:
         if return_attention_scores or getattr(self, "_return_attention_scores", False):
             raise NotImplementedError(
-                "return_attention_scores: expected False: there are no weights to return"
+                "return_attention_scores: expected False: estimators have no weights to return"
             )
         if len(query.shape) != 4:
             raise NotImplementedError(
                 f"query: expected (batch, tokens, features), got {len(query.shape) - 1} axes"
             )
+        # Keras has (batch, tokens, heads, features); estimators have the heads first.
         q, k, v = (keras.ops.swapaxes(x, 1, 2) for x in (query, key, value))
         masks = {
             name: mask[:, None, :]
@@ -97,7 +100,7 @@ class _Estimated:
         return keras.ops.swapaxes(out, 1, 2), None
 
     def _estimate(self, names: tuple[str, ...], is_causal: bool) -> Callable[..., Array]:
-        """Return the estimator as a function of q, k, v and of masks by these names."""
+        """Return the estimator as a function of q, k, v and of masks with these names."""
 
         def function(q: Array, k: Array, v: Array, *masks: Array) -> Array:
             named = {"key_mask": None, **dict(zip(names, masks, strict=True))}
@@ -122,27 +125,27 @@ class MultiHeadAttention(_Estimated, keras.layers.MultiHeadAttention):
     Parameters
     ----------
     *args
-        As for Keras's own layer, whose weights it has.
+        Arguments of Keras's own layer. The weights are the same.
     estimator : {"eva", "adaptive_eva", "lara", "rfa", "ra", "softmax_attention"}, default "eva"
-        The estimator.
+        Name of the estimator.
     options : dict, optional
-        As for the estimator.
+        Options of the estimator.
     **own
-        As for Keras's own layer.
+        Keywords of Keras's own layer.
 
     Raises
     ------
     ValueError
-        Another name of an estimator.
+        A name that no estimator has.
     NotImplementedError
-        Dropout of weights, a sliding window; when called, masks that are not the same for all queries, and
-        weights to be returned. Never ignored.
+        Dropout of weights, or a sliding window. In a call: a mask that is not the same for all queries, or
+        weights to be returned. None of these is ignored.
 
     Notes
     -----
     Keras masks, `use_causal_mask`, and an `attention_mask` (batch, 1, keys) are honoured. On the TensorFlow
-    back end JAX's programs compute (`jax.experimental.jax2tf`): JAX must be installed, the number of tokens
-    known, and a whole batch has the same draws; adaptive_eva raises NotImplementedError there.
+    back end programs of JAX compute (`jax.experimental.jax2tf`): JAX must be installed, the number of tokens
+    must be known, and a whole batch has the same draws. There adaptive_eva raises NotImplementedError.
 
     Examples
     --------
@@ -161,5 +164,5 @@ class MultiHeadAttention(_Estimated, keras.layers.MultiHeadAttention):
 class GroupQueryAttention(_Estimated, keras.layers.GroupQueryAttention):
     """`keras.layers.GroupQueryAttention` with an estimator inside.
 
-    See `MultiHeadAttention`, whose further parameters it has.
+    The parameters `estimator` and `options` are those of `MultiHeadAttention`.
     """

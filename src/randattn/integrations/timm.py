@@ -17,23 +17,24 @@ if TYPE_CHECKING:
 
 
 class Attention(timm.layers.Attention):
-    """`timm.layers.Attention`, whose parameters and weights it has, with an estimator inside.
+    """`timm.layers.Attention` with an estimator inside; parameters and weights are the same.
 
     Attributes
     ----------
     estimator : function
-        By default `randattn.eva`.
+        The estimator, by default `randattn.eva`.
     options : dict
-        As for the estimator.
+        Options of the estimator.
     """
 
+    # Attributes of the class: `replace_attention` changes the class of a module without a call of `__init__`.
     estimator: Callable[..., torch.Tensor] = staticmethod(eva)
     options: dict[str, Any] = {}  # noqa: RUF012
 
     def forward(
         self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False
     ) -> torch.Tensor:
-        """Attend among the tokens (batch, N, F); `attn_mask` (batch, 1, 1, N), True = attend."""
+        """Attend among the tokens (batch, N, F); `attn_mask` (batch, 1, 1, N) is True = attend."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
         out = scaled_dot_product_attention(
             self.q_norm(q),
@@ -54,26 +55,26 @@ class Attention(timm.layers.Attention):
 def replace_attention(
     model: torch.nn.Module, estimator: Callable[..., torch.Tensor] = eva, /, **options: Any
 ) -> int:
-    """Put an estimator in the place of every `timm.layers.Attention` of a model.
+    """Replace attention by an estimator in every `timm.layers.Attention` of a model.
 
     Parameters
     ----------
     model : torch.nn.Module
-        Changed in place; its weights are left alone.
+        The model, which is changed in place; its weights stay as they are.
     estimator : function, default `randattn.eva`
         The estimator.
     **options
-        As for the estimator. An int `rng` is a seed, to which each adds its number.
+        Options of the estimator. An int `rng` is a seed, to which each layer adds its number.
 
     Returns
     -------
     int
-        How many there are.
+        Number of layers that were changed.
 
     Raises
     ------
     ValueError
-        A model that has none.
+        A model without such a layer.
 
     Examples
     --------
@@ -91,6 +92,7 @@ def replace_attention(
         raise ValueError(f"model: {type(model).__name__} has no timm.layers.Attention")
     for number, module in enumerate(found):
         module.__class__ = Attention
+        # One seed for all layers would give them the same draws.
         own = {"rng": options["rng"] + number} if isinstance(options.get("rng"), int) else {}
         module.estimator, module.options = estimator, {**options, **own}
     return len(found)

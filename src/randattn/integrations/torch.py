@@ -1,4 +1,4 @@
-"""PyTorch: a layer as in the papers, and the signature of its own `scaled_dot_product_attention`."""
+"""PyTorch: the layer of the papers, and estimators in the form of `scaled_dot_product_attention`."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def scaled_dot_product_attention(
     estimator: Callable[..., torch.Tensor] = eva,
     **options: Any,
 ) -> torch.Tensor:
-    """Estimate attention where a program calls PyTorch's own.
+    """Estimate attention with the arguments of PyTorch's own function of this name.
 
     Parameters
     ----------
@@ -50,20 +50,20 @@ def scaled_dot_product_attention(
     value : Tensor, shape (..., H, M, E)
         Values.
     attn_mask : Tensor of bool, shape (..., 1, M), optional
-        True = attend; the same for all queries, of which none is padding unless a `query_mask` is among the
-        options (..., N).
+        True = attend, the same for all queries. Every query has a row, unless a `query_mask` (..., N) is
+        among the options.
     dropout_p : float, default 0.0
-        Zero alone: no weights are there to drop.
+        Must be zero: estimators have no weights to drop.
     is_causal : bool, default False
-        Query n sees the keys up to n; N = M.
+        Query n sees the keys up to n. Requires N = M.
     scale : float, optional
         Factor of the logits, by default ``D ** -0.5``.
     enable_gqa : bool, default False
-        Let `query` have a multiple of the heads of `key` and `value`.
+        Allow `query` a multiple of the heads of `key` and `value`.
     estimator : function, default `randattn.eva`
         The estimator.
     **options
-        As for the estimator.
+        Options of the estimator.
 
     Returns
     -------
@@ -73,7 +73,7 @@ def scaled_dot_product_attention(
     Raises
     ------
     NotImplementedError
-        Dropout, or a mask of another kind: never ignored.
+        Dropout, or a mask of another kind; neither is ignored.
 
     Examples
     --------
@@ -85,7 +85,7 @@ def scaled_dot_product_attention(
     """
     if dropout_p:
         raise NotImplementedError(
-            f"dropout_p: expected 0, got {shown(dropout_p)}: no weights are there to drop"
+            f"dropout_p: expected 0, got {shown(dropout_p)}: estimators have no weights to drop"
         )
     out = estimate(
         estimator,
@@ -99,34 +99,35 @@ def scaled_dot_product_attention(
         enable_gqa=enable_gqa,
     )
     if query.ndim > 2 and query.stride(-3) < query.stride(-2):
-        # Heads that lie inside of tokens do so in PyTorch's result, where programs view them as one axis.
+        # Where heads lie inside tokens in memory, PyTorch's own result has that layout, and programs call
+        # `view` on it: another layout would be an error there.
         out = out.transpose(-3, -2).contiguous().transpose(-3, -2)
     return out
 
 
 class Attention(nn.Module):
-    """Multi-head attention by an estimator, with what the papers train beside the projections.
+    """Multi-head attention by an estimator, with the learned landmarks and the relative bias of the papers.
 
     Parameters
     ----------
     features : int
-        Of the inputs, of all heads together, and of the results.
+        Number of features of the inputs, of all heads together, and of the results.
     num_heads : int
-        A divisor of them.
+        Number of heads, a divisor of `features`.
     estimator : {"eva", "adaptive_eva", "lara", "rfa", "ra", "softmax_attention"}, default "eva"
-        The estimator.
+        Name of the estimator.
     options : dict, optional
-        As for the estimator.
+        Options of the estimator.
     learned_landmarks : bool, default False
-        For lara and eva: landmarks are ``LayerNorm(Linear(mean))`` of each segment's queries and keys.
+        For lara and eva: landmarks are ``LayerNorm(Linear(mean))`` of each segment's queries and keys [1]_.
     relative_bias : bool, default False
-        For eva: T5's relative bias inside the window, learned for each head.
+        For eva: T5's relative bias [2]_ inside the window, learned for each head.
     num_buckets, max_distance : int, default 32, 128
-        Of the relative bias.
+        Number of buckets of the relative bias, and the distance from which on all keys are in the last one.
     is_causal : bool, default False
         Query n sees the keys up to n.
     bias : bool, default True
-        Let the projections have one.
+        True gives the projections a bias.
     **factory
         `device` and `dtype` of the parameters.
 
@@ -137,15 +138,15 @@ class Attention(nn.Module):
 
     Notes
     -----
-    In training mode draws come from PyTorch's own random numbers, new in each call. In evaluation mode lara
-    and eva draw nothing, rfa and ra from the seed 0. A call's own `rng` or `noise` goes before.
-    `randattn.integrations.flax.Attention` gives the same with the same weights.
+    In training mode each call draws anew, by PyTorch's own random numbers. In evaluation mode lara and eva
+    draw nothing, rfa and ra draw from the seed 0. An `rng` or `noise` of a call has precedence.
+    `randattn.integrations.flax.Attention` gives the same results with the same weights.
 
     References
     ----------
     .. [1] L. Zheng, J. Yuan, C. Wang, L. Kong, "Efficient Attention via Control Variates", ICLR 2023,
        arXiv 2302.04542.
-    .. [2] C. Raffel et al., "Exploring the Limits of Transfer Learning", arXiv 1910.10683: the bias.
+    .. [2] C. Raffel et al., "Exploring the Limits of Transfer Learning", arXiv 1910.10683.
 
     Examples
     --------
@@ -206,6 +207,7 @@ class Attention(nn.Module):
             nn.init.normal_(self.relative_bias.weight, std=0.02)
             places = buckets(options.get("window", 64), num_buckets, max_distance, is_causal=is_causal)
             places = torch.as_tensor(places, device=factory.get("device"))
+            # A buffer follows the module to another device. It is made with the module, and not saved.
             self.register_buffer("places", places, persistent=False)
 
     def forward(
@@ -219,8 +221,8 @@ class Attention(nn.Module):
     ) -> torch.Tensor:
         """Attend from `x` (..., N, F) to `context` (..., M, F), by default to itself.
 
-        `key_mask` (..., M) is True where there is a key, `query_mask` (..., N) where a query is. Without a
-        context one mask is both. Further options are the estimator's.
+        `key_mask` (..., M) and `query_mask` (..., N) are False for padding. Without a context `query_mask` is
+        `key_mask` by default. Further options are those of the estimator.
         """
         x, context, masks = masks_of(x, context, key_mask, query_mask)
         q, k, v = (
@@ -231,6 +233,7 @@ class Attention(nn.Module):
         if self.query_landmark is not None and self.key_landmark is not None:
             qt, kt = pooled(self.estimator, q, k, options, is_causal=self.is_causal, **masks)
             options["landmarks"] = (self.query_landmark(qt.to(q.dtype)), self.key_landmark(kt.to(k.dtype)))
+            # The landmarks have the number in their shape.
             for name in ("num_landmarks", "num_groups"):
                 options.pop(name, None)
         if self.relative_bias is not None:
@@ -245,6 +248,8 @@ class Attention(nn.Module):
         if is_given or ESTIMATORS[self.estimator].draws == "never":
             return {}
         if self.training:
+            # A seed from PyTorch's global generator on the host: `torch.manual_seed` decides the draws, on a
+            # generator of the device that no other code uses.
             seed = int(torch.randint(2**62, ()))
             return {"rng": torch.Generator(device).manual_seed(seed)}
         return draws_in_evaluation(self.estimator)

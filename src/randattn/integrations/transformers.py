@@ -29,12 +29,13 @@ from ._layout import estimate
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-# Arguments of models that change attention, and that neither our functions nor PyTorch's take.
+# Arguments by which models change attention, and which neither estimators nor PyTorch's function take: to
+# ignore one would give a model other results without a word.
 _CHANGES = ("softcap", "s_aux", "sinks", "cache", "head_mask", "indices", "block_indices")
 
 
 def names() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
-    """Return the estimators of the registry by the names that models ask for, with the options of each."""
+    """Return the estimators by their names as `attn_implementation`, with the options of each."""
     rows = by_label().items()
     return {
         f"randattn_{label}": (row.function, {"rng": 0} if row.draws == "always" else {})
@@ -50,37 +51,37 @@ def register(
     fallback: str = "error",
     **options: Any,
 ) -> None:
-    """Make estimators known to transformers, by names that models take as `attn_implementation`.
+    """Register estimators with transformers, by names that models take as `attn_implementation`.
 
     Parameters
     ----------
     name : str, optional
-        The `attn_implementation` that the model is to ask for. By default one for each estimator:
-        "randattn_softmax", "randattn_rfa", "randattn_ra", "randattn_lara", "randattn_eva",
-        "randattn_adaptive_eva".
+        The `attn_implementation` of the estimator. The default registers all estimators: "randattn_softmax",
+        "randattn_rfa", "randattn_ra", "randattn_lara", "randattn_eva", "randattn_adaptive_eva".
     estimator : function, optional
-        `randattn.eva` or another, with a name.
+        An estimator for this name, such as `randattn.eva`.
     fallback : {"error", "exact"}, default "error"
-        For calls that estimators do not take (Notes): an error, or exact attention in PyTorch's own function.
+        Treatment of calls that estimators do not support (Notes): an error, or exact attention by PyTorch's
+        own function.
     **options
-        As for the estimator, but for what the model says itself: scale, masks, heads, is_causal. An int
-        `rng` is a seed, to which layers that know their number add it.
+        Options of the estimator, except those that the model sets: scale, masks, heads, is_causal. An int
+        `rng` is a seed, to which each layer adds its number if it has one.
 
     Raises
     ------
     TypeError
-        A name without an estimator, or options without either.
+        A name without an estimator, or options without a name and an estimator.
     ValueError
         Another `fallback`.
 
     Notes
     -----
     Padding masks, grouped key heads and causal models are honoured. A single query, as in generation with a
-    cache, attends exactly: that costs no more than an estimate. What is not supported is an error when the
-    model is called, never ignored. Layers that slide a window, position biases, other masks (packed
-    sequences, chunks, 4D masks of the caller's) and several new tokens after cached ones fall back, if
-    `fallback` says so, and the other layers are estimated. Soft caps, attention sinks, keys that the model
-    chooses itself, and dropout of weights that are estimated, are always errors.
+    cache, attends exactly, which costs no more than an estimate. An unsupported argument is an error when the
+    model is called; none is ignored. With ``fallback="exact"`` the following calls are exact, and the other
+    layers are estimated: layers with a sliding window, position biases, other masks (packed sequences,
+    chunks, the caller's 4D masks), and several new tokens after cached ones. Soft caps, attention sinks, keys
+    that the model chooses, and dropout of estimated weights are always errors.
 
     Examples
     --------
@@ -107,16 +108,17 @@ def register(
 
 
 class _Marks(NamedTuple):
-    """Say what pattern a mask of ours has: the attribute `randattn` of the mask and of its memory."""
+    """The pattern of a mask that `_mask` made: the attribute `randattn` of the mask and of its memory."""
 
     is_causal: bool
     is_padded: bool
     is_other: bool  # than causal or full with padding
-    start: int  # the place of the first of several queries among the keys
+    start: int  # the place of the first query among the keys, for several queries
 
 
 def _mark(mask: torch.Tensor, marks: _Marks) -> None:
     mask.randattn = marks
+    # A traced tensor has no memory to mark.
     if not torch.compiler.is_compiling():
         mask.untyped_storage().randattn = (_layout(mask), marks)
 
@@ -125,7 +127,8 @@ def _marks_of(mask: torch.Tensor | None) -> _Marks | None:
     marks: _Marks | None = getattr(mask, "randattn", None)
     if mask is None or marks is not None or torch.compiler.is_compiling():
         return marks
-    # Reentrant checkpoints detach the mask before they call again: it is another tensor of the same memory.
+    # A reentrant checkpoint detaches the mask before it calls again: the mask is another tensor of the same
+    # memory. The layout tells it from a view of a part, to which the marks do not apply.
     layout, marks = getattr(mask.untyped_storage(), "randattn", (None, None))
     return marks if layout == _layout(mask) else None
 
@@ -160,10 +163,10 @@ def _mask(
 ) -> torch.Tensor | None:
     """Make the mask that transformers makes for "sdpa", True = attend, and mark it.
 
-    Models that do not have "sdpa" have parts that add the mask to their logits: they get the one for "eager".
+    Models without "sdpa" may have parts that add the mask to their logits: they get the mask for "eager".
     """
     is_causal = mask_function is causal_mask_function
-    # The same for all queries: one row is enough.
+    # A full mask is the same for all queries: one row takes N times less memory, and is expanded below.
     is_full = mask_function is bidirectional_mask_function
     kind: Any = type(config)
     make = sdpa_mask if _has_sdpa(kind) else eager_mask
@@ -175,7 +178,8 @@ def _mask(
         kv_offset=kv_offset,
         mask_function=mask_function,
         attention_mask=attention_mask,
-        # Not all modules say that they look both ways, and None has no marks.
+        # transformers would skip a full mask and pass None, which has no marks; not all modules say
+        # themselves that they look both ways.
         **{**own, "allow_is_bidirectional_skip": False},
     )
     if made is None:
@@ -185,7 +189,7 @@ def _mask(
     several = is_causal and q_length > 1
     marks = _Marks(
         is_causal,
-        # A static cache has places that are not written yet.
+        # A static cache has places that are not written yet: the mask hides them from a single query.
         is_padded=attention_mask is not None or (is_causal and q_length == 1),
         is_other=not (is_causal or is_full),
         start=int(q_offset) - int(kv_offset) if several else 0,
@@ -197,7 +201,7 @@ def _mask(
 def _beyond(
     query: torch.Tensor, attention_mask: torch.Tensor | None, marks: _Marks | None, keywords: dict[str, Any]
 ) -> str | None:
-    """Name an argument of this call that estimators do not take; None where there is none."""
+    """Return the fault of an argument that estimators do not support; None for a call that they support."""
     bias, window, new = keywords.get("position_bias"), keywords.get("sliding_window"), query.shape[-2]
     if bias is not None:
         return f"position_bias: expected None, got {shown(bias)}"
@@ -218,11 +222,31 @@ def _beyond(
 def _is_self(module: torch.nn.Module) -> bool:
     """Tell whether a module that looks both ways is sure to attend to its own tokens.
 
-    A decoder's looks at an encoder's, which may be as many, and of which others are padding.
+    A module of a decoder may attend to an encoder's tokens, which may be as many but have other padding.
     """
     config = getattr(module, "config", None)
     has_decoder = any(getattr(config, name, False) for name in ("is_encoder_decoder", "add_cross_attention"))
     return (config is not None and not has_decoder) or getattr(module, "is_decoder", None) is False
+
+
+def _refuse_changes(keywords: dict[str, Any]) -> None:
+    """Raise where an argument of the model changes attention in a way that estimators do not have."""
+    for name in _CHANGES:
+        if keywords.get(name) is not None:
+            raise NotImplementedError(
+                f"{name}: expected None, got {shown(keywords[name])}: randattn has no such thing"
+            )
+    if keywords.get("output_attentions"):
+        raise NotImplementedError("output_attentions: expected False: there are no weights to give")
+
+
+def _keys_of(attention_mask: torch.Tensor, marks: _Marks) -> torch.Tensor | None:
+    """Return the key mask of a marked mask; None where no key is padding."""
+    if not marks.is_padded:
+        return None
+    # The last query sees all keys that any query may see.
+    keys = attention_mask[..., -1, :]
+    return keys if keys.dtype == torch.bool else keys == 0
 
 
 def _attention(
@@ -239,14 +263,8 @@ def _attention(
     is_causal: bool | None = None,
     **keywords: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attend from `query` (batch, heads, tokens, features); the result is (batch, tokens, heads, features)."""
-    for name in _CHANGES:
-        if keywords.get(name) is not None:
-            raise NotImplementedError(
-                f"{name}: expected None, got {shown(keywords[name])}: randattn has no such thing"
-            )
-    if keywords.get("output_attentions"):
-        raise NotImplementedError("output_attentions: expected False: there are no weights to give")
+    """Attend from `query` (batch, heads, tokens, features), and return (batch, tokens, heads, features)."""
+    _refuse_changes(keywords)
     marks = _marks_of(attention_mask)
     if attention_mask is None and is_causal is None:
         if not hasattr(module, "is_causal"):
@@ -272,16 +290,12 @@ def _attention(
         )
     keys = None
     if attention_mask is not None and marks is not None:
-        is_causal = marks.is_causal
-        if marks.is_padded:
-            # The last query sees all that any may see.
-            keys = attention_mask[..., -1, :]
-            keys = keys if keys.dtype == torch.bool else keys == 0
+        is_causal, keys = marks.is_causal, _keys_of(attention_mask, marks)
     n = query.shape[-2]
     # In a step with a cache the new token is the last one: it sees all keys that are there.
     is_causal = bool(is_causal) and n > 1
     if is_causal and key.shape[-2] > n:
-        # The places of a static cache that come later.
+        # Places of a static cache from number N on come after all queries: no query sees them.
         key, value = key[..., :n, :], value[..., :n, :]
         keys = None if keys is None else keys[..., :n]
     masks = {"key_mask": keys}
@@ -300,5 +314,5 @@ def _attention(
         **masks,
         enable_gqa=query.shape[-3] != key.shape[-3],
     )
-    # Models view it.
+    # Models call `view` on the result, which needs its heads side by side in memory.
     return out.transpose(1, 2).contiguous(), None

@@ -1,1 +1,1 @@
-"""Compare the estimators: errors, times, agreement."""
+"""Compare the estimators: errors, times, agreement between libraries."""

@@ -1,4 +1,4 @@
-"""The measurements: errors, agreement and times, for every library, estimator and number of samples."""
+"""Measure errors, agreement and times for every library, estimator and number of samples."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .plan import EXACT, Config
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from randattn.cli.files import Inputs
+    from randattn.cli.files import Arrays
     from randattn.cli.libraries import ArrayLibrary
 
     from .plan import Plan
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Row:
-    """One library, estimator and number of samples. A figure that is no finite number is None."""
+    """The figures of one library, estimator and number of samples; None for a figure that is not finite."""
 
     backend: str
     estimator: str
@@ -44,7 +44,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Length:
-    """The time of one call at one number of tokens."""
+    """The time of one call with one number of tokens."""
 
     backend: str
     estimator: str
@@ -55,7 +55,7 @@ class Length:
 
 @dataclass(frozen=True)
 class Report:
-    """All measurements, and the machine's load before them (the average of a minute, where it is known)."""
+    """All measurements, and the machine's load before them: the average of a minute, None if unknown."""
 
     rows: list[Row]
     mean_v_error: float
@@ -72,7 +72,7 @@ class Report:
 
 
 @dataclass
-class _Steps:
+class _Progress:
     total: int
     advance: Advance
     done: int = 0
@@ -82,10 +82,10 @@ class _Steps:
         self.done += 1
 
 
-# Overflow is refused or reported; NumPy's warnings would stand between.
+# Overflow is refused or reported as a figure: NumPy's warnings would mix with the table.
 @np.errstate(all="ignore")
 def measure(
-    inputs: Inputs,
+    inputs: Arrays,
     libraries: Sequence[ArrayLibrary],
     estimators: Sequence[str],
     *,
@@ -98,29 +98,30 @@ def measure(
 
     Parameters
     ----------
-    inputs : Inputs
-        The arrays to attend with.
+    inputs : Arrays
+        The queries, keys and values.
     libraries, estimators : sequences
         The libraries and the estimators to compare.
     plan : Plan
-        How much is measured.
+        The extent of the measurements.
     seeds : int
-        The errors are averaged over the seeds 0, 1, ...
+        Number of seeds 0, 1, ... over which errors are averaged.
     start : float
-        When the command was started, by `time.perf_counter`.
+        Time of the command's start, by `time.perf_counter`.
     advance : callable
-        Called with the number of steps done, that of all steps, and the step in hand.
+        Function that is called with the number of steps done, the number of all steps, and the next step.
 
     Returns
     -------
     Report
+        All measurements.
     """
     load = os.getloadavg()[0] / (os.cpu_count() or 1) if hasattr(os, "getloadavg") else None
     exact, mean_v_error = truth(inputs)
     configs = plan.configs(estimators, inputs.k.shape[-2])
     numbers = {config: range(1 if config == EXACT else seeds) for config in configs}
     runs = sum(map(len, numbers.values()))
-    steps = _Steps(len(libraries) * (runs + 1 + len(plan.lengths)), advance)
+    steps = _Progress(len(libraries) * (runs + 1 + len(plan.lengths)), advance)
 
     accuracy = {
         config: _accuracy(inputs, libraries, config, seeds=numbers[config], exact=exact, steps=steps)
@@ -131,6 +132,7 @@ def measure(
         steps.begin(f"{library.name}: time")
         race = {config: accuracy[config][library.name].call for config in configs}
         if EXACT not in race:
+            # Speedups need the time of exact attention; the first call compiles it outside the race.
             race[EXACT] = _call(inputs, library, EXACT, seed=0)
             race[EXACT]()
         seconds = _race(race, plan.rounds, plan.seconds)
@@ -160,8 +162,9 @@ def measure(
     )
 
 
-def truth(inputs: Inputs) -> tuple[np.ndarray, float]:
-    """Return exact attention in float64, and the error of the trivial answer mean(V)."""
+def truth(inputs: Arrays) -> tuple[np.ndarray, float]:
+    """Return exact attention in float64, and the relative error of the trivial answer mean(V)."""
+    # Estimators are measured in float32: inputs that overflow there have no error that means anything.
     arrays = (inputs.q, inputs.k, inputs.v)
     with np.errstate(all="ignore"):
         is_finite = np.isfinite(softmax_attention(*arrays, scale=inputs.scale)).all()
@@ -170,12 +173,12 @@ def truth(inputs: Inputs) -> tuple[np.ndarray, float]:
     q, k, v = (x.astype(np.float64) for x in arrays)
     exact = softmax_attention(q, k, v, scale=inputs.scale)
     if not _layer_norms(exact).all():
-        raise Refused(f"{inputs.name}: exact attention is zero in a layer, and no error is relative to that")
+        raise Refused(f"{inputs.name}: exact attention is zero in a layer, where no relative error exists")
     return exact, _relative_error(np.mean(v, axis=-2, keepdims=True), exact)
 
 
 def _layer_norms(x: np.ndarray) -> np.ndarray:
-    """Return the norm of each layer. A layer has three axes: heads, tokens and features."""
+    """Return the norm of each layer, the last three axes: heads, tokens and features."""
     layer = x.shape[-3:]
     norms: np.ndarray = np.linalg.norm(x.reshape(-1, int(np.prod(layer))), axis=-1)
     return norms
@@ -192,15 +195,15 @@ class _Accuracy(NamedTuple):
 
 
 def _accuracy(
-    inputs: Inputs,
+    inputs: Arrays,
     libraries: Sequence[ArrayLibrary],
     config: Config,
     *,
     seeds: range,
     exact: np.ndarray,
-    steps: _Steps,
+    steps: _Progress,
 ) -> dict[str, _Accuracy]:
-    """Return for each library the mean error, and the largest difference from NumPy with the same seed."""
+    """Return, for each library, the mean error and the largest difference from NumPy with the same seeds."""
     reference = open_library("numpy")
     wanted = [_call(inputs, reference, config, seed)() for seed in seeds]
     accuracy = {}
@@ -220,8 +223,8 @@ def _finite(x: Any) -> float | None:
     return float(x) if np.isfinite(x) else None
 
 
-def _call(inputs: Inputs, library: ArrayLibrary, config: Config, seed: int) -> Call:
-    """Return the estimator on these inputs, to be called again and again; it waits for the device."""
+def _call(inputs: Arrays, library: ArrayLibrary, config: Config, seed: int) -> Call:
+    """Return a function that calls the estimator on these inputs and waits for the device."""
     is_self = inputs.q.shape[-2] == inputs.k.shape[-2]
     function = library.compiled(config.bind(inputs.scale, seed, is_self=is_self))
     arrays = [library.asarray(x) for x in (inputs.q, inputs.k, inputs.v)]
@@ -235,7 +238,8 @@ def _call(inputs: Inputs, library: ArrayLibrary, config: Config, seed: int) -> C
 
 
 def _race(calls: Mapping[Config, Call], rounds: int, seconds: float) -> dict[Config, float]:
-    """Return the median time of each call, all called in turn: a slow machine slows them all."""
+    """Return the median time of each call in seconds."""
+    # All calls take turns: a machine that is slow for a while slows them all, and leaves their ratios.
     times: dict[Config, list[float]] = {config: [] for config in calls}
     begun = time.perf_counter()
     done, elapsed = 0, 0.0
@@ -249,13 +253,13 @@ def _race(calls: Mapping[Config, Call], rounds: int, seconds: float) -> dict[Con
 
 
 def _lengths(
-    inputs: Inputs,
+    inputs: Arrays,
     libraries: Sequence[ArrayLibrary],
     estimators: Sequence[str],
     *,
     plan: Plan,
     start: float,
-    steps: _Steps,
+    steps: _Progress,
 ) -> Iterator[Length]:
     """Time one head of the inputs, repeated to each length, as far as the plan's time goes."""
     entrants = {library.name: plan.curves(estimators) for library in libraries}
@@ -265,10 +269,12 @@ def _lengths(
         for library in libraries:
             begun = time.perf_counter()
             steps.begin(f"{library.name}: {length} tokens")
-            # A longer length takes a little longer: quadratic calls drop out, and compiling takes as long as before.
+            # The next length is expected to take 1.2 times as long as the last one: slow calls have dropped
+            # out, and compiling takes as long as before.
             if not entrants[library.name] or begun - start + 1.2 * cost[library.name] > plan.deadline:
                 continue
             calls = {config: _call(one_head, library, config, seed=0) for config in entrants[library.name]}
+            # The first call compiles, and is not timed.
             for call in calls.values():
                 call()
             seconds = _race(calls, rounds=3, seconds=plan.seconds / 8)

@@ -1,4 +1,4 @@
-"""Plan what `compare` measures: each estimator of the registry with some numbers of samples."""
+"""Plan the measurements of `compare`: each estimator of the registry with some numbers of samples."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Config(NamedTuple):
         return self.estimator if self.samples is None else f"{self.estimator} {self.samples}"
 
     def bind(self, scale: float, seed: int, *, is_self: bool) -> Callable[..., Any]:
-        """Return the library's function of q, k and v alone; `is_self`: there are as many queries as keys."""
+        """Return the estimator as a function of q, k and v alone; `is_self` is True where N = M."""
         row = by_label()[self.estimator]
         keywords: dict[str, Any] = {"scale": scale}
         if row.count is not None:
@@ -38,26 +38,26 @@ EXACT = Config("softmax", None)
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is measured.
+    """The extent of the measurements.
 
     Attributes
     ----------
     linear, quadratic : tuples of int
-        The numbers of samples of most estimators, and of an estimator whose default is one.
+        Numbers of samples of most estimators, and of an estimator whose default is one.
     seeds : int
-        Seeds that errors are averaged over by default.
+        Number of seeds over which errors are averaged by default.
     rounds : int
-        How often each call is timed, if that does not take three times `seconds`.
+        Number of times that each call is timed, unless that takes three times `seconds`.
     seconds : float
-        How long calls are timed at least, together.
+        Least time in seconds for which all calls together are timed.
     quadratic_curves : bool
-        Whether time is measured against length of estimators that are neither linear nor exact, too.
+        True if time is measured against length also for estimators that are neither linear nor exact.
     lengths : tuple of int
-        The numbers of tokens.
+        Numbers of tokens.
     slowest : float
         Seconds: a call that takes longer at one length is left out of the next.
     deadline : float
-        Seconds after the start, before which the measurements of lengths end.
+        Seconds after the start by which the measurements against length end.
     """
 
     linear: tuple[int, ...]
@@ -79,6 +79,7 @@ class Plan:
             if row.count is None:
                 counts = [None]
             elif row.counts_tokens:
+                # Counts above the number of keys fall together: a set has each once.
                 counts = sorted({min(count, tokens) for count in self.linear})
             configs += [Config(label, count) for count in counts]
         return configs
@@ -93,6 +94,7 @@ class Plan:
         ]
 
 
+# The plan without --quick, whose deadline of 110 seconds keeps the command at about two minutes.
 FULL = Plan(
     linear=(16, 64, 256),
     quadratic=(1, 4),
@@ -104,6 +106,7 @@ FULL = Plan(
     slowest=0.5,
     deadline=110.0,
 )
+# The plan of --quick, for seconds in place of minutes.
 QUICK = Plan(
     linear=(16, 64),
     quadratic=(1,),

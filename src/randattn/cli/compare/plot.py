@@ -1,4 +1,4 @@
-"""The report as a picture."""
+"""Draw the report as a picture."""
 
 from __future__ import annotations
 
@@ -38,11 +38,12 @@ _STYLES = {
 
 
 def plot(report: Report) -> bytes:
-    """Draw error against samples beside time against length.
+    """Draw error against samples, and time against length, side by side.
 
     Parameters
     ----------
     report : Report
+        The measurements.
 
     Returns
     -------
@@ -59,7 +60,7 @@ def plot(report: Report) -> bytes:
 
 
 def _errors(axes: Axes, report: Report) -> None:
-    # Libraries agree, so that their points would hide each other: they stand side by side.
+    # The errors of libraries agree, and their points would hide each other: they are shifted by 11 % each.
     libraries = list(report.libraries)
     aside = {name: 1.11 ** (i - (len(libraries) - 1) / 2) for i, name in enumerate(libraries)}
     lines: dict[tuple[str, str], list[tuple[float, float]]] = {}
@@ -80,7 +81,7 @@ def _errors(axes: Axes, report: Report) -> None:
     if samples:
         axes.set_xlim(samples[0] / 1.5, samples[-1] * 1.5)
     _whole_numbers(axes, samples)
-    # From zero where that leaves the smallest error to be seen, and where one is zero.
+    # A linear axis from zero, unless the smallest error would vanish in it; a logarithmic axis has no zero.
     if 0 < min(errors) < max(errors) / 30:
         _logarithmic(axes)
     else:
@@ -126,21 +127,21 @@ def _logarithmic(axes: Axes) -> None:
 
 
 class _Plain(LogFormatter):
-    """Labels where Matplotlib puts them on a logarithmic axis, but 20 for 2 x 10^1."""
+    """The labels of Matplotlib's logarithmic axis in plain form: 20 for 2 x 10^1."""
 
     def __call__(self, x: float, pos: int | None = None) -> str:
         return f"{x:g}" if super().__call__(x, pos) else ""
 
 
 def _whole_numbers(axes: Axes, values: Iterable[int]) -> None:
-    """A tick for each value that is there."""
+    """Put a tick at each of the values."""
     axes.set_xticks(list(values))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
     axes.xaxis.set_minor_locator(NullLocator())
 
 
 def _legends(figure: Figure, report: Report) -> None:
-    """Colours are estimators; lines and markers are libraries."""
+    """Add the legends: colours for estimators, lines and markers for libraries."""
     estimators = [
         Line2D([], [], color=by_label()[name].colour, linewidth=3, label=_LABELS.get(name, name))
         for name in dict.fromkeys(row.estimator for row in report.rows)

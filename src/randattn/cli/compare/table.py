@@ -1,4 +1,4 @@
-"""Print the report in the terminal."""
+"""Print the report as tables."""
 
 from __future__ import annotations
 
@@ -17,26 +17,28 @@ if TYPE_CHECKING:
 
     from .measure import Report, Row
 
+# Number of lengths in the table of times: the longest one, and shorter ones in even steps.
 _LENGTHS_SHOWN = 3
-# Load per core; the installation of the library alone stays below it.
+# Load per core, the average of a minute, above which a warning is printed. An installation of the library
+# just before the command stays below it.
 _BUSY = 0.75
 
 
 def print_tables(report: Report) -> None:
-    """Print errors, times and agreement, then time against length, and explain the columns."""
+    """Print errors, times and agreement, then time against length, with notes on the columns."""
     out = console()
     out.print(_rows(report))
     estimators = {row.estimator for row in report.rows}
     notes = [
-        f"mean(V), the same for all queries, errs by {_error(report.mean_v_error)}; a larger error is worse.",
-        "speedup: over softmax of the same library. vs numpy: largest difference for the same seed.",
+        f"mean(V), the same for all queries, errs by {_error(report.mean_v_error)}: larger errors are worse.",
+        "speedup: over softmax of the same library. vs numpy: largest difference with the same seed.",
     ]
     if "eva" in estimators and report.shapes["q"][-2] == report.shapes["k"][-2]:
-        notes.append("eva attends to a window of 64 tokens exactly, beside its groups.")
+        notes.append("eva: beside its groups it attends to a window of 64 tokens exactly.")
     if "adaptive_eva" in estimators:
-        notes.append("samples of adaptive_eva: the keys that a block of queries computes exactly.")
+        notes.append("adaptive_eva: samples are the keys that a block of queries computes exactly.")
     if "ra" in estimators:
-        notes.append("ra draws keys: where rounding draws another key, one output differs from NumPy's.")
+        notes.append("ra: rounding can draw another key than on NumPy, which changes one output.")
     if (report.load_per_core or 0) > _BUSY:
         notes.append(
             f"The machine was busy before (load {report.load_per_core:.1f} per core): times may mislead."
@@ -45,7 +47,7 @@ def print_tables(report: Report) -> None:
     if report.lengths:
         out.print()
         out.print(_lengths(report))
-        out.print("\nIn brackets the speedup over softmax. -: not measured, too slow or no time left.")
+        out.print("\nIn brackets: speedup over softmax. -: not measured, too slow or no time left.")
 
 
 def _rows(report: Report) -> Table:

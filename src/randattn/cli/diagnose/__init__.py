@@ -1,1 +1,1 @@
-"""Diagnose the estimators on inputs of the caller's own."""
+"""Diagnose the estimators on the caller's own inputs."""

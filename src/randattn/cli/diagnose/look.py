@@ -16,35 +16,41 @@ if TYPE_CHECKING:
 
     from randattn import Diagnosis
     from randattn.cli.compare.measure import Advance
-    from randattn.cli.files import Inputs
+    from randattn.cli.files import Arrays
 
+# Quantiles over queries, as figures of a report.
 QUANTILES = (0.05, 0.5, 0.95)
+# Bins of a histogram from 0 to 1; in the terminal each is one character.
 BINS = 16
 
 
 def labels() -> list[str]:
-    """Return the short names of the estimators to diagnose: all but exact attention."""
+    """Return the short names of all estimators but exact attention."""
     return [label for label, row in by_label().items() if not row.is_exact]
 
 
 @dataclass(frozen=True)
 class Look:
-    """The diagnosis of an estimator in figures; a figure that was not computed is None.
+    """The figures of one diagnosis; None for a figure that was not computed.
 
     Attributes
     ----------
     estimator : str
+        Short name of the estimator.
     samples : int
-        Draws, landmarks, groups or exact keys.
+        Number of draws, landmarks, groups or exact keys.
     relative_error, mean_error : float
+        Relative errors of the estimator and of mean(V).
     relative_standard_error : float or None
+        Relative standard error of one call.
     effective_samples, largest_weight : tuple of float, or None
-        Below these figures are 5 %, half and 95 % of queries.
+        Quantiles over queries at 5 %, 50 % and 95 %.
     num_weights : float or None
-        Half of the queries have as many weights.
+        Median over queries of the number of weights.
     histogram : list of int, or None
-        Queries by effective samples over weights, in equal bins from 0 to 1.
+        Numbers of queries by effective samples over weights, in equal bins from 0 to 1.
     recommendation : str
+        One sentence of advice.
     """
 
     estimator: str
@@ -61,21 +67,24 @@ class Look:
 
 @dataclass(frozen=True)
 class Looks:
-    """All of them, and figures of exact attention.
+    """The figures of all diagnoses, and of exact attention.
 
     Attributes
     ----------
     input : str
+        Name of the input.
     shapes : dict
+        Shapes of q, k and v.
     queries : int
-        So many of each head are compared with exact attention.
+        Number of queries of each head that are compared with exact attention.
     entropy : tuple of float
-        Of their exact rows, in nats, as `Look` has figures.
+        Quantiles of the entropy of their exact rows, in nats, at 5 %, 50 % and 95 %.
     looks : list of Look
+        Figures of each estimator.
     diagnoses : dict of Diagnosis
-        By estimator, for pictures.
+        Diagnosis of each estimator, for pictures.
     exact : array, shape (N, M), or None
-        The attention matrix of the first head, for pictures.
+        Exact attention matrix of the first head, for pictures.
     """
 
     input: str
@@ -99,7 +108,7 @@ class Looks:
 
 
 def look(
-    inputs: Inputs,
+    inputs: Arrays,
     estimators: Sequence[str],
     *,
     samples: int | None,
@@ -111,20 +120,23 @@ def look(
 
     Parameters
     ----------
-    inputs : Inputs
+    inputs : Arrays
+        The queries, keys and values.
     estimators : sequence of str
-        Their short names in the registry.
+        Short names of estimators in the registry.
     samples : int or None
-        Draws, landmarks, groups or exact keys; by default the default of each row.
+        Number of draws, landmarks, groups or exact keys; None for the default of each row of the registry.
     seed, replicates : int
-        Of the draws.
+        Seed of the draws, and number of calls with draws of their own.
     advance : callable
-        Called with the number of steps done, that of all steps, and the step in hand.
+        Function that is called with the number of steps done, the number of all steps, and the next step.
 
     Returns
     -------
     Looks
+        The figures of all diagnoses.
     """
+    # `truth` refuses inputs for which exact attention overflows or is zero: no error would be finite.
     truth(inputs)
     arrays = (inputs.q, inputs.k, inputs.v)
     found: dict[str, Diagnosis] = {}
@@ -138,6 +150,7 @@ def look(
             options["rng"] = seed
         if inputs.q.shape[-2] != inputs.k.shape[-2]:
             options |= row.across
+        # An estimator may overflow on such inputs: the figure says so, NumPy's warnings would only repeat it.
         with np.errstate(all="ignore"):
             found[name] = diagnose(
                 row.function, *arrays, scale=inputs.scale, num_replicates=replicates, **options
@@ -178,8 +191,8 @@ def _quantiles(x: np.ndarray) -> tuple[float, ...]:
     return tuple(float(value) for value in np.quantile(x, QUANTILES))
 
 
-def _exact(inputs: Inputs) -> np.ndarray:
-    """Return the attention matrix of the first head."""
+def _exact(inputs: Arrays) -> np.ndarray:
+    """Return the exact attention matrix of the first head."""
     q, k = (x.reshape(-1, *x.shape[-2:])[0].astype(np.float64) for x in (inputs.q, inputs.k))
     logits = inputs.scale * q @ k.T
     weights = np.exp(logits - logits.max(axis=-1, keepdims=True))

@@ -1,4 +1,4 @@
-"""What was looked at, as a picture: attention matrices, effective samples, errors by entropy."""
+"""Draw the diagnoses as a picture: attention matrices, effective samples, errors by entropy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .look import Looks
 
 _EXACT, _BAD, _GOOD = "#6E6E6E", "#D55E00", "#009E73"
-# Points that a scatter is still read by.
+# Points of a scatter plot, about; more of them would cover each other.
 _POINTS = 4000
 
 
@@ -27,6 +27,7 @@ def plot_looks(found: Looks) -> bytes:
     Parameters
     ----------
     found : Looks
+        The figures of all diagnoses.
 
     Returns
     -------
@@ -36,8 +37,10 @@ def plot_looks(found: Looks) -> bytes:
     with settings():
         figure = Figure(figsize=(3.1 * (len(found.looks) + 1), 9.2), layout="constrained")
         grid = figure.subplots(3, len(found.looks) + 1, squeeze=False)
+        # One scale of errors for all columns; the largest 0.5 % of an estimator's errors may lie outside.
         highest = max(float(np.quantile(one.error, 0.995)) for one in found.diagnoses.values())
-        # Roots, in which small weights are seen beside large ones; the largest of most exact rows is black.
+        # Roots of weights, or small ones would be white beside large ones. Black is the 90 % quantile of the
+        # largest roots of the exact rows.
         black = None if found.exact is None else float(np.quantile(np.sqrt(found.exact.max(axis=-1)), 0.9))
         _of_exact(found, grid[:, 0], black)
         for axes, look in zip(grid.T[1:], found.looks, strict=True):
@@ -52,7 +55,7 @@ def plot_looks(found: Looks) -> bytes:
             _scatter(axes[2], diagnosis.entropy, diagnosis.error, colour, highest)
         figure.suptitle(
             f"{found.input[-LONGEST_NAME:]}: mean(V) errs by {found.looks[0].mean_error:.2g}; "
-            "what errs more is drawn in red",
+            "estimators with larger errors are red",
             x=0.01,
             ha="left",
         )
@@ -72,8 +75,8 @@ def _of_exact(found: Looks, axes: Any, black: float | None) -> None:
     axes[2].text(
         0,
         0.5,
-        "Top: what results are\nof the values.\n\nMiddle: queries by the share of\n"
-        "their weights that counts\n(effective samples).\n\nBottom: each query's error by\n"
+        "Top: the weights of the values\nin the output.\n\nMiddle: number of queries by\n"
+        "effective samples over weights.\n\nBottom: error of each query by\n"
         "the entropy of its exact row.",
         va="center",
         color=_EXACT,

@@ -1,4 +1,4 @@
-"""Print the diagnoses in the terminal."""
+"""Print the diagnoses as a table, with advice."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from randattn.cli.terminal import console, table
 if TYPE_CHECKING:
     from .look import Looks
 
+# One character for each eighth of the height of a bar.
 _BARS = " ▁▂▃▄▅▆▇█"
 
 
 def print_looks(found: Looks) -> None:
-    """Print errors, weights and advice, and explain the columns."""
+    """Print errors and weights, notes on the columns, and one sentence of advice for each estimator."""
     out = console()
     q, keys = found.shapes["q"], found.shapes["k"][-2]
     rows = table(f"{found.input}, {' x '.join(map(str, q))}", "estimator")
@@ -40,12 +41,14 @@ def print_looks(found: Looks) -> None:
     low, half, high = (math.exp(value) for value in found.entropy)
     notes = (
         "",
-        "error: relative to exact attention, of a layer; red where mean(V), the same for all queries, errs less.",
-        "standard error: of one call, over replicates that draw anew; without the bias.",
-        "effective: Kish's effective sample size of a query's self-normalized weights (of draws; in eva and",
-        "adaptive_eva of keys and groups), of the number of weights; the bars count queries by the share of the",
-        "two. effective and largest weight are medians over queries. -: no such average, or nothing drawn.",
-        f"Exact rows have the entropy of {half:.3g} equal keys of {keys} (5 %: {low:.3g}, 95 %: {high:.3g}).",
+        "error: of a layer, relative to exact attention. Red: mean(V), the same for all queries, errs less.",
+        "standard error: deviation of one call over replicates with draws of their own, without the bias.",
+        "effective: Kish's effective sample size of a query's self-normalized weights, of the number of",
+        "weights. The weights are those of draws, in eva and adaptive_eva those of keys and groups. The bars",
+        "count queries by effective over number. effective and largest weight are medians over queries.",
+        "-: the estimator has no self-normalized weights, or draws nothing.",
+        f"Rows of exact attention have the entropy of {half:.3g} equal keys of {keys} (median;",
+        f"5 %: {low:.3g}, 95 %: {high:.3g}).",
         "",
     )
     out.print("\n".join(notes), markup=False, soft_wrap=True)
@@ -60,6 +63,7 @@ def _number(x: float | None) -> str:
 
 
 def _bars(histogram: list[int]) -> str:
-    """Return a bar for each bin; the lowest for a single query, too."""
+    """Return a bar for each bin."""
+    # Rounded up: a bin with a single query has a bar too.
     top = max(histogram)
     return "".join(_BARS[math.ceil(count / top * (len(_BARS) - 1))] for count in histogram)
