@@ -90,7 +90,8 @@ class TorchCompiler(Compiler):
     def is_tracing(self) -> bool:
         """Tell whether PyTorch is tracing a program."""
         torch = sys.modules.get("torch")
-        return torch is not None and bool(torch.compiler.is_compiling())
+        found: bool = torch is not None and torch.compiler.is_compiling()
+        return found
 
     def reads_code(self) -> bool:
         """Tell whether Dynamo is tracing, which reads this code."""
@@ -98,9 +99,7 @@ class TorchCompiler(Compiler):
 
     def library(self, x: Any) -> Library | None:
         """Return the `TracedTorch` for a tensor of the program; None for every other object."""
-        if self.is_tracing() and isinstance(x, sys.modules["torch"].Tensor):
-            return _TRACED
-        return None
+        return _TRACED if isinstance(x, sys.modules["torch"].Tensor) else None
 
     def constant(self, x: Any, device: Any) -> Array:
         """Return a parameter with the values of a NumPy array: sizes of parameters are never symbolic."""

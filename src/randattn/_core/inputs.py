@@ -44,11 +44,8 @@ class Inputs:
     scale: float
     dtype: Any  # the dtype of the caller's arrays
     heads: int | None  # the number of key heads, where the head axis is split
+    xp: Namespace  # of the arrays; looked up once a call
     query_mask: Array | None = None
-
-    @property
-    def xp(self) -> Namespace:
-        return namespace(self.q)
 
     @property
     def device(self) -> Any:
@@ -152,7 +149,7 @@ def prepare(
         check_broadcast(q=(q, 2), k=(k, 2), v=(v, 2), key_mask=(key_mask, 1))
         # By `where`, not by a product with the mask: NaN under the mask times zero is NaN.
         k, v = hide(k, key_mask), hide(v, key_mask)
-    x = Inputs(q, k, v, key_mask, factor, dtype, heads)
+    x = Inputs(q, k, v, key_mask, factor, dtype, heads, namespace(q))
     if query_mask is not None:
         query_mask = x.match_mask("query_mask", query_mask, q.shape[-2])
     elif key_mask is not None and is_self and q.shape[-2] == k.shape[-2]:

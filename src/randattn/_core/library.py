@@ -31,16 +31,9 @@ class Library:
 
     name = "other"
 
-    def __init__(self) -> None:
-        self._namespaces: dict[type, Namespace] = {}
-
     def namespace(self, x: Array) -> Namespace:
         """Return the array-API namespace of an array."""
-        kind = type(x)
-        # array-api-compat tries every library in turn, on every call: one namespace is cached for each type.
-        if kind not in self._namespaces:
-            self._namespaces[kind] = compat.array_namespace(x)
-        return self._namespaces[kind]
+        return compat.array_namespace(x)
 
     def placement(self, x: Array) -> Any:
         """Return the device for new arrays beside `x`; None where they take the device of other operands."""
@@ -102,15 +95,18 @@ def _find_none(x: Any) -> Library | None:  # noqa: ARG001
 # `library.find`: an imported name would keep the first object.
 compiler = Compiler()
 find: Callable[[Any], Library | None] = _find_none
+# A small call looks an array up dozens of times; array-api-compat would try every library in turn each time.
 _libraries: dict[type, Library | None] = {}
+_namespaces: dict[type, Namespace] = {}
 
 
 def library_of(x: Any) -> Library | None:
     """Return the library of `x`; None where `x` is no array."""
-    traced = compiler.library(x)
-    if traced is not None:
+    if compiler.is_tracing():
         # Not from the cache: an entry that a trace reads or writes becomes a guard of its program.
-        return traced
+        traced = compiler.library(x)
+        if traced is not None:
+            return traced
     kind = type(x)
     if kind not in _libraries:
         _libraries[kind] = find(x)
@@ -132,7 +128,12 @@ def known_library(x: Array) -> Library:
 
 def namespace(x: Array) -> Namespace:
     """Return the array-API namespace of `x`."""
-    return known_library(x).namespace(x)
+    if compiler.is_tracing():
+        return known_library(x).namespace(x)
+    kind = type(x)
+    if kind not in _namespaces:
+        _namespaces[kind] = known_library(x).namespace(x)
+    return _namespaces[kind]
 
 
 def placement(x: Array) -> Any:

@@ -150,7 +150,9 @@ def adaptive_eva(
         return x.finish(x.xp.zeros(shape, dtype=x.q.dtype, device=x.device))
 
     def of_tokens(q: Array, k: Array, v: Array, mask: Array, query_mask: Array, labels: Array) -> Array:
-        return _estimate(replace(x, q=q, k=k, v=v, key_mask=mask, query_mask=query_mask), choice, labels)
+        # A lazy library gives chunks, which are arrays of another one.
+        part = replace(x, q=q, k=k, v=v, key_mask=mask, query_mask=query_mask, xp=namespace(q))
+        return _estimate(part, choice, labels)
 
     # A group may hold any keys, and a block any queries: chunks and shards of tokens are gathered first.
     labels = None if choice.groups is None or isinstance(choice.groups, Blocks) else choice.groups
