@@ -70,7 +70,7 @@ class Library:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether the device is a GPU."""
+        """Tell whether the device is a GPU."""
         return self.device != "cpu"
 
 

@@ -378,7 +378,7 @@ def test_autocast_changes_nothing(lib, name):
 
 
 def test_a_gradient_of_gradients_within_autocast(lib):
-    """What PyTorch calls there by itself is in half precision; the average is not."""
+    """PyTorch takes its own products in half precision there; the average stays in float32."""
     if lib.name != "torch":
         pytest.skip("for torch")
     import torch

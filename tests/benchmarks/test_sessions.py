@@ -1,4 +1,4 @@
-"""What the sessions call is right, and a session runs from its start to its files."""
+"""The calls of the sessions are right, and a session runs from its start to its files."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_peak_memory_has_the_output_and_what_is_held():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_peak_memory_is_of_the_call_alone():
-    """What was freed before does not count, nor hide what is held and freed within."""
+    """Memory that was freed before does not count, nor hide memory that the call holds and frees."""
     held = np.ones(4 << 20)
     del held
 

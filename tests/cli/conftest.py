@@ -33,7 +33,7 @@ SMALL = Plan(
 
 @dataclass(frozen=True)
 class Result:
-    """What one call of the command did."""
+    """The result of one call of the command."""
 
     code: int
     out: str

@@ -35,7 +35,7 @@ def python(*arguments: str, path: Sequence[Path] = (), **keywords: Any) -> subpr
 
 
 def parts(terminal: int) -> Iterator[bytes]:
-    """What is written to a terminal, until its last writer closes it: an error on Linux, an end elsewhere."""
+    """Read the output to a terminal, until its last writer closes it: an error on Linux, an end elsewhere."""
     with contextlib.suppress(OSError):
         while part := os.read(terminal, 1 << 16):
             yield part

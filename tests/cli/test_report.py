@@ -1,4 +1,4 @@
-"""What is measured and printed: rows, values, filters, tables."""
+"""The report of compare: rows, values, filters, tables."""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ def test_shortlists_for_queries_all_alike(lib):
 
 
 def test_keys_missed_most_on_either_side_of_the_middle(lib):
-    """Of keys that the mean query weighs the same, the one that its queries differ about most."""
+    """Keys have one weight at the mean query: the key that its queries differ about most is chosen."""
     q = np.zeros((2, D))
     q[:, 0] = [4, -4]
     k = np.zeros((4, D))

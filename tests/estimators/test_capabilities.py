@@ -1,4 +1,4 @@
-"""What the documentation's table says of each estimator on each library."""
+"""The table of capabilities in the documentation is true of each estimator on each library."""
 
 import functools
 import importlib

@@ -1,4 +1,4 @@
-"""What must not change an answer: padding, the order of keys, where the scale is, blocks, leading axes."""
+"""Changes that must not change an answer: padding, the order of keys, where the scale is, blocks, leading axes."""
 
 from functools import partial
 

@@ -100,6 +100,7 @@ def test_attend_of_a_padded_query_is_neutral_in_merge(lib):
     assert np.all(np.isfinite(lib.numpy(log_norm)[REAL]))
 
 
+@pytest.mark.thorough("dask")
 @pytest.mark.parametrize("junk", JUNK)
 @pytest.mark.parametrize("name", ["rfa", "eva"])
 def test_steps(lib, name, junk):

@@ -66,7 +66,7 @@ def inputs(sizes, seed, norm):
 
 @given(call=calls(), data=st.data(), seed=st.integers(0, 3), norm=st.sampled_from([0.1, 1.0, 30.0, 1e4]))
 def test_every_call_gives_finite_averages_in_silence(lib, call, data, seed, norm):
-    """Of the inputs' library, dtype and shape; within the values that are attended to; zeros with none."""
+    """Results have the library, dtype and shape of the inputs; they are within the values, zeros without a key."""
     function, sizes = call
     lead, n, m, _, e = sizes
     assume(lib.name != "dask" or 0 not in lead)  # Dask reduces no empty axis.

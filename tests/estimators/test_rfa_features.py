@@ -27,7 +27,7 @@ def frequencies(lib, kind, rng=0, times=TIMES, count=S):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_is_standard_normal(lib, kind):
-    """Of every place in a set: mean, covariance and fourth moments, over sets."""
+    """Every place in a set has its moments: mean, covariance and fourth moments, over sets."""
     w = frequencies(lib, kind)
     assert w.shape == (TIMES, S, D)
     # Sobol sets of different heads come from one generator: independent as well.
@@ -75,7 +75,7 @@ def moment_of_a_pair(square, kind):
 
 
 def variance_of_the_kernel(square, kind):
-    """Of the mean of S values ``exp(w.z - |z|^2/2)``: each one's variance, and what they share."""
+    """The variance of the mean of S values ``exp(w.z - |z|^2/2)``: each one's variance, and what they share."""
     if kind == "iid":
         shared = 0.0
     elif kind == "antithetic":
@@ -100,7 +100,7 @@ def test_the_kernel_is_unbiased_with_the_closed_form_of_variance(lib, kind):
 
 
 def test_the_preconditioned_kernel_is_unbiased_with_the_closed_form_of_variance(lib):
-    """Of each pair ``exp(2 q.k) (exp(|z|^2) - 1)`` at its own z, whose mean is less than without."""
+    """The variance of each pair is ``exp(2 q.k) (exp(|z|^2) - 1)`` at its own z, whose mean is less than without."""
     q, k, _ = (x / 3 for x in inputs(3))
     x = prepare(*lib.arrays(q, k, k), scale=1.0, key_mask=None, enable_gqa=False)
     scaled = rfa_features.preconditioned(x)

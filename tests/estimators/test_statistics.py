@@ -1,4 +1,4 @@
-"""What the estimators promise as random variables. Seeded; the bounds stand in the design."""
+"""The estimators as random variables. Seeded; the bounds stand in the design."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""What is said of a paper's claim follows from the numbers, and changes with them."""
+"""The verdict on a paper's claim follows from the numbers, and changes with them."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ def runs(**settings):
 
 
 def power(run, say):
-    """What is carried out, in another process."""
+    """The work of a run, in another process."""
     say(1, 1, "half way")
     if (folder := run.settings.get("marks")) is not None:
         mark = Path(folder) / str(run.seed)

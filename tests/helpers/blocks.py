@@ -31,5 +31,5 @@ def make_blocks(monkeypatch):
 
 
 def sizes():
-    """What a compiled program depends on."""
+    """Give the sizes that a compiled program depends on."""
     return tuple(getattr(block_sizes, name) for name in SIZES)

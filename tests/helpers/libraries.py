@@ -28,7 +28,7 @@ FOR_GRADIENTS = {"xla_backend_optimization_level": 1}
 
 @dataclass(frozen=True)
 class Library:
-    """How the tests make, read and compare one library's arrays."""
+    """One library, whose arrays the tests make, read and compare."""
 
     name: str
     own: ArrayLibrary
@@ -77,7 +77,7 @@ class Library:
         return self.own.generator(seed)
 
     def gradients(self, function: Callable[..., Any], *arrays: Any) -> list[np.ndarray]:
-        """Of a scalar function in each of its arrays: PyTorch's backward, JAX's compiled program."""
+        """Give the gradients of a scalar function in each of its arrays: PyTorch's backward, JAX's compiled program."""
         if self.name == "jax":
             return list(map(self.numpy, jax_gradient(function, tuple(range(len(arrays))))(*arrays)))
         leaves = [x.detach().requires_grad_() for x in arrays]

@@ -68,7 +68,7 @@ def test_as_keras_own(theirs, ours, sizes, estimator, options):
     ],
 )
 def test_estimators_and_padding(estimator, options):
-    """What lies under the mask is not seen; a Keras mask, which embeddings make, is one."""
+    """Tokens under the mask are not seen; a Keras mask, which embeddings make, is one."""
     layer = MultiHeadAttention(2, 4, estimator=estimator, options=options)
     if keras.backend.backend() == "tensorflow" and "exact" in options:
         with pytest.raises(NotImplementedError, match="exact"):

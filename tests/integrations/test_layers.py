@@ -85,7 +85,7 @@ def test_they_agree(name, mask):
 
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_agree(name):
-    """Of the inputs, through all that is learned."""
+    """Gradients reach the inputs, through all weights."""
     one, other = both(name)
     x = torch.tensor(X, requires_grad=True)
     one(x, rng=3).square().sum().backward() if name != "softmax" else one(x).square().sum().backward()
@@ -144,7 +144,7 @@ def test_junk_in_padding(name):
 
 
 def test_learned_landmarks_and_bias_by_the_library():
-    """What a layer is, written out."""
+    """A layer, written out."""
     one, _ = both("eva learned")
     x = torch.tensor(X[0])
     q, k, v = (project(x).reshape(N, H, F // H).movedim(0, 1) for project in (one.query, one.key, one.value))
@@ -158,7 +158,8 @@ def test_learned_landmarks_and_bias_by_the_library():
 
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_buckets_are_t5s(is_causal):
-    """Those of transformers' T5."""
+    """The buckets are those of transformers' T5."""
+    pytest.importorskip("transformers")
     from transformers.models.t5.modeling_t5 import T5Attention
 
     place = torch.arange(200)

@@ -143,7 +143,7 @@ MUTANTS = [
 
 
 def survives(mutant: Mutant) -> bool:
-    """Whether the suite passes on the broken sources."""
+    """Tell whether the suite passes on the broken sources."""
     with tempfile.TemporaryDirectory() as folder:
         sources = Path(folder) / "randattn"
         shutil.copytree(ROOT / "src" / "randattn", sources)

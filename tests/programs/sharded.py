@@ -1,4 +1,4 @@
-"""What JAX compiles for sequences on 8 devices, as JSON: ``python -m tests.programs.sharded``.
+"""The programs that JAX compiles for sequences on 8 devices, as JSON: ``python -m tests.programs.sharded``.
 
 A process of its own: the number of devices is fixed when JAX starts. `tests/libraries/across/test_sharded.py` reads it.
 """
@@ -58,7 +58,7 @@ COUNTED = [
 
 
 def layout_of(groups: int, window: int) -> sharding.Layout:
-    """What the cost model is asked for, and held to."""
+    """Give the layout that the cost model is asked for, and held to."""
     return sharding.Layout(tokens=1024, heads=2, features=16, values=8, groups=groups, window=window)
 
 

@@ -1,4 +1,4 @@
-"""What is in memory at once, as NumPy's allocations count it."""
+"""Memory that is held at once, as NumPy's allocations count it."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from tests.helpers.tokens import D, N, S, inputs
 
 @pytest.mark.parametrize("name", ["rfa", "eva"])
 def test_states_with_more_leading_axes_than_tokens(lib, name):
-    """Those of the draws."""
+    """The leading axes of the draws are those of the state."""
     arrays = lib.arrays(*inputs(lead=()))
     count = {"rfa": S, "eva": 4}[name]
     noise = lib.asarray(np.random.default_rng(1).standard_normal((3, count, D)))

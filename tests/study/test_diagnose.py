@@ -26,7 +26,7 @@ not_on_jax = pytest.mark.only("numpy", "torch", "cupy", "strict")
 
 
 def kish(weights):
-    """Of rows of weights."""
+    """Give the figures of rows of weights."""
     return weights.sum(axis=-1) ** 2 / (weights**2).sum(axis=-1)
 
 

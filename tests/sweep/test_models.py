@@ -110,7 +110,7 @@ def ask_for(model, name):
 
 
 def looked_at(family):
-    """What is to be said of a family, and notes."""
+    """Give the verdict on a family, and notes."""
     kind, name, types = family
     try:
         model = build(kind, name, types)

@@ -12,7 +12,7 @@ from .describe import type_name as _type_name
 from .library import is_array, namespace
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     Array = Any
 
@@ -24,6 +24,7 @@ _NOT_DENSE = {
     "is_mkldnn": "an MKL-DNN one: pass .to_dense()",
 }
 _MASKED = ("MaskedArray", "MaskedTensor")
+_NO_HINTS: Mapping[str, str] = {}
 
 
 def broadcast_shapes(*shapes: Sequence[int]) -> tuple[int, ...]:
@@ -123,7 +124,7 @@ def check_attention_shapes(q: Array, k: Array, v: Array) -> None:
             )
 
 
-def check_broadcast(**arrays: tuple[Array, int]) -> None:
+def check_broadcast(hints: Mapping[str, str] = _NO_HINTS, /, **arrays: tuple[Array, int]) -> None:
     """Raise unless leading axes broadcast; the number beside each array counts its trailing axes."""
     done: tuple[int, ...] = ()
     for name, (x, trailing) in arrays.items():
@@ -131,9 +132,8 @@ def check_broadcast(**arrays: tuple[Array, int]) -> None:
         try:
             done = broadcast_shapes(done, lead)
         except ValueError:
-            hint = " (enable_gqa=True shares key heads among queries)" if name == "k" else ""
             raise ValueError(
-                f"{name}: expected leading axes that broadcast with {done}, got {lead}{hint}"
+                f"{name}: expected leading axes that broadcast with {done}, got {lead}{hints.get(name, '')}"
             ) from None
 
 

@@ -51,7 +51,7 @@ def normal_draws(
     if noise is not None:
         if rng is not None:
             raise ValueError("noise: expected either rng or noise, got both")
-        return _given("noise", noise, x, shape, axes)
+        return _given("noise", noise, x, shape, axes, has_features=True)
     if rng is None:
         return None
     return _drawn(rng, x, cast("Kind", kind), (*broadcast_shapes(x.lead, lead), *shape))
@@ -65,7 +65,7 @@ def uniform_draws(
     The uniform draws of an `rng` are independent of its normal draws.
     """
     if components is not None:
-        return _given("components", components, x, shape, axes)
+        return _given("components", components, x, shape, axes, has_features=False)
     return _drawn(rng, x, "uniform", (*x.lead, *shape))
 
 
@@ -94,7 +94,9 @@ def no_draws(estimator: str) -> ValueError:
     return ValueError(f"rng: {estimator} needs draws: expected rng or noise, got neither")
 
 
-def _given(name: str, draws: Array, x: Inputs, shape: tuple[int, ...], axes: str) -> Array:
+def _given(
+    name: str, draws: Array, x: Inputs, shape: tuple[int, ...], axes: str, *, has_features: bool
+) -> Array:
     got = tuple(draws.shape) if is_array(draws) else ()
     draws = x.match(name, draws, len(shape))
     ours = tuple(draws.shape[draws.ndim - len(shape) :])
@@ -103,7 +105,7 @@ def _given(name: str, draws: Array, x: Inputs, shape: tuple[int, ...], axes: str
     except ValueError:
         fits = False
     # A draw shared by all features is a mistake, not a broadcast.
-    fits = fits and len(got) >= len(shape) and (name != "noise" or ours[-1] == shape[-1])
+    fits = fits and len(got) >= len(shape) and (not has_features or ours[-1] == shape[-1])
     if not fits:
         wanted = ", ".join(map(str, shape))
         raise ValueError(f"{name}: expected shape (..., {axes}) = (..., {wanted}), got {got}")

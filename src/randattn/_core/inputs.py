@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     Namespace = Any
 
 
+# Added to the error of leading axes that do not broadcast, by the array that does not fit.
+_HINTS = {"k": " (enable_gqa=True shares key heads among queries)"}
+
+
 @dataclass(frozen=True)
 class Inputs:
     """The inputs of an estimator: arrays of one rank in float32 or float64, not scaled.
@@ -129,7 +133,7 @@ def prepare(
     library.compiler.specialize(q.shape[-1], v.shape[-1])
     heads = _key_heads(q, k, v) if enable_gqa else None
     if heads is None:
-        check_broadcast(q=(q, 2), k=(k, 2), v=(v, 2))
+        check_broadcast(_HINTS, q=(q, 2), k=(k, 2), v=(v, 2))
     factor = as_scale(scale, q.shape[-1])
     if key_mask is not None:
         check_mask("key_mask", key_mask, q, k.shape[-2])
@@ -146,7 +150,7 @@ def prepare(
     q, k, v = (with_rank(x, rank) for x in (q, k, v))
     if key_mask is not None:
         key_mask = with_rank(key_mask, rank - 1)
-        check_broadcast(q=(q, 2), k=(k, 2), v=(v, 2), key_mask=(key_mask, 1))
+        check_broadcast(_HINTS, q=(q, 2), k=(k, 2), v=(v, 2), key_mask=(key_mask, 1))
         # By `where`, not by a product with the mask: NaN under the mask times zero is NaN.
         k, v = hide(k, key_mask), hide(v, key_mask)
     x = Inputs(q, k, v, key_mask, factor, dtype, heads, namespace(q))

@@ -7,7 +7,7 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
@@ -25,13 +25,37 @@ from .files import check_output, read_inputs, read_sample, write_report
 from .libraries import CHECKS, NAMES, Unusable, installed, open_library
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from .compare.measure import Advance
     from .libraries import ArrayLibrary
 
 # Exit status of a program that an interrupt ended: 128 + SIGINT, as shells report it.
 _INTERRUPTED = 130
+
+
+_INPUT = click.option(
+    "--input",
+    "path",
+    type=Path,
+    metavar="FILE",
+    help="A .npz or .safetensors file with q (..., N, D), k (..., M, D), v (..., M, E) and optionally scale. "
+    "Default: the embedded sample, the attention inputs of a small sentence encoder.",
+)
+
+
+def _output(name: str) -> Callable[..., Any]:
+    """Return the option of the directory that a command writes its two files to."""
+    text = (
+        f"Directory for {name}.png and {name}.json. Older files of that name are replaced, both or neither."
+    )
+    return click.option("--output", type=Path, metavar="DIR", help=text)
+
+
+def _json(name: str) -> Callable[..., Any]:
+    """Return the option of JSON instead of tables."""
+    text = f"Print the content of {name}.json, and nothing else."
+    return click.option("--json", "as_json", is_flag=True, help=text)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]}, invoke_without_command=True)
@@ -62,27 +86,15 @@ def app(context: click.Context) -> None:
     metavar="NAME",
     help=f"An estimator to measure: {', '.join(by_label())}. Repeatable. Default: all.",
 )
-@click.option(
-    "--input",
-    "path",
-    type=Path,
-    metavar="FILE",
-    help="A .npz or .safetensors file with q (..., N, D), k (..., M, D), v (..., M, E) and optionally scale. "
-    "Default: the embedded sample, the attention inputs of a small sentence encoder.",
-)
+@_INPUT
 @click.option(
     "--seeds",
     type=click.IntRange(min=1),
     metavar="N",
     help=f"Number of seeds that errors are averaged over. Default: {FULL.seeds}, with --quick {QUICK.seeds}.",
 )
-@click.option(
-    "--output",
-    type=Path,
-    metavar="DIR",
-    help="Directory for report.png and report.json. Older files of that name are replaced, both or neither.",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print the content of report.json, and nothing else.")
+@_output("report")
+@_json("report")
 @click.option("--quick", is_flag=True, help="Measure less, in seconds: fewer samples, seeds and lengths.")
 def compare(
     *,
@@ -128,21 +140,11 @@ def compare(
         from .compare.plot import plot
 
         write_report(output, {"report.png": plot(report), "report.json": text.encode()})
-    if as_json:
-        click.echo(text, nl=False)
-    else:
-        print_tables(report)
+    click.echo(text, nl=False) if as_json else print_tables(report)
 
 
 @app.command()
-@click.option(
-    "--input",
-    "path",
-    type=Path,
-    metavar="FILE",
-    help="A .npz or .safetensors file with q (..., N, D), k (..., M, D), v (..., M, E) and optionally scale. "
-    "Default: the embedded sample, the attention inputs of a small sentence encoder.",
-)
+@_INPUT
 @click.option(
     "--estimator",
     "estimators",
@@ -167,16 +169,8 @@ def compare(
     metavar="N",
     help="Number of calls with draws of their own, for the standard error. Default: 8.",
 )
-@click.option(
-    "--output",
-    type=Path,
-    metavar="DIR",
-    help="Directory for diagnosis.png and diagnosis.json. Older files of that name are replaced, both or "
-    "neither.",
-)
-@click.option(
-    "--json", "as_json", is_flag=True, help="Print the content of diagnosis.json, and nothing else."
-)
+@_output("diagnosis")
+@_json("diagnosis")
 def diagnose(
     *,
     path: Path | None,
@@ -211,10 +205,7 @@ def diagnose(
         from .diagnose.plot import plot_looks
 
         write_report(output, {"diagnosis.png": plot_looks(found), "diagnosis.json": text.encode()})
-    if as_json:
-        click.echo(text, nl=False)
-    else:
-        print_looks(found)
+    click.echo(text, nl=False) if as_json else print_looks(found)
 
 
 def run() -> int:

@@ -11,6 +11,9 @@ from tests.programs import sharded
 
 pytest.importorskip("jax")
 
+# A process of its own compiles for minutes.
+pytestmark = pytest.mark.thorough("numpy")
+
 KINDS = {
     "Auto": tuple(sharded.CASES),
     "Explicit": sharded.EXPLICIT,

@@ -144,7 +144,7 @@ def run_cases(page, rank, sent):
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """What the ranks found, rank by rank."""
+    """Give the results of the ranks, rank by rank."""
     directory = tmp_path_factory.mktemp("ranks")
     (directory / "example.py").write_text("\n\n".join(BLOCKS))
     torch.multiprocessing.spawn(worker, (directory,), nprocs=WORLD)

@@ -1,4 +1,4 @@
-"""What the public functions cost a device, by the stand-in's counts."""
+"""The costs of public functions on a device, by the stand-in's counts."""
 
 from __future__ import annotations
 

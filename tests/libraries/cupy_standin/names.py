@@ -71,7 +71,7 @@ def as_numpy(a: Any, *_: Any, **__: Any) -> np.ndarray:
 
 
 class NpzFile:
-    """What `load` gives of several arrays: by name alone, which it does not list."""
+    """The result of `load` for several arrays: found by name alone, not listed."""
 
     def __init__(self, file: Any) -> None:
         self._file = file

@@ -69,7 +69,7 @@ def test_two_processes(client, number):
 
 @pytest.mark.parametrize("name", ["rfa", "eva"])
 def test_peak_memory(client, name):
-    """Of each process a few times the keys' bytes, how many depends on which tasks meet: 4 to 60 MiB.
+    """Each process takes a few times the keys' bytes, how many depends on which tasks meet: 4 to 60 MiB.
 
     A dense matrix of logits has 64 GiB.
     """
