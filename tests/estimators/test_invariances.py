@@ -7,6 +7,7 @@ import pytest
 
 from tests.helpers.blocks import make_small
 from tests.helpers.calls import attend, eva, lara, merge, ra, rfa, softmax_attention
+from tests.helpers.forms import ESTIMATORS
 
 pytestmark = pytest.mark.mathematics
 
@@ -272,3 +273,11 @@ def test_identical_keys_leave_nothing_to_estimate(lib):
         else:
             out = ALL[name](*lib.arrays(q, k, v))
         lib.close(out, mean)
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_an_empty_batch_gives_an_empty_batch(lib, blocks, name):
+    """No sequence, or no head of one."""
+    for lead in ((0,), (3, 0), (0, 2)):
+        arrays = [lib.asarray(np.zeros((*lead, 10, size))) for size in (4, 4, 3)]
+        assert tuple(ESTIMATORS[name](*arrays).shape) == (*lead, 10, 3)

@@ -117,7 +117,7 @@ MUTANTS = [
     Mutant("a rest that has the window's own keys", "_tokens/pooling.py", "    parts = later(parts, 1)\n", ""),
     Mutant("groups about no query", "_estimators/adaptive_eva_groups.py", "share = xp.exp(along_mu -", "share = xp.exp(0 * along_mu -"),
     Mutant("groups keep what is exact", "_estimators/adaptive_eva.py", "left = 1 - taken[..., -1:]", "left = 1 - 0 * taken[..., -1:]"),
-    Mutant("a group's values with those of the next", "_backends/inplace.py", "sums[xp.maximum(ends - 1, 0)", "sums[xp.maximum(ends - 2, 0)"),
+    Mutant("a group's values with those of the next", "_backends/numpy.py", "sums[xp.maximum(ends - 1, 0)", "sums[xp.maximum(ends - 2, 0)"),
     Mutant("the keys that are missed least", "_estimators/adaptive_eva_keys.py", "missed = xp.abs(exactly - by_group) * weight", "missed = -xp.abs(exactly - by_group) * weight"),
     Mutant("places of a list for places of all", "_estimators/adaptive_eva_keys.py", "            found = entries(xp.reshape(lists, (nodes, listed)), found)\n", ""),
     Mutant("groups of all for those of a list", "_estimators/adaptive_eva_keys.py", "xp.reshape(entries(group, lists), (nodes, listed))", "xp.reshape(entries(group, 0 * lists), (nodes, listed))"),

@@ -155,6 +155,9 @@ def attend_in_blocks(
     lead, n = leading_axes(q, sets), q.shape[-2]
     out = xp.empty((*lead, n, sets[0].v.shape[-1]), dtype=q.dtype, device=device)
     tops, totals = (xp.empty((*lead, n), dtype=q.dtype, device=device) for _ in range(2))
+    if 0 in lead:
+        # An empty batch has no minimum and no maximum to look at.
+        return Average(out, tops)
     smallest = xp.asarray(xp.finfo(q.dtype).smallest_normal, dtype=q.dtype, device=device)
     plain = ops.looks
     for here in _blocks(q, sets, lead, block, ops.together):
@@ -259,25 +262,6 @@ def gradients(
     )
 
 
-def sums_by_group(x: Array, index: Array, group: Array, count: int) -> Array:
-    """Compute `Backend.sums_by_group` by running sums, a row of all blocks at a time."""
-    xp, (heads, blocks, size) = namespace(x), index.shape
-    shape, block = (size, heads * blocks, x.shape[-1]), xp.arange(heads * blocks)
-    first = xp.arange(0, heads * x.shape[1], x.shape[1])[:, None, None]
-    index = xp.reshape(xp.moveaxis(index + first, -1, 0), (-1,))
-    sums = xp.reshape(xp.take(xp.reshape(x, (-1, shape[-1])), index, axis=0), shape)
-    for before, here in itertools.pairwise(sums):
-        xp.add(before, here, out=here)
-    group = group + xp.reshape(count * block, (heads, blocks, 1))
-    counts = xp.bincount(xp.reshape(group, (-1,)), minlength=heads * blocks * count)
-    ends = xp.cumulative_sum(xp.reshape(counts, (-1, count)), axis=-1)
-    found = sums[xp.maximum(ends - 1, 0), block[:, None]]
-    found[ends == 0] = 0
-    # A copy, since both sides overlap.
-    found[:, 1:] -= found[:, :-1].copy()
-    return xp.reshape(found, (heads, blocks, count, shape[-1]))
-
-
 class _Sum:
     """The gradient of an array, the sum of parts from blocks, also over axes along which it is broadcast."""
 
@@ -374,7 +358,7 @@ def _cut(lead: tuple[int, ...], n: int, m: int, block: int) -> Iterator[At]:
 def _first_other(bias: Array) -> int:
     """Count the keys (axis -2) before the first key with a bias other than 0."""
     xp, keys = namespace(bias), bias.shape[-2]
-    has = xp.any(xp.reshape(xp.moveaxis(bias, -2, 0), (keys, -1)) != 0, axis=-1)
+    has = xp.any(xp.moveaxis(bias, -2, 0) != 0, axis=tuple(range(1, bias.ndim)))
     return int(xp.argmax(xp.astype(has, xp.int8))) if xp.any(has) else keys
 
 

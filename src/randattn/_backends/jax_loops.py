@@ -316,7 +316,7 @@ def carry(
     step = jax.checkpoint(lambda state, rows: function(state, *rows))
     state, out = jax.lax.scan(step, state, [blocks(*one) for one in arrays])
     out = jnp.moveaxis(out, 0, -3)
-    out = out.reshape(*out.shape[:-3], -1, out.shape[-1])
+    out = out.reshape(*out.shape[:-3], out.shape[-3] * out.shape[-2], out.shape[-1])
     tails = [jax.lax.slice_in_dim(x, steps * size, x.shape[-2], axis=-2) for x, size in arrays]
     if not tails[0].shape[-2]:
         return state, out

@@ -111,11 +111,12 @@ def _scattered(x: Array, at: Blocks) -> Array:
     if not at.edge:
         return x
     # The rows of an edge are tokens of the next lane: they go there, for tokens that are not `own`.
-    x = xp.reshape(x, (*lead, at.lanes, -1, e))
+    # No -1 in a shape: an empty batch would leave it open.
+    x = xp.reshape(x, (*lead, at.lanes, x.shape[-2] // at.lanes, e))
     mine, edge = x[..., : -at.edge, :], xp.roll(x[..., -at.edge :, :], 1, axis=-3)
     own = with_rank(xp.asarray(at.own[..., None], device=placement(x)), x.ndim)
     x = xp.where(own, mine, xp.concat([edge, mine[..., at.edge :, :]], axis=-2))
-    return xp.reshape(x, (*lead, -1, e))
+    return xp.reshape(x, (*lead, x.shape[-3] * x.shape[-2], e))
 
 
 def _take(x: Array, index: Any, axis: int, lanes: int) -> Array:
@@ -211,8 +212,9 @@ def _all_but(members: Average, level: Members) -> Average:
         _before(Average(xp.flip(members.out, axis=-2), xp.flip(members.log_norm, axis=-1))),
     )
     rest = merge(before, Average(xp.flip(after.out, axis=-2), xp.flip(after.log_norm, axis=-1)))
-    out = xp.reshape(rest.out, (*rest.out.shape[:-3], -1, rest.out.shape[-1]))
-    log_norm = xp.reshape(rest.log_norm, (*rest.log_norm.shape[:-2], -1))
+    *lead, groups, parts, features = rest.out.shape
+    out = xp.reshape(rest.out, (*lead, groups * parts, features))
+    log_norm = xp.reshape(rest.log_norm, (*rest.log_norm.shape[:-2], groups * parts))
     out = _take(out, level.inside, axis=-2, lanes=level.lanes)
     log_norm = _take(log_norm, level.inside, axis=-1, lanes=level.lanes)
     out = xp.reshape(out, (*out.shape[:-2], *shape, out.shape[-1]))
