@@ -51,7 +51,7 @@ seconds = st.integers(1, 1000).map(float)
 
 
 # Fewer than elsewhere: each collects the garbage of all libraries that are loaded.
-@settings(max_examples=30)
+@settings(max_examples=10)
 @given(st.lists(st.tuples(seconds, seconds), min_size=10, max_size=10))
 def test_medians_of_each_set(pairs):
     machine = Machine()

@@ -81,7 +81,7 @@ def test_each_has_its_check():
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning")
 @pytest.mark.parametrize(
-    "capability", beyond(CAPABILITIES, [name for name in CAPABILITIES if name != "gradient"], "jax", "torch")
+    "capability", beyond(CAPABILITIES, ("causal", "half", "compiled"), "jax", "dask", "torch")
 )
 @pytest.mark.parametrize("name", CALLS)
 def test_as_the_table_says(lib, name, capability):
