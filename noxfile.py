@@ -189,12 +189,21 @@ def check_frameworks(session: nox.Session) -> None:
     """Run the tests of the integrations."""
     keras = "tests/integrations/test_keras.py"
     modules = ("--doctest-modules", "src/randattn/integrations")
-    run_pytest(session, "tests/integrations", *modules, "--ignore", keras, KERAS_BACKEND="jax", **OPTIMIZED)
+    run_pytest(
+        session,
+        "tests/integrations",
+        "--thorough",
+        *modules,
+        "--ignore",
+        keras,
+        KERAS_BACKEND="jax",
+        **OPTIMIZED,
+    )
     for backend in ("numpy", "torch", "jax", "tensorflow"):
         if backend == "tensorflow":
             # Last: a framework that finds TensorFlow imports it.
             session.install(*PINNED, "tensorflow-cpu")
-        run_pytest(session, keras, KERAS_BACKEND=backend, **OPTIMIZED)
+        run_pytest(session, keras, "--thorough", KERAS_BACKEND=backend, **OPTIMIZED)
 
 
 @nox.session(name="models-sweep")
