@@ -76,6 +76,8 @@ OPTIMIZED = {"XLA_FLAGS": "--xla_backend_optimization_level=1"}
 
 nox.needs_version = ">=2024.4.15"
 nox.options.default_venv_backend = "virtualenv"
+# Environments are kept: pip brings them to the pinned versions in seconds. `nox -r never` makes them anew.
+nox.options.reuse_venv = "yes"
 # Ten minutes on two cores; `full` has the rest.
 nox.options.sessions = ["lint", "build", "tests-cupy", "tests-torch-gpu", "tests-jax-gpu", "tests"]
 
