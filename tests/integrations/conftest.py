@@ -1,4 +1,4 @@
-"""torchvision, which timm imports, without what it has compiled: its wheel is for CUDA where PyTorch's is not."""
+"""Prepare torchvision, which timm imports, without its compiled part, and the estimators of transformers."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import importlib
 import re
 import sys
 
+import pytest
 import torch
 
 
 def pytest_configure() -> None:
+    # The wheel of torchvision is for CUDA where that of PyTorch is not.
     while True:
         try:
             importlib.import_module("torchvision")
@@ -25,3 +27,12 @@ def pytest_configure() -> None:
                 del sys.modules[name]
         else:
             return
+
+
+@pytest.fixture
+def registered() -> None:
+    """Register the estimators anew, since names hold for the process, and make the same weights in each run."""
+    from randattn.integrations.transformers import register
+
+    register()
+    torch.manual_seed(0)

@@ -154,6 +154,15 @@ def test_files_and_functions_stay_small():
     assert checked > 400
 
 
+def test_files_beside_the_package_stay_small():
+    files = [
+        path for folder in ("tests", "benchmarks", "experiments") for path in (ROOT / folder).rglob("*.py")
+    ]
+    assert len(files) > 80
+    lengths = {path.relative_to(ROOT): len(path.read_text().splitlines()) for path in files}
+    assert {path: length for path, length in lengths.items() if length > 400} == {}
+
+
 def test_comments_are_neither_few_nor_many():
     share = guards.comment_share(MODULES.values())
     assert 0.03 <= share <= 0.06, f"{share:.2%}"
