@@ -136,6 +136,25 @@ def test_errors_are_those_of_the_library(
         assert row["relative_error"] == pytest.approx(expected, rel=1e-5, abs=1e-6), name
 
 
+def test_seeds_are_for_estimators_that_draw(
+    command: Any, inputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Programs of JAX for further seeds would take the time of the lengths."""
+    seeds: dict[Config, list[int]] = {}
+    bind = Config.bind
+
+    def counted(config: Config, scale: float, seed: int, **more: Any) -> Any:
+        seeds.setdefault(config, []).append(seed)
+        return bind(config, scale, seed, **more)
+
+    monkeypatch.setattr(Config, "bind", counted)
+    monkeypatch.setattr(app, "FULL", replace(app.FULL, linear=(8,), quadratic=(1,), lengths=()))
+    command("--json", "--input", inputs, "--backend", "numpy", "--seeds", 3)
+    drawing = {config for config, used in seeds.items() if set(used) == {0, 1, 2}}
+    assert {config.estimator for config in drawing} == {"rfa", "ra", "lara", "eva"}
+    assert all(seeds[config] == [0, 0] for config in seeds if config not in drawing)
+
+
 @pytest.mark.parametrize("shape", [(24,), (2, 24), (3, 2, 2, 24)])
 def test_layers_are_what_stands_before_the_last_three_axes(
     command: Any, save: Callable[..., Path], shape: tuple[int, ...]

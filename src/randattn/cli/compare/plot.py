@@ -105,7 +105,7 @@ def _times(axes: Axes, report: Report) -> None:
     counts = {each.estimator: each.samples for each in report.lengths if each.samples is not None}
     samples = ", ".join(f"{name} {count}" for name, count in counts.items())
     axes.set_title("Time of one call on one head")
-    axes.set_xlabel("length (tokens)" + (f"; samples: {samples}" if samples else ""))
+    axes.set_xlabel("length (tokens)" + (f"\nsamples: {samples}" if samples else ""))
     axes.set_ylabel("time (ms)")
     axes.set_xscale("log", base=2)
     _logarithmic(axes)
