@@ -5,12 +5,9 @@ Arguments after `--` go to pytest: ``nox -s tests-torch -- -k merge``.
 
 from __future__ import annotations
 
-import ctypes
-import json
 import os
 import sys
 import tomllib
-import zipfile
 from pathlib import Path
 
 import nox
@@ -21,9 +18,6 @@ PINNED = ("-c", "constraints/cpu.txt")
 # Nothing for CUDA is pinned: the right versions depend on the machine's driver.
 PINNED_TOOLS = ("-c", "constraints/tools.txt")
 TOOLS = ("pytest", "pytest-xdist", "hypothesis")
-
-# Packages that the benchmarks compare with.
-PEERS = ("performer-pytorch", "nystrom-attention", "linear-attention-transformer")
 
 SPHINX = ("sphinx", "furo", "myst-parser", "numpydoc", "sphinx-copybutton", "latex2mathml")
 # Carries the weights of a sentence encoder.
@@ -144,10 +138,7 @@ def slowest_file(session: nox.Session) -> Path:
 
 def print_slowest(session: nox.Session, path: Path) -> None:
     """Print the slowest ten tests of all runs of pytest."""
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    session.log("The slowest ten tests:")
-    for seconds, library, name in sorted(lines, reverse=True)[:10]:
-        session.log(f"{seconds:7.1f} s  {library:12}  {name}")
+    session.run("python", "-m", "tests.programs.slowest", str(path))
 
 
 def register_tests(library: str, packages: tuple[str, ...]) -> None:
@@ -190,17 +181,8 @@ def tests_integrations(session: nox.Session) -> None:
 def check_frameworks(session: nox.Session) -> None:
     """Run the tests of the integrations."""
     keras = "tests/integrations/test_keras.py"
-    modules = ("--doctest-modules", "src/randattn/integrations")
-    run_pytest(
-        session,
-        "tests/integrations",
-        "--thorough",
-        *modules,
-        "--ignore",
-        keras,
-        KERAS_BACKEND="jax",
-        **OPTIMIZED,
-    )
+    others = ("tests/integrations", "--doctest-modules", "src/randattn/integrations", "--ignore", keras)
+    run_pytest(session, *others, "--thorough", KERAS_BACKEND="jax", **OPTIMIZED)
     for backend in ("numpy", "torch", "jax", "tensorflow"):
         if backend == "tensorflow":
             # Last: a framework that finds TensorFlow imports it.
@@ -263,111 +245,35 @@ def build(session: nox.Session) -> None:
     """Build the wheel from the sdist, and use it in an empty environment."""
     session.env.update(ON_THE_CPU)
     session.install(*PINNED, "build", "virtualenv")
-    work = Path(session.create_tmp()).resolve()
-    for old in (work / "dist").glob("*"):
-        old.unlink()
-    session.run("python", "-m", "build", "--outdir", str(work / "dist"))
-    (wheel,) = (work / "dist").glob("*.whl")
-    check_wheel(session, wheel)
-
-    # Away from the checkout, and with -I, so that nothing but the wheel is found.
-    session.run("virtualenv", "--clear", "--quiet", str(work / "empty"))
-    scripts = work / "empty" / ("Scripts" if os.name == "nt" else "bin")
-    python = (str(scripts / "python"), "-I")
-    install = (*python, "-m", "pip", "install", "--quiet", "-c", str(ROOT / "constraints" / "cpu.txt"))
-    with session.chdir(work):
-        session.run(*install, str(wheel), external=True)
-        session.run(*python, str(ROOT / "tests" / "programs" / "installed.py"), external=True)
-        session.run(*install, f"{wheel}[cli]", external=True)
-        command = (str(scripts / "randattn"), "compare", "--quick", "--json")
-        report = json.loads(session.run(*command, external=True, silent=True))
-        if not report["rows"]:
-            session.error("randattn compare: its report has no rows")
-        session.log(f"randattn compare --quick --json: {len(report['rows'])} rows")
+    session.run("python", "-m", "tests.programs.wheel", session.create_tmp())
 
 
-def check_wheel(session: nox.Session, wheel: Path) -> None:
-    """Fail where the wheel lacks a file, or has one that is not the package's."""
-    names = zipfile.ZipFile(wheel).namelist()
-    wanted = ("randattn/py.typed", "randattn/data/attention_inputs.npz", "/licenses/LICENSE", "randattn/cli/")
-    missing = [want for want in wanted if not any(want in found for found in names)]
-    foreign = [found for found in names if not found.startswith(("randattn/", "randattn-"))]
-    if missing or foreign:
-        session.error(f"{wheel.name} lacks {missing} and has {foreign}")
-    session.log(f"{wheel.name}: {len(names)} files, {wheel.stat().st_size >> 10} KiB")
-
-
-def no_gpu(session: nox.Session, why: str) -> None:
-    """Skip the session, or fail it where a GPU is required."""
-    if os.environ.get(REQUIRE_GPU) == "1":
-        session.error(f"{why}, and {REQUIRE_GPU}=1 requires one")
-    session.skip(f"{why} ({REQUIRE_GPU}=1 makes this a failure)")
-
-
-def cuda_driver() -> tuple[int, str]:
-    """Give the driver's CUDA major version, or 0 and why there is no device to run on.
-
-    Asks the driver itself, before anything is downloaded.
-    """
-    try:
-        driver = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
-    except OSError:
-        return 0, "no CUDA device: no CUDA driver is installed"
-    count, version = ctypes.c_int(), ctypes.c_int()
-    for status in (
-        driver.cuInit(0),
-        driver.cuDeviceGetCount(ctypes.byref(count)),
-        driver.cuDriverGetVersion(ctypes.byref(version)),
-    ):
-        if status:
-            return 0, f"no CUDA device: the driver says error {status}"
-    if not count.value:
-        return 0, "no CUDA device: the driver sees none"
-    major, minor = version.value // 1000, version.value % 1000 // 10
-    if major < 12:
-        return 0, f"no usable CUDA device: the driver is for CUDA {major}.{minor}, expected 12 or newer"
-    return min(major, 13), ""
-
-
-# For each library: the packages for CUDA 12 and 13, and how `x` is made on the device.
+# The packages of each library for drivers of CUDA 12 and 13.
 ON_THE_GPU = {
-    "cupy": (
-        {12: ("cupy-cuda12x[ctk]",), 13: ("cupy-cuda13x[ctk]",)},
-        "import cupy; x = cupy.ones((64, 64))",
-    ),
-    "torch": (
-        # Older builds for CUDA 12 have no kernels for Blackwell.
-        {12: ("torch", "--index-url", "https://download.pytorch.org/whl/cu128"), 13: ("torch",)},
-        "import torch; x = torch.ones((64, 64), device='cuda')",
-    ),
-    "jax": (
-        {12: ("jax[cuda12]",), 13: ("jax[cuda13]",)},
-        "import jax; x = jax.device_put(jax.numpy.ones((64, 64)), jax.devices('cuda')[0])",
-    ),
+    "cupy": {"12": ("cupy-cuda12x[ctk]",), "13": ("cupy-cuda13x[ctk]",)},
+    # Older builds for CUDA 12 have no kernels for Blackwell.
+    "torch": {"12": ("torch", "--index-url", "https://download.pytorch.org/whl/cu128"), "13": ("torch",)},
+    "jax": {"12": ("jax[cuda12]",), "13": ("jax[cuda13]",)},
 }
-# The packages may not get on with the driver, or have no kernels for the device: so one computes.
-PROBE = """
-try:
-    {made}
-    print(float((x @ x).sum()))
-except Exception as error:
-    print(f"{{type(error).__name__}}: {{str(error).strip().partition(chr(10))[0]}}")
-"""
-COMPUTED = str(64.0**3)
+
+
+def ask_cuda(session: nox.Session, question: str) -> str:
+    """Return the answer of tests/programs/cuda.py; skip without a device, or fail where one is required."""
+    program = ("python", "-m", "tests.programs.cuda", question)
+    lines = session.run(*program, silent=True, log=False, success_codes=[0, 1]).strip().splitlines()
+    answer = lines[-1]
+    if answer[0].isdigit():
+        return answer
+    if os.environ.get(REQUIRE_GPU) == "1":
+        session.error(f"{answer}, and {REQUIRE_GPU}=1 requires one")
+    return session.skip(f"{answer} ({REQUIRE_GPU}=1 makes this a failure)")
 
 
 def install_for_gpu(session: nox.Session, library: str, *packages: str) -> None:
     """Install a library's CUDA build and these packages; skip where it computes nothing on a device."""
-    major, why = cuda_driver()
-    if not major:
-        no_gpu(session, why)
-    builds, made = ON_THE_GPU[library]
-    session.install(*builds[major])
+    session.install(*ON_THE_GPU[library][ask_cuda(session, "driver")])
     session.install(*PINNED_TOOLS, *packages)
-    found = session.run("python", "-c", PROBE.format(made=made), silent=True, log=False) or ""
-    lines = found.strip().splitlines() or ["nothing"]
-    if COMPUTED not in lines:
-        no_gpu(session, f"no usable CUDA device: {library} gives {lines[-1]}")
+    ask_cuda(session, library)
 
 
 def register_gpu_tests(library: str) -> None:
@@ -397,46 +303,34 @@ def bench(session: nox.Session, *args: str) -> None:
     session.run("python", "-m", "benchmarks", *args, *session.posargs)
 
 
-# For each session: its packages, the commands of `benchmarks`, and its description.
+# For each session: the commands of `benchmarks`, and its description.
 THREE = ("numpy", "torch", "jax")
 BENCHES = {
-    **{
-        f"bench-{library}": (LIBRARIES[library], ((library,),), f"Measure time and memory on {library}.")
-        for library in THREE
-    },
+    **{f"bench-{library}": ((library,), f"Measure time and memory on {library}.") for library in THREE},
     "bench-causal": (
-        ("torch", "jax"),
-        tuple(("causal", library) for library in THREE),
+        tuple(f"causal {library}" for library in THREE),
         "Measure causal attention over the same that is not causal, on NumPy, PyTorch and JAX.",
     ),
     "bench-adaptive": (
-        ("torch", "jax"),
-        tuple(("adaptive", library) for library in THREE),
+        tuple(f"adaptive {library}" for library in THREE),
         "Measure adaptive_eva over exact attention, on NumPy, PyTorch and JAX.",
     ),
     "bench-streaming": (
-        ("torch", "jax"),
-        (("streaming",),),
+        ("streaming",),
         "Measure decoding a token at a time, up to the millionth, on NumPy, PyTorch and JAX.",
     ),
-    "bench-guard": (
-        ("torch", "jax"),
-        (("guard",),),
-        "Fail where an estimator has become over 25% slower than the committed results.",
-    ),
+    "bench-guard": (("guard",), "Fail where an estimator is over 25% slower than the committed results."),
 }
 
 
-def register_bench(
-    name: str, packages: tuple[str, ...], commands: tuple[tuple[str, ...], ...], doc: str
-) -> None:
+def register_bench(name: str, commands: tuple[str, ...], doc: str) -> None:
     """Register a measurement on the CPU."""
 
     @nox.session(name=name)
     def measure(session: nox.Session) -> None:
-        session.install(*PINNED, "-e", ".[cli]", *packages)
+        session.install(*PINNED, "-e", ".[cli]", "torch", "jax", "scipy")
         for command in commands:
-            bench(session, *command)
+            bench(session, *command.split())
 
     measure.__doc__ = doc
 
@@ -462,8 +356,9 @@ for name in ON_THE_GPU:
 def bench_peers(session: nox.Session) -> None:
     """Measure over other packages from PyPI."""
     pinned = ("-c", "constraints/peers.txt")
+    peers = ("performer-pytorch", "nystrom-attention", "linear-attention-transformer")
     # setuptools: performer-pytorch imports distutils, which newer Pythons have no more.
-    session.install(*pinned, "-e", ".[cli]", "torch", "jax", "setuptools", *PEERS)
+    session.install(*pinned, "-e", ".[cli]", "torch", "jax", "setuptools", *peers)
     bench(session, "peers")
 
 
