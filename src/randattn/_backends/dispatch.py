@@ -46,9 +46,8 @@ library.find = _find
 library.compiler = TorchCompiler()
 
 
-def backend_of(x: Array) -> Backend:
-    """Return the backend of an array."""
-    return cast("Backend", library.known_library(x))
+# Each library that `_find` returns is a backend. A small call asks for it twenty times: a wrapper would cost.
+backend_of = cast("Callable[[Array], Backend]", library.known_library)
 
 
 def attend(q: Array, *sets: Keys, scale: float = 1) -> Average:
