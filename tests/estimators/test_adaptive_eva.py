@@ -1,208 +1,268 @@
-"""Adaptive EVA: exact where mathematics says so, and its definition elsewhere, written with every pair's weight."""
+"""Adaptive EVA: its definition, written with loops over blocks, and exact where mathematics says so."""
 
 import numpy as np
 import pytest
 
-from randattn._backends.dispatch import backend_of
-from tests.helpers.calls import adaptive_eva
+from randattn._core import block_sizes
+from tests.helpers.calls import adaptive_eva, softmax_attention
 
 pytestmark = pytest.mark.mathematics
 
 N, D, E = 48, 12, 3
 LEAD = (2,)
+SMALL = {"num_exact": 8, "group_size": 4, "block_size": 8}
 
 
-def inputs(n=N, m=N, seed=0, lead=LEAD):
+def inputs(n=N, m=N, seed=0, lead=LEAD, keys=None):
     rng = np.random.default_rng(seed)
-    return [rng.standard_normal((*lead, *shape)) for shape in ((n, D), (m, D), (m, E))]
+    keys = lead if keys is None else keys
+    return [
+        2 * rng.standard_normal((*lead, n, D)),
+        2 * rng.standard_normal((*keys, m, D)),
+        rng.standard_normal((*keys, m, E)),
+    ]
 
 
-def exactly(q, k, v):
+def exactly(q, k, v, *, is_causal=False):
     logits = q @ np.swapaxes(k, -1, -2) / np.sqrt(D)
+    if is_causal:
+        n, m = logits.shape[-2:]
+        logits = np.where(np.tri(n, m, m - n, dtype=bool), logits, -np.inf)
     weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
     return weights / weights.sum(axis=-1, keepdims=True) @ v
 
 
-def by_pairs(q, k, v, labels, exact):
-    """The definition with every pair's weight; of one head. `exact` (N, M)."""
-    q, k = q / D**0.25, k / D**0.25
-    mu = q.mean(axis=0)
-    weights = np.zeros((len(q), len(k)))
-    for label in np.unique(labels):
-        own = labels == label
-        of_keys = np.exp(k[own] @ mu)
-        share = of_keys / of_keys.sum()
-        total = np.exp((q - mu) @ (share @ k[own])) * of_keys.sum()
-        weights[:, own] = total[:, None] * share
-    weights = np.where(exact, np.exp(q @ k.T), weights)
-    return weights @ v / weights.sum(axis=1, keepdims=True)
+def relative(out, expected):
+    return np.linalg.norm(out - expected) / np.linalg.norm(expected)
 
 
-KINDS = ("tree", "segments", "labels")
+def of_block(q, choosing, k, v, mean, *, num_exact, group_size, recent=0, own=0):
+    """The definition for one block of queries of one head; the last `own` keys are the block's own."""
+    past = len(k) - own
+    runs = choosing.reshape(16 if len(choosing) % 16 == 0 else 8, -1, D).mean(axis=1)
+    logits = runs @ k[:past].T / np.sqrt(D)
+    score = (logits - logits.max(axis=1, keepdims=True)).max(axis=0)
+    score += np.log(np.linalg.norm(v[:past] - mean, axis=-1))
+    # Keys after the last whole group are among the recent keys.
+    score[past - recent :] = np.inf
+    is_exact = np.isin(np.arange(past), np.argsort(score)[past - max(num_exact, recent) :])
+    tokens, values, sizes = [k[:past][is_exact]], [v[:past][is_exact]], [np.ones(is_exact.sum())]
+    for start in range(0, past, group_size):
+        left = np.arange(start, min(start + group_size, past))
+        left = left[~is_exact[left]]
+        if len(left):
+            tokens.append(k[left].mean(axis=0, keepdims=True))
+            values.append(v[left].mean(axis=0, keepdims=True))
+            sizes.append([len(left)])
+    tokens, values, sizes = map(np.concatenate, (tokens, values, sizes))
+    logits = np.concatenate(
+        [
+            q @ tokens.T / np.sqrt(D) + np.log(sizes),
+            np.where(np.tri(len(q), own, dtype=bool), q @ k[past:].T / np.sqrt(D), -np.inf),
+        ],
+        axis=1,
+    )
+    weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return weights / weights.sum(axis=1, keepdims=True) @ np.concatenate([values, v[past:]])
 
 
-def options_of(lib, kind, lead=LEAD, m=N):
-    """Groups of each kind: at most 6."""
-    size = -(-m // 6)
-    labels = np.random.default_rng(3).integers(0, 5, (*lead, m))
-    return {"group_size": size, "groups": lib.asarray(labels) if kind == "labels" else kind}
+def test_blocks_are_their_definition(lib):
+    data = inputs(n=20, m=50)
+    expected = np.zeros((2, 20, E))
+    for head, (q, k, v) in enumerate(zip(*data, strict=True)):
+        for start, size in ((0, 8), (8, 8), (16, 4)):
+            block = q[start : start + size]
+            choosing = block if size == 8 else np.repeat(block, 2, axis=0)
+            expected[head, start : start + size] = of_block(
+                block, choosing, k, v, v.mean(axis=0), num_exact=8, group_size=4
+            )
+    lib.close(adaptive_eva(*lib.arrays(*data), **SMALL), expected, rtol=1e-9)
+    assert relative(expected, exactly(*data)) > 0.1
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_all_keys_exact_is_attention(lib, kind):
+@pytest.mark.parametrize("n", [N, 40])
+def test_causal_blocks_are_their_definition(lib, n):
+    """The first queries are exact, and blocks are chosen for by the queries before them."""
+    data = inputs(n=n)
+    # A quarter of the keys comes first, at least a 16th of the queries, and the remainder of the blocks.
+    first = max(12 - (N - n), 3)
+    first += (n - first) % 8
+    width = min(8, first)
+    width -= width % min(width, 16)
+    expected = exactly(*data, is_causal=True)
+    mean = data[2][:, : N - n + first].mean(axis=1)
+    for head, (q, k, v) in enumerate(zip(*data, strict=True)):
+        for start in range(first, n, 8):
+            stop = start + 8
+            expected[head, start:stop] = of_block(
+                q[start:stop],
+                q[start - width : start] if width == 8 else np.repeat(q[start - width : start], 8, axis=0),
+                *(x[: N - n + stop] for x in (k, v)),
+                mean[head],
+                num_exact=8,
+                group_size=4,
+                recent=8,
+                own=8,
+            )
+    out = adaptive_eva(*lib.arrays(*data), **{**SMALL, "num_exact": 12}, exact_heads=0, is_causal=True)
+    assert first == (16 if n == N else 8)
+    assert relative(lib.numpy(out), exactly(*data, is_causal=True)) > 0.03
+    options = {"exact_heads": 0, "is_causal": True}
+    lib.close(adaptive_eva(*lib.arrays(*data), **SMALL, **options), expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_all_keys_exact_is_attention(lib, is_causal):
     data = inputs()
-    out = adaptive_eva(*lib.arrays(*data), num_exact=N, **options_of(lib, kind))
-    lib.close(out, exactly(*data), rtol=1e-10)
+    out = adaptive_eva(*lib.arrays(*data), num_exact=N, block_size=8, exact_heads=0, is_causal=is_causal)
+    lib.close(out, exactly(*data, is_causal=is_causal), rtol=1e-10)
 
 
-def test_labels_may_be_of_few_bits(lib):
-    """Fewer than the number of groups takes."""
-    arrays, labels = lib.arrays(*inputs(m=300)), np.arange(300) % 100
-    expected, out = (
-        lib.numpy(adaptive_eva(*arrays, groups=lib.asarray(labels, dtype), group_size=1, num_exact=6))
-        for dtype in ("int64", "int8")
-    )
-    lib.close(lib.asarray(out), expected)
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_groups_of_one_key_are_attention(lib, is_causal):
+    data = inputs()
+    options = {**SMALL, "group_size": 1, "exact_heads": 0, "is_causal": is_causal}
+    lib.close(adaptive_eva(*lib.arrays(*data), **options), exactly(*data, is_causal=is_causal), rtol=1e-10)
 
 
-def test_groups_of_one_key_are_attention(lib):
-    data = [x[..., :32, :] for x in inputs()]
-    for groups in (lib.asarray(np.arange(32)), "segments", "tree"):
-        out = adaptive_eva(*lib.arrays(*data), groups=groups, group_size=1, num_exact=2)
-        lib.close(out, exactly(*data), rtol=1e-10)
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_the_head_that_errs_most_is_exact(lib, is_causal):
+    """Head 3 looks keys up one by one; the logits of the others are near zero."""
+    rng = np.random.default_rng(1)
+    q, k, v = (rng.standard_normal((5, 96, D)) for _ in range(3))
+    q[[0, 1, 2, 4]] *= 0.1
+    q[3] = 8 * k[3, rng.permutation(96) if not is_causal else rng.integers(0, np.arange(96) + 1)]
+    options = {**SMALL, "is_causal": is_causal}
+    arrays, expected = lib.arrays(q, k, v), exactly(q, k, v, is_causal=is_causal)
+    out = [lib.numpy(adaptive_eva(*arrays, **options, exact_heads=number)) for number in (0, 1)]
+    assert relative(out[0][3], expected[3]) > 0.1
+    assert relative(out[1][3], expected[3]) < 1e-9
+    # The other heads are as they were.
+    np.testing.assert_allclose(np.delete(out[1], 3, axis=0), np.delete(out[0], 3, axis=0), atol=1e-12)
+    assert relative(out[0][0], expected[0]) > 1e-6
 
 
-@pytest.mark.parametrize("kind", ["segments", "labels"])
-def test_groups_and_chosen_keys_are_their_definition(lib, kind):
-    """One block of all queries chooses; of which keys, the definition tells."""
-    data = inputs(lead=())
-    labels = np.repeat(np.arange(6), N // 6)
-    groups = "segments"
-    if kind == "labels":
-        labels = np.random.default_rng(3).permutation(labels)
-        groups = lib.asarray(labels)
-    options = {"group_size": N // 6, "num_exact": 2, "block_size": N}
-    out = lib.numpy(adaptive_eva(*lib.arrays(*data), groups=groups, **options))
-    errors = {}
-    for first in range(N):
-        for second in range(first):
-            exact = np.isin(np.arange(N), [first, second])[None, :]
-            errors[first, second] = np.abs(by_pairs(*data, labels, exact) - out).max()
-    best, second, *_ = sorted(errors.values())
-    assert best < 1e-12
-    assert second > 1e-6
+def test_all_heads_exact_are_attention(lib):
+    data = inputs()
+    lib.close(adaptive_eva(*lib.arrays(*data), **SMALL, exact_heads=9), exactly(*data), rtol=1e-10)
 
 
-def test_shortlists_for_queries_all_alike(lib):
-    """Where blocks about each other are one, the keys of their shortlist are the keys that each has of all."""
-    q, k, v = inputs(lead=())
-    q = np.repeat(3 * q[:2], N // 2, axis=0)
-    options = {"group_size": N // 4, "num_exact": 3}
-    each_of_all, listed = (
-        adaptive_eva(*lib.arrays(q, k, v), **options, block_size=N // number) for number in (2, 8)
-    )
-    lib.close(listed, lib.numpy(each_of_all), rtol=1e-9)
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_short_calls_are_attention(lib, is_causal):
+    data = inputs()
+    options = {"is_causal": is_causal}
+    lib.close(adaptive_eva(*lib.arrays(*data), **options), exactly(*data, **options), rtol=1e-10)
 
 
-def test_keys_missed_most_on_either_side_of_the_middle(lib):
-    """Keys have one weight at the mean query: the key that its queries differ about most is chosen."""
-    q = np.zeros((2, D))
-    q[:, 0] = [4, -4]
-    k = np.zeros((4, D))
-    k[0, 0], k[1, 1], k[2, 0] = 5, 5, -4.9
-    v = np.eye(4)
-    expected = exactly(q, k, v)
-    for shift in range(4):
-        data = q, *(np.roll(x, shift, axis=0) for x in (k, v))
-        options = {"groups": "segments", "group_size": 4, "num_exact": 1, "block_size": 2}
-        out = lib.numpy(adaptive_eva(*lib.arrays(*data), **options))
-        lost = np.abs(out - expected).max(axis=-1)
-        assert lost[0] < lost[1]
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_long_calls_are_not(lib, monkeypatch, is_causal):
+    """The default sizes of blocks and groups are those of long inputs."""
+    monkeypatch.setattr(block_sizes, "ADAPTIVE_KEYS", 400)
+    data = inputs(n=700, m=900, lead=(3,))
+    options = {"is_causal": is_causal}
+    error = relative(lib.numpy(adaptive_eva(*lib.arrays(*data), **options)), exactly(*data, **options))
+    # Logits of random tokens are spread far more than those of a model.
+    assert 1e-3 < error < 1.2
 
 
-def test_order_of_tokens_is_nothing_to_the_tree(lib):
-    """So few that all of them tell the directions."""
-    q, k, v = inputs(n=7, m=7, lead=())
-    options = {"group_size": 3, "num_exact": 2, "block_size": 4}
-    of_queries, of_keys = (np.random.default_rng(seed).permutation(7) for seed in (1, 2))
-    out = lib.numpy(adaptive_eva(*lib.arrays(q, k, v), **options))
-    turned = adaptive_eva(*lib.arrays(q[of_queries], k[of_keys], v[of_keys]), **options)
-    lib.close(turned, out[of_queries], rtol=1e-9)
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"is_causal": True, "exact_heads": 2}])
+def test_grouped_queries_are_repeated_keys(lib, options):
+    q, k, v = inputs(lead=(2, 6), keys=(2, 3), m=64)
+    out = adaptive_eva(*lib.arrays(q, k, v), **SMALL, enable_gqa=True, **options)
+    repeated = [np.repeat(x, 2, axis=1) for x in (k, v)]
+    lib.close(out, lib.numpy(adaptive_eva(*lib.arrays(q, *repeated), **SMALL, **options)), rtol=1e-9)
+
+
+@pytest.mark.parametrize("n", [N, 37])
+def test_no_later_token_changes_a_result(lib, n):
+    """In the middle of a block too, and the choice of heads."""
+    q, k, v = inputs(n=n, lead=(3,))
+    at = n - 13
+    changed = [x.copy() for x in (q, k, v)]
+    for x, value in zip(changed, (9, -7, 50), strict=True):
+        x[:, -13:] = value
+    options = {**SMALL, "exact_heads": 1, "is_causal": True}
+    before, after = (lib.numpy(adaptive_eva(*lib.arrays(*x), **options)) for x in ((q, k, v), changed))
+    np.testing.assert_array_equal(after[:, :at], before[:, :at])
+    assert relative(after[:, at:], before[:, at:]) > 0.1
+
+
+@pytest.mark.only("torch", "jax")
+def test_no_gradient_to_a_later_token(lib):
+    data, at = inputs(lead=(3,)), N - 13
+
+    def early(*arrays):
+        out = adaptive_eva(*arrays, **SMALL, exact_heads=1, is_causal=True)[:, :at]
+        return (out * out).sum()
+
+    for gradient in lib.gradients(early, *lib.arrays(*data)):
+        assert not np.any(gradient[:, at:])
+        assert np.any(gradient[:, :at])
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_weights_add_up_to_one(lib, is_causal):
+    q, k, v = inputs()
+    out = adaptive_eva(*lib.arrays(q, k, np.ones_like(v)), **SMALL, is_causal=is_causal)
+    lib.close(out, np.ones((*LEAD, N, E)), rtol=1e-12)
+
+
+@pytest.mark.parametrize("function", [adaptive_eva, softmax_attention])
+@pytest.mark.parametrize("n", [1, 5])
+def test_few_last_queries(lib, n, function):
+    """The queries are the last of the tokens, and a key mask is that of the keys."""
+    q, k, v = inputs(n=n)
+    lib.close(function(*lib.arrays(q, k, v), is_causal=True), exactly(q, k, v, is_causal=True), rtol=1e-10)
+    mask = np.arange(N) >= 3
+    out = function(*lib.arrays(q, k, v), is_causal=True, key_mask=lib.asarray(mask))
+    lib.close(out, exactly(q, k[:, 3:], v[:, 3:], is_causal=True), rtol=1e-10)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_padding_is_never_read(lib, is_causal):
+    """Not even as a key among zeros; where whole groups are padding, the call without them is the same."""
+    q, k, v = inputs(n=24)
+    mask = np.arange(N) >= 8
+    given = [x.copy() for x in (k, v)]
+    for x in given:
+        x[:, :8] = np.nan
+    options = {**SMALL, "exact_heads": 0, "is_causal": is_causal}
+    out = adaptive_eva(*lib.arrays(q, *given), key_mask=lib.asarray(mask), **options)
+    if not is_causal:
+        lib.close(out, lib.numpy(adaptive_eva(*lib.arrays(q, k[:, 8:], v[:, 8:]), **options)), rtol=1e-9)
+    exact = adaptive_eva(*lib.arrays(q, *given), key_mask=lib.asarray(mask), **{**options, "num_exact": N})
+    lib.close(exact, exactly(q, k[:, 8:], v[:, 8:], is_causal=is_causal), rtol=1e-10)
 
 
 def test_more_keys_are_better(lib):
     data = inputs(n=96, m=96)
-    data[0], data[1] = 2 * data[0], 2 * data[1]
     expected = exactly(*data)
     errors = [
-        np.linalg.norm(
-            lib.numpy(adaptive_eva(*lib.arrays(*data), group_size=12, num_exact=number, block_size=4))
-            - expected
-        )
+        relative(lib.numpy(adaptive_eva(*lib.arrays(*data), **{**SMALL, "num_exact": number})), expected)
         for number in (6, 12, 24, 48, 96)
     ]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 1e-10 * errors[0]
 
 
-def test_tree_finds_clusters(lib):
-    """Keys in 4 tight clusters in any order: groups of them are all but exact, consecutive ones are not."""
-    rng = np.random.default_rng(5)
-    q, k, v = inputs(lead=())
-    cluster = rng.permutation(np.repeat(np.arange(4), N // 4))
-    k = 3 * rng.standard_normal((4, D))[cluster] + 1e-3 * k
-    errors = {}
-    for groups in ("tree", "segments"):
-        out = lib.numpy(adaptive_eva(*lib.arrays(q, k, v), groups=groups, group_size=N // 4, num_exact=1))
-        errors[groups] = np.linalg.norm(out - exactly(q, k, v))
-    assert errors["tree"] < 0.02 * errors["segments"]
-
-
-def test_a_group_never_weighs_more_than_its_keys(lib):
-    """The tangent of a convex function: of values one in a group and zero elsewhere, the average is below."""
-    q, k, _ = inputs(lead=())
-    k, size = 2 * k, N // 4
-    own = np.zeros((N, 2))
-    own[:size, 0] = 1
-    # The key that every block chooses, for its value, is a group of its own, and so are the others.
-    own[-1, 1] = 1e6
-    labels = lib.asarray(np.maximum(np.arange(N) - size + 1, 0))
-    out = lib.numpy(adaptive_eva(*lib.arrays(q, k, own), groups=labels, group_size=1, num_exact=1))[:, 0]
-    expected = exactly(q, k, own)[:, 0]
-    assert np.all(out < expected + 1e-12)
-    assert np.max(expected - out) > 0.01
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_other_numbers_of_queries_than_keys(lib, kind):
-    q, k, v = inputs(n=21, m=37)
-    options = options_of(lib, kind, m=37)
-    out = lib.numpy(adaptive_eva(*lib.arrays(q, k, v), num_exact=12, block_size=7, **options))
-    assert out.shape == (*LEAD, 21, E)
-    trivial = np.linalg.norm(np.broadcast_to(v.mean(axis=-2, keepdims=True), out.shape) - exactly(q, k, v))
-    assert np.linalg.norm(out - exactly(q, k, v)) < 0.8 * trivial
-
-
 def test_no_heads(lib):
     """An empty batch, as of any estimator."""
     arrays = [lib.asarray(np.zeros((0, 8, size))) for size in (4, 4, 3)]
-    assert tuple(adaptive_eva(*arrays).shape) == (0, 8, 3)
+    assert tuple(adaptive_eva(*arrays, **SMALL).shape) == (0, 8, 3)
 
 
 def test_errors(lib):
     q, k, v = lib.arrays(*inputs())
     for options, kind, name in [
-        ({"groups": "trees"}, ValueError, "groups"),
-        ({"groups": k}, TypeError, "groups"),
-        ({"groups": lib.asarray(np.zeros(N - 1, dtype=np.int64))}, ValueError, "groups"),
         ({"num_exact": 0}, ValueError, "num_exact"),
         ({"num_exact": "8"}, TypeError, "num_exact"),
         ({"num_exact": 2.5}, TypeError, "num_exact"),
         ({"block_size": 0}, ValueError, "block_size"),
         ({"group_size": 0}, ValueError, "group_size"),
+        ({"exact_heads": -1}, ValueError, "exact_heads"),
+        ({"is_causal": 1}, TypeError, "is_causal"),
     ]:
         with pytest.raises(kind, match=name):
             adaptive_eva(q, k, v, **options)
-    if backend_of(q).is_at_hand(q):
-        with pytest.raises(ValueError, match="groups"):
-            adaptive_eva(q, k, v, groups=lib.asarray(np.full(N, 7)), group_size=8)
+    with pytest.raises(ValueError, match="is_causal: expected at most as many queries as keys"):
+        adaptive_eva(q, k[:, 1:, :], v[:, 1:, :], is_causal=True)

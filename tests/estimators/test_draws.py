@@ -14,7 +14,8 @@ DETERMINISTIC = (
     "lara deterministic",
     "eva deterministic",
     "adaptive_eva",
-    "adaptive_eva segments",
+    "adaptive_eva remainder",
+    "adaptive_eva causal",
 )
 DRAWN = [name for name in ESTIMATORS if name not in DETERMINISTIC]
 

@@ -29,8 +29,9 @@ ESTIMATORS = {
     "eva overlapping": partial(eva, num_groups=5, window=4, disjoint=False, rng=0),
     "eva deterministic": partial(eva, num_groups=5, window=0),
     "adaptive_eva": partial(adaptive_eva, group_size=4, num_exact=4, block_size=4),
-    "adaptive_eva segments": partial(
-        adaptive_eva, groups="segments", group_size=3, num_exact=5, block_size=7
+    "adaptive_eva remainder": partial(adaptive_eva, group_size=3, num_exact=5, block_size=7),
+    "adaptive_eva causal": partial(
+        adaptive_eva, group_size=3, num_exact=5, block_size=4, exact_heads=0, is_causal=True
     ),
     "rfa causal": partial(rfa, num_samples=8, is_causal=True, rng=0),
     "lara causal": partial(lara, num_landmarks=5, window=3, is_causal=True, rng=0),
@@ -41,7 +42,7 @@ VARIANTS = frozenset(
     {
         *("rfa orthogonal", "rfa optimal", "rfa trigonometric"),
         *("lara landmarks", "lara balance", "lara biased", "lara deterministic"),
-        *("eva unit", "eva overlapping", "eva deterministic", "adaptive_eva segments"),
+        *("eva unit", "eva overlapping", "eva deterministic", "adaptive_eva remainder"),
     }
 )
 

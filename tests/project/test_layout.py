@@ -134,8 +134,7 @@ def test_the_hot_loop_stands_once():
             "_estimators.rfa_features",
             "_estimators.ra",
         ),
-        *("_estimators.lara_weights", "_estimators.eva_step", "_estimators.adaptive_eva_groups"),
-        *("_estimators.adaptive_eva_keys", "_estimators.final_average"),
+        *("_estimators.lara_weights", "_estimators.eva_step", "_estimators.final_average"),
     }
     assert {name for name, count in counts.items() if count} == allowed
 

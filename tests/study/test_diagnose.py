@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from randattn import Diagnosis, adaptive_eva, diagnose, eva, lara, ra, rfa, softmax_attention
+from randattn._core import block_sizes
 from randattn._estimators import final_average
 from randattn._study import diagnose as study
 from tests.helpers import reference
@@ -227,8 +228,13 @@ def sample(lib):
 
 
 @not_on_jax
-def test_advice(lib):
+def test_advice(lib, monkeypatch):
     arrays, scale = sample(lib)
+    short = diagnose(eva, *arrays, scale=scale)
+    # For few keys adaptive_eva would be exact attention.
+    assert short.alternative_error is None
+    assert "use" not in short.recommendation
+    monkeypatch.setattr(block_sizes, "ADAPTIVE_KEYS", 100)
     found = diagnose(partial(rfa, num_samples=64), *arrays, scale=scale, rng=0, num_replicates=2)
     assert isinstance(found, Diagnosis)
     assert found.relative_error > found.mean_error > 2 * found.alternative_error
@@ -241,6 +247,7 @@ def test_advice(lib):
     good = diagnose(adaptive_eva, *arrays, scale=scale)
     assert good.relative_error == pytest.approx(found.alternative_error, rel=1e-3)
     assert "use" not in good.recommendation
+    monkeypatch.undo()
     assert diagnose(softmax_attention, *arrays, scale=scale).recommendation == "softmax_attention is exact."
     # Where nothing that was measured is better, exact attention is.
     worse = diagnose(lambda q, k, v: -v, *arrays)

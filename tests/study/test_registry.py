@@ -33,7 +33,7 @@ def test_a_row_is_true_of_its_function(name):
     options = row.options
     assert row.count is None or row.count in options
     assert (row.draws == "never") == ("rng" not in options)
-    assert row.is_causal == ("is_causal" in options and name not in ("ra", "adaptive_eva"))
+    assert row.is_causal == ("is_causal" in options and name != "ra")
     assert (row.landmarks is not None) == ("landmarks" in options)
     assert (row.step is not None) == ("return_state" in options)
     assert set(row.across) <= set(options)

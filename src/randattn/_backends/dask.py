@@ -98,9 +98,9 @@ class Dask(Backend):
         )
 
     def with_whole_tokens(
-        self, function: Callable[..., Array], size: int, *arrays: tuple[Array | None, int]
+        self, function: Callable[..., Array], rule: Any, size: int, *arrays: tuple[Array | None, int]
     ) -> Array:
-        """Return ``function(*arrays)`` (..., N, size) in one task for each leading chunk.
+        """Return ``function(rule, *arrays)`` (..., N, size) in one task for each leading chunk.
 
         The result has the tokens of the first array, in the same chunks.
         """
@@ -114,7 +114,7 @@ class Dask(Backend):
         names = (*lead, "0 0", "result")
         chunks["result"] = (size,)
         found = da.blockwise(
-            lambda *blocks: function(*map(_chunk, blocks)),
+            lambda *blocks: function(rule, *map(_chunk, blocks)),
             names,
             *(part for x, own in operands for part in (x, own)),
             new_axes={"result": size},

@@ -35,9 +35,12 @@ class Backend(Library):
     ----------
     is_lazy : bool
         True where an array is a graph, whose values are computed on demand, chunk by chunk.
+    compiles_loops : bool
+        True where each shape of a block is a program, so that few shapes are better than few operations.
     """
 
     is_lazy = False
+    compiles_loops = False
 
     # The call of an estimator.
 
@@ -160,12 +163,6 @@ class Backend(Library):
         """Return the entries of the last axis in ascending order."""
         return namespace(x).sort(x, axis=-1, stable=False)
 
-    def with_last(self, x: Array, part: Array) -> Array:
-        """Return `x` with `part` in place of the last entries of its last rows; `x` may be written over."""
-        xp, count, features = namespace(x), x.shape[-2] - part.shape[-2], x.shape[-1] - part.shape[-1]
-        last = xp.concat([x[..., count:, :features], part], axis=-1)
-        return xp.concat([x[..., :count, :], last], axis=-2)
-
     def sums_by_group(self, x: Array, index: Array, group: Array, count: int) -> Array:
         """Sum the rows `index` (L, B, T) of `x` (L, S, X) by their groups (L, B, T): (L, B, C, X).
 
@@ -229,14 +226,16 @@ class Backend(Library):
     def with_whole_tokens(
         self,
         function: Callable[..., Array],
+        rule: Any,
         size: int,  # noqa: ARG002
         *arrays: tuple[Array | None, int],
     ) -> Array:
-        """Return ``function(*arrays)`` (..., N, size), which needs all tokens of an array at once.
+        """Return ``function(rule, *arrays)`` (..., N, size), which needs all tokens of an array at once.
 
-        The number beside each array counts its trailing axes; `function` gets them in one chunk.
+        The number beside each array counts its trailing axes; `function` gets them in one chunk. The rule is
+        hashable, and the function is one of a module: a library may keep a program for both.
         """
-        return function(*(x for x, _ in arrays))
+        return function(rule, *(x for x, _ in arrays))
 
 
 def mean_by_product(x: Array) -> Array:

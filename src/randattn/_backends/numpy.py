@@ -53,11 +53,6 @@ class InPlace(Backend):
         rest = x.shape[-1] - count
         return namespace(x).argpartition(x, rest, axis=-1)[..., rest:] if rest else super().largest(x, count)
 
-    def with_last(self, x: Array, part: Array) -> Array:
-        """Write `part` over the last entries of the last rows of `x`."""
-        x[..., -part.shape[-2] :, -part.shape[-1] :] = part
-        return x
-
 
 class _NumpyOperations(inplace_ops.BufferedOperations):
     strided = looks = True

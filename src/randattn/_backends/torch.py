@@ -15,7 +15,6 @@ from randattn._core import average as plain
 from randattn._core import block_sizes
 from randattn._core.average import Average, Keys, PairWeight
 from randattn._core.checks import broadcast_shapes
-from randattn._core.inputs import with_rank
 
 from . import inplace, inplace_ops
 from .numpy import BACKEND as NUMPY
@@ -148,6 +147,9 @@ def _forward(q: Array, sets: Sequence[Keys], scale: float) -> Average:
         average = _flash(q, sets[0], scale)
         if average is not None:
             return average
+    if q.device.type == "cpu" and len(sets) > 1 and any(keys.is_causal for keys in sets):
+        # The kernel takes a set at a time.
+        return reduce(plain.merge, (_forward(q, (keys,), scale) for keys in sets))
     lead = math.prod(plain.leading_axes(q, sets))
     logits = lead * q.shape[-2] * sum(keys.k.shape[-2] for keys in sets)
     if logits <= block_sizes.SMALL_LOGITS and not any(keys.is_causal for keys in sets):
@@ -157,8 +159,7 @@ def _forward(q: Array, sets: Sequence[Keys], scale: float) -> Average:
 
 def _whole(q: Array, sets: Sequence[Keys], scale: float) -> Average:
     """Attend without blocks, in few calls of PyTorch: on small inputs a call costs more than its work."""
-    parts = []
-    scaled = q * scale if scale != 1 else q
+    parts, scaled = [], q * scale if scale != 1 else q
     for keys in sets:
         x = scaled @ keys.k.mT
         parts.append(x if keys.bias is None else x + keys.bias[..., None, :])
@@ -326,11 +327,10 @@ def _pullback(pair_weight: PairWeight, q: Array, d: Array) -> list[Array | None]
 def _flash(q: Array, keys: Keys, scale: float) -> Average | None:
     """Attend by PyTorch's own kernel for the CPU; None where the kernel does not take the inputs."""
     k, v, bias, is_causal = keys.k, keys.v, keys.bias, keys.is_causal
-    lead = tuple(q.shape[:-2])
+    lead = plain.leading_axes(q, (keys,))
     fits = (
         math.prod(lead) > 0
-        and len(lead) <= 2
-        and tuple(k.shape[:-2]) == lead == tuple(v.shape[:-2])
+        and tuple(q.shape[:-2]) == lead
         and k.shape[-1] == v.shape[-1]
         and (bias is None or not is_causal)
         and flash_works()
@@ -338,15 +338,13 @@ def _flash(q: Array, keys: Keys, scale: float) -> Average | None:
     if not fits:
         return None
     # The kernel assumes that the last axis is contiguous, and does not check it.
-    q, k, v = (with_rank(x if x.stride(-1) == 1 else x.contiguous(), 4) for x in (q, k, v))
+    q, k, v = (_four_axes(x if x.stride(-1) == 1 else x.contiguous(), lead) for x in (q, k, v))
     dead = mask = None
     if bias is not None:
         # Contiguous, or the kernel would copy the whole mask of N x M numbers.
-        bias = with_rank(bias.contiguous(), 3)
-        if broadcast_shapes(bias.shape[:-1], q.shape[:-2]) != tuple(q.shape[:-2]):
-            return None
-        mask = bias[..., None, :].expand(*q.shape[:-1], bias.shape[-1])
-        dead = (bias == -math.inf).all(dim=-1)
+        bias = _four_axes(bias.contiguous()[..., None, :], lead)
+        mask = bias.expand(*q.shape[:-1], bias.shape[-1])
+        dead = (bias[..., 0, :] == -math.inf).all(dim=-1)
     out, log_norm = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(  # noqa: SLF001
         q, k, v, is_causal=is_causal, attn_mask=mask, scale=scale
     )
@@ -356,6 +354,12 @@ def _flash(q: Array, keys: Keys, scale: float) -> Average | None:
         log_norm = torch.where(dead[..., None], -math.inf, log_norm)
     n, e = out.shape[-2:]
     return Average(out.reshape(*lead, n, e), log_norm.reshape(*lead, n))
+
+
+def _four_axes(x: Array, lead: tuple[int, ...]) -> Array:
+    """Return `x` with two leading axes. Heads that share keys read the same memory, by a stride of zero."""
+    x = x.expand(*lead, *x.shape[-2:])
+    return x.reshape(math.prod(lead[:-1]), lead[-1] if lead else 1, *x.shape[-2:])
 
 
 class _Sums(torch.autograd.Function):

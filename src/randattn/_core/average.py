@@ -74,6 +74,17 @@ class Keys(NamedTuple):
         bias = None if self.bias is None else self.bias[..., part]
         return Keys(self.k[..., part, :], self.v[..., part, :], bias, self.kappa)
 
+    def for_last(self, queries: int) -> tuple[Keys, ...]:
+        """Return the keys before the queries and the queries' own, where these are the last tokens.
+
+        The sets have no `pair_bias` and no `pair_weight`.
+        """
+        # A symbolic number of keys can be compared with no number: it is that of the queries.
+        if not is_known(self.k.shape[-2], queries) or self.k.shape[-2] == queries:
+            return (self._replace(is_causal=True),)
+        before = self.k.shape[-2] - queries
+        return self.of(slice(before)), self.of(slice(before, None))._replace(is_causal=True)
+
     def for_queries(self, part: slice) -> Keys:
         """Return the keys with `pair_bias` and the mask of `pair_weight` cut to a part of the queries."""
         pair_bias = None if self.pair_bias is None else self.pair_bias[..., part, :]

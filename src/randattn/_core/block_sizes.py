@@ -41,3 +41,7 @@ CAUSAL_TOKENS = 64
 
 # Numbers (scores, or gathered keys and values) in a block of adaptive EVA: 8 MiB in float32, for the cache.
 CHOICE_NUMBERS = 1 << 21
+
+# Keys up to which a call of adaptive EVA without options is exact attention, which is faster there. The
+# longest length at which no library was slower: docs/adaptive.md has the times.
+ADAPTIVE_KEYS = 4096

@@ -18,7 +18,7 @@ from .checks import (
     check_like,
     check_mask,
 )
-from .library import known_library, namespace, placement
+from .library import is_known, known_library, namespace, placement
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -196,11 +196,21 @@ def check_causal(x: Inputs, is_causal: bool) -> None:
         raise ValueError(f"is_causal: expected as many keys as queries ({n}), got {m}")
 
 
+def check_last(x: Inputs, is_causal: bool) -> None:
+    """Raise where there are more queries than keys: causal queries are the last of the tokens."""
+    check_flags(is_causal=is_causal)
+    n, m = x.q.shape[-2], x.k.shape[-2]
+    # Symbolic sizes are compared for equality alone: they stand for one number of tokens.
+    if is_causal and n != m and not (is_known(n, m) and n < m):
+        raise ValueError(f"is_causal: expected at most as many queries as keys ({m}), got {n}")
+
+
 def refuse_causal(estimator: str, is_causal: bool) -> None:
     check_flags(is_causal=is_causal)
     if is_causal:
         raise NotImplementedError(
-            f"is_causal: {estimator} has no causal form; softmax_attention, rfa, lara and eva have"
+            f"is_causal: {estimator} has no causal form; "
+            "softmax_attention, rfa, lara, eva and adaptive_eva have"
         )
 
 

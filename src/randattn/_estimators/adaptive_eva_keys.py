@@ -1,12 +1,9 @@
-"""Choose the keys that a block of queries computes exactly: the keys whose weight in their group errs most.
+"""Choose the keys that blocks of queries compute exactly, and average over them and the groups of the others.
 
-The score of key m is the error of its weight times the distance of its value from the mean value:
+The score of a key for a block is the largest share of the weight that it has for a chooser (the mean of a run
+of queries), times the distance of its value from the mean value, in logarithms:
 
-    | exp(b.k_m) cosh(s |k_m|) - p_m exp(log Z_c(mu) + (b - mu).kt_c) |  |v_m - mean(v)|
-
-Here b is the mean of the block's queries and s their deviation: the queries are taken as two halves, at b
-plus s and b minus s along the key. Products are those of the coordinates that `_tokens.tree.sketch` finds.
-Successive blocks, which are near each other, make one shortlist of keys first, and each chooses from it.
+    max over choosers c of (c.k_m - max_j c.k_j) + log |v_m - mean(v)|
 """
 
 from __future__ import annotations
@@ -15,150 +12,186 @@ import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from randattn._backends.dispatch import backend_of
-from randattn._core import block_sizes
-from randattn._core.average import average_of_all, finite
-from randattn._core.indexing import entries, rows
-from randattn._core.inputs import log_mask
-from randattn._core.library import hint, namespace, placement
-
-from .options import FAMILY, shortlist_of
+from randattn._core.average import Average, Keys, finite
+from randattn._core.indexing import rows
+from randattn._core.library import namespace, placement
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from .options import Choice
+    from collections.abc import Callable
 
     Array = Any
 
 
-class Compared(NamedTuple):
-    """The numbers by which keys and groups are compared.
+class Index(NamedTuple):
+    """The keys of all heads and the sums of their groups, which are the same for all queries.
+
+    B counts the leading axes but heads, H the heads of keys; M' is M, filled up to whole groups.
 
     Attributes
     ----------
-    keys : array, shape (L, S, r + 4)
-        Coordinates, ``mu.k_m``, ``p_m``, the length of the coordinates, and ``|v_m - mean(v)|``.
-    group : array of int, shape (L, S)
-        Group of each slot.
-    of_groups : array, shape (L, C, r)
-        Coordinates of ``kt``.
-    log_z : array, shape (L, C)
-        ``log Z_c(mu)``.
+    k : array, shape (B H, M, D)
+        Keys, without gradients, to choose from.
+    weight : array, shape (B, H, M)
+        ``log |v - mean(v)|`` in nats, without gradients; -inf for padding.
+    tokens : array, shape (B, H M', D + E + 1)
+        Keys, values and a one; zeros for padding.
+    sums : array, shape (B, H, C, D + E + 1)
+        Sums of the tokens of each group.
+    group_size : int
+        Consecutive keys of a group.
+    is_masked : bool
+        Whether there is padding.
     """
 
-    keys: Array
-    group: Array
-    of_groups: Array
-    log_z: Array
+    k: Array
+    weight: Array
+    tokens: Array
+    sums: Array
+    group_size: int
+    is_masked: bool
 
 
-class _Moments(NamedTuple):
-    """Moments of sets of queries: log sizes (...), means (..., r), and variances of a coordinate (..., 1)."""
+class Heads(NamedTuple):
+    """The heads of queries that an average is over: A of G H heads.
 
-    log_count: Array
-    centre: Array
-    variance: Array
-
-    def together(self) -> _Moments:
-        """Return the moments of the union of the sets along the axis before that of coordinates."""
-        # Equation: variance of a union = mean of the variances + variance of the means.
-        centre, log_count = average_of_all(self.log_count, self.centre)
-        aside = (self.centre - centre[..., None, :]) ** 2
-        variance = self.variance + namespace(centre).mean(aside, axis=-1, keepdims=True)
-        return _Moments(log_count, centre, average_of_all(self.log_count, variance).out)
-
-
-def chosen(choice: Choice, compared: Compared, index: Array, of_q: Array, is_query: Array | None) -> Array:
-    """Return the slots (L, B, T) of the keys that each block of queries computes exactly."""
-    xp, own, heads, blocks = namespace(of_q), backend_of(of_q), of_q.shape[0], index.shape[1]
-    keys, group, of_groups, log_z = compared
-    listed = shortlist_of(choice.num_exact, keys.shape[1], index.shape[1])
-    has_lists = listed < keys.shape[1]
-    if has_lists:
-        index = _joined(index, FAMILY, of_q.shape[1])
-        index = xp.reshape(index, (index.shape[0], -1, index.shape[2] // FAMILY))
-    of_blocks = _of_blocks(index, of_q, is_query)
-
-    def of_each(moments: _Moments) -> tuple[Array, ...]:
-        # A block of padding alone has no deviation: that of all queries stands in.
-        is_empty = moments.log_count[..., None] == -math.inf
-        spread = xp.sqrt(
-            xp.where(is_empty, xp.mean(of_q * of_q, axis=(1, 2))[:, None, None], moments.variance)
-        )
-        to_groups = xp.matmul(moments.centre, xp.matrix_transpose(of_groups)) + log_z[:, None, :]
-        return moments.centre, spread, to_groups
-
-    def among_all(moments: _Moments, count: int) -> Array:
-        # Scores are numbers for each block and slot: a few blocks at a time keep them in the cache.
-        return own.by_rows(
-            lambda *blocks: _most_missed(blocks, keys, group, count),
-            max(1, block_sizes.CHOICE_NUMBERS // hint(heads * keys.shape[1])),
-            *((x, -2) for x in of_each(moments)),
-        )
-
-    if not has_lists:
-        found = among_all(of_blocks, choice.num_exact)
-    else:
-        # A family of successive blocks scores all slots once; each of its blocks then scores the shortlist.
-        families = index.shape[1] // FAMILY
-        parts = (xp.reshape(x, (heads, families, FAMILY, *x.shape[2:])) for x in of_blocks)
-        lists = among_all(_Moments(*parts).together(), listed)
-
-        def among_listed(*of_families: Array) -> Array:
-            *blocks, lists = of_families
-            nodes = heads * lists.shape[1]
-            near = xp.reshape(rows(keys, lists), (nodes, listed, keys.shape[2]))
-            blocks = [xp.reshape(x, (nodes, FAMILY, x.shape[2] // FAMILY)) for x in blocks]
-            of_near = xp.reshape(entries(group, lists), (nodes, listed))
-            found = _most_missed(blocks, near, of_near, choice.num_exact)
-            found = entries(xp.reshape(lists, (nodes, listed)), found)
-            return xp.reshape(found, (heads, lists.shape[1], FAMILY * choice.num_exact))
-
-        found = own.by_rows(
-            among_listed,
-            max(1, block_sizes.CHOICE_NUMBERS // hint(heads * listed * (keys.shape[2] + FAMILY))),
-            *((xp.reshape(x, (heads, families, FAMILY * x.shape[2])), -2) for x in of_each(of_blocks)),
-            (lists, -2),
-        )
-        found = xp.reshape(found, (heads, families * FAMILY, choice.num_exact))
-    return found[:, :blocks, :]
-
-
-def _joined(index: Array, run: int, n: int) -> Array:
-    """Join each `run` of successive blocks of queries (L or 1, B, s) to one: (L or 1, B / run, run s)."""
-    xp, (heads, blocks, size) = namespace(index), index.shape
-    fill = xp.full((heads, -blocks % run, size), n, dtype=index.dtype, device=placement(index))
-    return xp.reshape(xp.concat([index, fill], axis=1), (heads, -(-blocks // run), run * size))
-
-
-def _of_blocks(index: Array, of_q: Array, is_query: Array | None) -> _Moments:
-    """Return the moments of blocks of queries, of which `index` (L or 1, B, s) has the numbers."""
-    xp, (heads, n, _) = namespace(of_q), of_q.shape
-    # Numbers from N on fill blocks up: they are out of range, read query 0 and have no weight.
-    real = xp.where(index < n, index, 0)
-    is_there = xp.broadcast_to(index < n, (heads, *index.shape[1:]))
-    if is_query is not None:
-        is_there = is_there & entries(is_query, real)
-    tokens = rows(of_q, real)
-    return _Moments(log_mask(is_there, tokens), tokens, xp.zeros_like(tokens[..., :1])).together()
-
-
-def _most_missed(of_blocks: Sequence[Array], keys: Array, group: Array, count: int) -> Array:
-    """Return the places (L, B, count) of the keys (L, K, r + 4) with the largest scores for each block.
-
-    `of_blocks` has the means of the blocks (L, B, r), their deviations (L, B, 1), and the log weights of the
-    groups at the means (L, B, C).
+    Attributes
+    ----------
+    of_queries, of_keys : arrays of int, shape (B or 1, A)
+        Their numbers, and the numbers of the heads of their keys.
+    is_all : bool
+        Whether these are all heads, in order.
     """
-    (centre, spread, to_groups), xp, of_k = of_blocks, namespace(keys), keys[..., :-4]
-    along_mu, share, length, weight = (keys[..., None, :, column] for column in (-4, -3, -2, -1))
-    # b.k_m up to a term that all keys and groups share: coordinates are those of tokens about their means.
-    exact = xp.matmul(centre, xp.matrix_transpose(of_k)) + along_mu
-    aside = spread * length
-    # Equation: exp(b.k) cosh(s |k|) = (exp(b.k + s |k|) + exp(b.k - s |k|)) / 2, over the largest of all.
-    top = finite(xp.max(exact + aside, axis=-1, keepdims=True))
-    exactly = (xp.exp(exact + aside - top) + xp.exp(exact - aside - top)) / 2
-    # A tangent lies below log Z_c(b): a group weighs no more than its keys, and its exponential is finite.
-    by_group = xp.matrix_transpose(rows(xp.matrix_transpose(xp.exp(to_groups - top)), group)) * share
-    missed = xp.abs(exactly - by_group) * weight
-    # Padding and empty slots have the score -1, below all keys.
-    return backend_of(missed).largest(xp.where(along_mu == -math.inf, -1.0, missed), count)
+
+    of_queries: Array
+    of_keys: Array
+    is_all: bool
+
+    def take(self, x: Array) -> Array:
+        """Return the entries of these heads of an array of queries (B, H G, ...): (B, A, ...)."""
+        return x if self.is_all else _of_heads(x, self.of_queries)
+
+    def take_keys(self, x: Array) -> Array:
+        """Return the entries of the heads of their keys (B, H, ...): (B, A, ...)."""
+        return x if self.is_all and self.of_keys.shape[-1] == x.shape[1] else _of_heads(x, self.of_keys)
+
+
+def _of_heads(x: Array, index: Array) -> Array:
+    xp, (batch, heads, *rest) = namespace(x), x.shape
+    found = rows(xp.reshape(x, (batch, heads, math.prod(rest))), index)
+    return xp.reshape(found, (batch, index.shape[-1], *rest))
+
+
+def index_keys(k: Array, v: Array, mask: Array | None, group_size: int, known: int) -> Index:
+    """Index the keys (B, H, M, D), once for all queries.
+
+    The mean value is that of the first `known` keys, which no query of a causal call is before.
+    """
+    xp, own, (batch, heads, m, _) = namespace(k), backend_of(k), k.shape
+    ones = xp.ones((batch, heads, m, 1), dtype=k.dtype, device=placement(k))
+    if mask is not None:
+        ones = xp.astype(mask, k.dtype)[..., None]
+    tokens = xp.concat([k, v, ones], axis=-1)
+    if m % group_size:
+        fill = xp.zeros_like(tokens[..., : group_size - m % group_size, :])
+        tokens = xp.concat([tokens, fill], axis=-2)
+    size, width = tokens.shape[-2:]
+    sums = xp.sum(xp.reshape(tokens, (batch, heads, size // group_size, group_size, width)), axis=-2)
+    v, count = own.constant(v), xp.sum(ones[:, :, :known, :], axis=-2, keepdims=True)
+    aside = v - xp.sum(v[:, :, :known, :], axis=-2, keepdims=True) / xp.where(count == 0, 1.0, count)
+    # The smallest normal number is for a value at the mean: its key comes after all others, before padding.
+    tiny = xp.finfo(v.dtype).smallest_normal
+    weight = xp.log(xp.sqrt(xp.sum(aside * aside, axis=-1)) + tiny)
+    if mask is not None:
+        weight = xp.where(mask, weight, -math.inf)
+    flat = xp.reshape(own.constant(k), (batch * heads, m, k.shape[-1]))
+    tokens = xp.reshape(tokens, (batch, heads * size, width))
+    return Index(flat, weight, tokens, sums, group_size, mask is not None)
+
+
+def choosers(q: Array, count: int) -> Array:
+    """Return means of `count` runs of the queries (..., n, D): (..., count D), without gradients."""
+    xp, (*lead, n, d) = namespace(q), q.shape
+    q = backend_of(q).constant(q)
+    return xp.reshape(xp.mean(xp.reshape(q, (*lead, count, n // count, d)), axis=-2), (*lead, count * d))
+
+
+def attend_adaptively(
+    x: Index,
+    heads: Heads,
+    q: Array,
+    choosing: Array,
+    start: Array | None,
+    keys: int,
+    num_exact: int,
+    recent: int,
+    average: Callable[..., Average],
+) -> Average:
+    """Average the first `keys` keys for blocks of queries (B, A, b, n, D): (B, A, b, n, E).
+
+    `choosing` (B, H G, b, c D) has the choosers of each block, and `start` (b,) the number of keys before it:
+    the block attends to none beyond. None stands for all keys. The last `recent` keys are exact. `average` is
+    `attend`, or has more columns of values.
+    """
+    xp, own, (batch, count, blocks, n, d) = namespace(q), backend_of(q), q.shape
+    size, values = x.group_size, x.tokens.shape[-1] - d - 1
+    # Keys after the last whole group are recent, so that a causal block does not need a part of a group.
+    groups = keys // size if recent else -(-keys // size)
+    slots = _chosen(x, heads, choosing, start, keys, num_exact, recent)
+    number = xp.astype(heads.of_keys, slots.dtype)[..., None, None] * (x.tokens.shape[1] // x.weight.shape[1])
+    in_table = xp.reshape(slots + number, (batch, count * blocks, slots.shape[-1]))
+    tokens = rows(x.tokens, in_table)
+    # Equation: a group keeps its sums less those of its exact keys.
+    of_group = xp.reshape(slots // size, in_table.shape)
+    taken = own.sums_by_group(x.tokens, in_table, of_group, groups + 1)[:, :, :groups, :]
+    left = heads.take_keys(x.sums[:, :, :groups, :])[:, :, None, ...] - xp.reshape(
+        taken, (batch, count, blocks, groups, x.tokens.shape[-1])
+    )
+    # Sums of ones are exact integers, so that a group without keys is known by less than a half.
+    sizes = own.constant(left[..., -1])
+    is_left, is_exact = sizes > 0.5, xp.reshape(tokens[..., -1] > 0.5, slots.shape)
+    if start is not None:
+        number = xp.arange(groups, dtype=slots.dtype, device=placement(q))
+        is_left = is_left & (number < (start // size)[:, None])
+        is_exact = is_exact & (slots < start[:, None])
+    sizes = xp.where(is_left, sizes, 1.0)
+    # Equation: attend(q, [k_E ; kt_c], [v_E ; beta_c], [0 ; log size_c]).
+    bias = xp.concat([_log(is_exact, xp.ones_like(slots, dtype=q.dtype)), _log(is_left, sizes)], axis=-1)
+    means = xp.reshape(left / sizes[..., None], (batch, count * blocks, groups, x.tokens.shape[-1]))
+    tokens = xp.concat([tokens, means], axis=-2)
+    bias = xp.reshape(bias, tokens.shape[:-1])
+    out, log_norm = average(
+        xp.reshape(q, (batch, count * blocks, n, d)), Keys(tokens[..., :d], tokens[..., d : d + values], bias)
+    )
+    shape = (batch, count, blocks, n)
+    return Average(xp.reshape(out, (*shape, out.shape[-1])), xp.reshape(log_norm, shape))
+
+
+def _log(keep: Array, sizes: Array) -> Array:
+    return namespace(sizes).where(keep, namespace(sizes).log(sizes), -math.inf)
+
+
+def _chosen(
+    x: Index, heads: Heads, choosing: Array, start: Array | None, keys: int, num_exact: int, recent: int
+) -> Array:
+    """Return the keys (B, A, b, num_exact) that each block computes exactly, in ascending order."""
+    xp, own = namespace(choosing), backend_of(choosing)
+    (batch, all_heads, blocks, width), d = choosing.shape, x.k.shape[-1]
+    of_heads = xp.reshape(choosing, (x.k.shape[0], -1, d))
+    logits = xp.matmul(of_heads, xp.matrix_transpose(x.k[:, :keys, :]))
+    logits = xp.reshape(logits, (batch, x.weight.shape[1], -1, blocks, width // d, keys))
+    weight = x.weight[:, :, None, None, :keys]
+    number = xp.arange(keys, device=placement(choosing))
+    if start is not None:
+        # Hidden before the maximum too: a key to come would change the choice.
+        weight = xp.where(number < start[:, None], weight, -math.inf)
+    if x.is_masked or start is not None:
+        logits = xp.where((weight == -math.inf)[..., None, :], -math.inf, logits)
+    share = logits - finite(xp.max(logits, axis=-1, keepdims=True))
+    score = xp.max(share, axis=-2) + weight
+    if recent:
+        end = start[:, None] if start is not None else keys
+        is_recent = (number >= end - recent) & (number < end)
+        score = xp.where(is_recent & (weight > -math.inf), xp.finfo(score.dtype).max, score)
+    score = heads.take(xp.reshape(score, (batch, all_heads, blocks, keys)))
+    found = own.largest(own.constant(score), min(num_exact, keys))
+    return own.in_order(found)

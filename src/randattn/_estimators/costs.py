@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from randattn._tokens.tree import ROUNDS, STRIDE, stride_of
+from randattn._core import block_sizes
 
-from .options import FAMILY, NUM_GROUPS, depth_of, rank_of, resolved, shortlist_of
+from .adaptive_eva_options import BLOCK, CHOOSERS, EXACT_SHARE, GROUP_SIZE, LEAST_EXACT, number_of_choosers
 
 
 def softmax(n: int, m: int, d: int, e: int, _: Any) -> float:
@@ -59,47 +59,19 @@ def eva(n: int, m: int, d: int, e: int, options: Any) -> float:
 
 
 def adaptive_eva(n: int, m: int, d: int, e: int, options: Any) -> float:
-    """Count the multiply-adds of adaptive EVA, including those that choose groups and keys."""
-    size, groups = options["group_size"], options["groups"]
-    c = -(-m // (-(-m // NUM_GROUPS) if size is None else min(m, size)))
-    by_tree, labels = isinstance(groups, str) and groups == "tree", not isinstance(groups, str)
-    if by_tree:
-        c = 2 ** depth_of(c, m)
-    places = m if labels else -(-m // c) * c
-    r, t, num_blocks = rank_of(d), *resolved(n, m, options["num_exact"], options["block_size"])
-    # The logits mu.k, and the groups' averages of keys, values, ones and coordinates.
-    count = float(places * d + (places * c if labels else places) * (d + e + 1 + r))
-    if d > r:
-        # The sketch: two covariances, rounds of subspace iteration, and the coordinates of all tokens.
-        sampled = sum(-(-x // stride_of(x)) for x in (n, m))
-        orthonormal = 2 * d * d * r + d * r * r
-        count += sampled * d * d + (1 + ROUNDS) * orthonormal + (2 * ROUNDS + 1) * d * d * r + (n + m) * d * r
-    if by_tree:
-        count += _halves(m, depth_of(c, m), r) + -(-n // stride_of(n)) * r * r
-    # The tree of the queries, then the lengths of coordinates and values, and the moments of the blocks.
-    blocks = choosing = 2 ** depth_of(num_blocks, n)
-    filled = -(-n // blocks) * blocks
-    count += _halves(n, depth_of(num_blocks, n), r) + -(-m // stride_of(m)) * r * r
-    count += places * (e + r) + 2 * filled * (r + 1)
-    listed = shortlist_of(t, places, choosing)
-    if listed < places:
-        # A family of blocks scores all keys once; each of its blocks scores the shortlist.
-        families = -(-choosing // FAMILY)
-        count += families * FAMILY * ((listed + c) * r + 2 * (r + 1))
-        choosing = families
-    count += choosing * (places + c) * r
-    # The final average over exact keys and groups, and the shares that exact keys take from their groups.
-    count += filled * (t + c) * (d + e) + places * (e + 1) + c * d
-    return float(count)
-
-
-def _halves(n: int, depth: int, r: int) -> float:
-    """Count the multiply-adds of repeated halving: the directions, and the coordinates along them."""
-    count, places = 0.0, -(-n // 2**depth) * 2**depth
-    for level in range(depth):
-        length = places // 2**level
-        sampled = 2**level * -(-length // max(1, min(STRIDE, length // 8)))
-        count += places * r + sampled * 2 * r + ROUNDS * (2 * sampled * r + 2**level * r * r)
+    """Count the multiply-adds of adaptive EVA without exact heads, including those that choose keys."""
+    given = [options[name] for name in ("num_exact", "group_size", "block_size", "exact_heads")]
+    if all(one is None for one in given) and m <= block_sizes.ADAPTIVE_KEYS:
+        return softmax(n, m, d, e, options)
+    exact, size, block, _ = given
+    size, exact = min(m, size or GROUP_SIZE), min(m, exact or max(LEAST_EXACT, -(-m // EXACT_SHARE)))
+    groups, count = -(-m // size), float(m * e)
+    block = min(n, block or BLOCK)
+    for blocks, queries in ((n // block, block), (1, n % block)):
+        if queries:
+            # The logits of the choosers, then the average over exact keys and groups.
+            count += blocks * number_of_choosers(queries, CHOOSERS) * m * d
+            count += blocks * queries * (exact + groups) * (d + e)
     return count
 
 

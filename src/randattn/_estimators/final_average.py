@@ -16,6 +16,8 @@ from randattn._core.library import namespace
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from randattn._core.average import Average
+
     Array = Any
 
 # True while `diagnose` calls an estimator. An option of the estimators would be public, for `diagnose` alone.
@@ -63,11 +65,16 @@ def parted(out: Array, values: int) -> tuple[Array, Spread | None]:
 
 def final_average(q: Array, *sets: Keys, scale: float = 1) -> Array:
     """Return ``attend(q, *sets, scale=scale).out``, the last average of an estimator: (..., N, E)."""
-    out = attend(q, *sets, scale=scale).out
+    return watched_average(q, *sets, scale=scale).out
+
+
+def watched_average(q: Array, *sets: Keys, scale: float = 1) -> Average:
+    """Return ``attend(q, *sets, scale=scale)``, with the columns of `Spread` where `diagnose` calls."""
+    average = attend(q, *sets, scale=scale)
     # A traced program outlives `diagnose`: it must not keep the three columns.
     if library.compiler.is_tracing() or not _is_watched.get():
-        return out
-    xp = namespace(q)
+        return average
+    xp, out = namespace(q), average.out
     # The logits are computed again, a block of queries at a time: fused kernels do not return them.
     logits = math.prod(leading_axes(q, sets)) * sum(keys.k.shape[-2] for keys in sets)
     parts = [
@@ -75,7 +82,8 @@ def final_average(q: Array, *sets: Keys, scale: float = 1) -> Array:
         for rows in slices(q.shape[-2], rows_of_block(logits))
     ]
     spread = xp.concat(parts, axis=-2)
-    return xp.concat([out, xp.broadcast_to(spread, (*out.shape[:-1], spread.shape[-1]))], axis=-1)
+    spread = xp.broadcast_to(spread, (*out.shape[:-1], spread.shape[-1]))
+    return average._replace(out=xp.concat([out, spread], axis=-1))
 
 
 def _spread(q: Array, sets: list[Keys], scale: float, first: int) -> Array:

@@ -1,4 +1,4 @@
-"""Resolve and check the options of EVA and of adaptive EVA."""
+"""Resolve and check the options of EVA."""
 
 from __future__ import annotations
 
@@ -6,12 +6,9 @@ import math
 import numbers
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from randattn._backends.dispatch import backend_of
 from randattn._core.average import past
-from randattn._core.checks import as_count, check_broadcast, check_like, check_option, resolve_count
+from randattn._core.checks import as_count, check_broadcast, resolve_count
 from randattn._core.describe import shown
-from randattn._core.library import check_known
-from randattn._core.tracing import plain
 from randattn._tokens.grids import blocks, number_on_grid, size_on_grid, tokens_on_grid
 
 if TYPE_CHECKING:
@@ -20,18 +17,8 @@ if TYPE_CHECKING:
 
     Array = Any
 
-# Default number of groups of EVA and of adaptive EVA.
-NUM_GROUPS = 64
-# Default of `num_exact`: one key of so many, and so an eighth of the multiply-adds of exact attention.
-_EXACT_SHARE = 8
-# Default queries of a block: 8, the more accurate choice, for at most 2,048 queries, and 128 for more, where
-# the time of a call matters. At most 64 blocks keep the choice of keys linear in the number of keys.
-_SHORT, _SMALL_BLOCK, _LARGE_BLOCK, _MOST_BLOCKS = 2048, 8, 128, 64
-# The least number of coordinates by which keys are chosen; from 24 features on it is a third of them.
-# docs/notes/adaptive_eva.md compares other numbers.
-_LEAST_RANK = 8
-# Blocks of queries that choose from one shortlist; docs/notes/adaptive_eva.md compares 4 with 8.
-FAMILY = 4
+# Default number of groups.
+_NUM_GROUPS = 64
 
 
 class Layout(NamedTuple):
@@ -87,7 +74,7 @@ def _groups_of(
     given = landmarks[-1] if isinstance(landmarks, tuple | list) and landmarks else None
     count = num_groups
     if not isinstance(count, tuple | list):
-        count = resolve_count("num_groups", count, NUM_GROUPS, landmarks=(given, -2), noise=(noise, -2))
+        count = resolve_count("num_groups", count, _NUM_GROUPS, landmarks=(given, -2), noise=(noise, -2))
     return "segments", number_on_grid("num_groups", count, tokens)
 
 
@@ -153,86 +140,3 @@ def bias_of_window(x: Inputs, bias: Any, window: Sizes | None, *, is_causal: boo
         # The bias hides the keys to come: a window with a bias needs no causal flag.
         own = x.xp.where(x.xp.matrix_transpose(past(own, size, 0, 0)), own, -math.inf)
     return own[..., None, :, :]
-
-
-class Choice(NamedTuple):
-    """The resolved options of adaptive EVA.
-
-    Attributes
-    ----------
-    groups : Blocks, array of int (..., M), or None
-        Blocks of consecutive keys, labels, or None for a tree.
-    num_groups : int
-        Number C of groups.
-    num_exact : int
-        Number of keys that a block of queries computes exactly.
-    num_blocks : int
-        Number of blocks of queries; the queries of a block choose keys together.
-    """
-
-    groups: Any
-    num_groups: int
-    num_exact: int
-    num_blocks: int
-
-
-def adaptive_choice(x: Inputs, groups: Any, group_size: Any, num_exact: Any, block_size: Any) -> Choice:
-    """Resolve and check the caller's options."""
-    n, m = x.q.shape[-2], x.k.shape[-2]
-    check_known("k", "groups and blocks that are laid by the number of tokens", m, n)
-    n, m = plain((n, m))
-    size = -(-m // NUM_GROUPS) if group_size is None else min(m, as_count("group_size", group_size))
-    count = -(-m // size)
-    exact, num_blocks = resolved(n, m, num_exact, block_size)
-    if isinstance(groups, str):
-        check_option("groups", groups, ("segments", "tree"))
-        if groups == "tree":
-            return Choice(None, 2 ** depth_of(count, m), exact, num_blocks)
-        laid = blocks(tokens_on_grid(None, n, m), "tiles", (size,))
-        return Choice(laid, laid.index.shape[0], exact, num_blocks)
-    return Choice(_labels_of(x, groups, count, m), count, exact, num_blocks)
-
-
-def resolved(n: int, m: int, num_exact: Any, block_size: Any) -> tuple[int, int]:
-    """Return the number of exact keys of a block of queries, and the number of blocks."""
-    exact = -(-m // _EXACT_SHARE) if num_exact is None else min(m, as_count("num_exact", num_exact))
-    if block_size is not None:
-        return exact, -(-n // as_count("block_size", block_size))
-    queries = _SMALL_BLOCK if n <= _SHORT else _LARGE_BLOCK
-    return exact, min(_MOST_BLOCKS, -(-n // queries))
-
-
-def _labels_of(x: Inputs, labels: Any, count: int, m: int) -> Array:
-    check_like("groups", labels, x.q)
-    if not x.xp.isdtype(labels.dtype, "integral"):
-        raise TypeError(f"groups: expected 'segments', 'tree' or integers, got dtype {labels.dtype}")
-    if labels.ndim < 1 or labels.shape[-1] != m:
-        raise ValueError(f"groups: expected shape (..., {m}), got {tuple(labels.shape)}")
-    xp = x.xp
-    if xp.iinfo(labels.dtype).bits < 32:
-        # Labels are part of indices into all heads, which overflow int8 and int16.
-        labels = xp.astype(labels, xp.int32)
-    # Only values on the host are checked: the host would wait for a GPU, and a traced program has no values.
-    if backend_of(labels).is_at_hand(labels) and not xp.all((labels >= 0) & (labels < count)):
-        raise ValueError(f"groups: expected labels in range({count}), the keys over group_size")
-    # Labels that were not checked are clipped: an index out of range could read another head. By `where`,
-    # since array-api-compat's clip reads a mask on the host.
-    labels = xp.where(labels < count, xp.where(labels < 0, 0, labels), count - 1)
-    return x.with_heads("groups", labels, 1)
-
-
-def depth_of(count: int, tokens: int) -> int:
-    """Return the number of halvings that makes at most `count` groups of so many tokens."""
-    return min(count, tokens).bit_length() - 1
-
-
-def rank_of(features: int) -> int:
-    """Return the number of coordinates by which keys are chosen."""
-    return min(features, max(_LEAST_RANK, features // 3))
-
-
-def shortlist_of(num_exact: int, keys: int, blocks: int) -> int:
-    """Return the length of a shortlist of keys; `keys` where shortlists would not make the choice cheaper."""
-    # A family scores all keys once and FAMILY shortlists, in place of FAMILY times all keys.
-    listed = max(3 * num_exact, -(-keys // 4))
-    return listed if blocks >= FAMILY and FAMILY * listed + keys < FAMILY * keys else keys

@@ -144,6 +144,7 @@ _ROWS = (
         default=64,
         counts_tokens=True,
         is_linear=False,
+        is_causal=True,
     ),
 )
 ESTIMATORS: dict[str, Estimator] = {row.name: row for row in _ROWS}

@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 from randattn._backends.dispatch import undisturbed
 from randattn._core.average import Keys
-from randattn._core.inputs import check_causal, prepare
+from randattn._core.inputs import check_last, prepare
 
 from .final_average import final_average
 
 if TYPE_CHECKING:
+    from randattn._core.inputs import Inputs
+
     Array = Any
 
 
@@ -46,7 +48,8 @@ def softmax_attention(
         Where N = M the default is `key_mask`, as in self-attention. Pass a mask of True for N queries of
         another sequence.
     is_causal : bool, default False
-        Query n sees the keys up to n. Requires N = M.
+        Query n of the N sees the keys up to M - N + n: the queries are the last N of M tokens. Requires N <=
+        M.
     enable_gqa : bool, default False
         Allow `q` a multiple of the heads (axis -3) of `k` and `v`.
 
@@ -79,6 +82,12 @@ def softmax_attention(
     (2, 5, 4)
     """
     x = prepare(q, k, v, scale=scale, key_mask=key_mask, query_mask=query_mask, enable_gqa=enable_gqa)
-    check_causal(x, is_causal)
-    keys = Keys(x.k, x.v, x.key_bias, is_causal=is_causal)
-    return x.finish(final_average(x.q, keys, scale=x.scale))
+    check_last(x, is_causal)
+    return x.finish(exact_attention(x, is_causal=is_causal))
+
+
+def exact_attention(x: Inputs, *, is_causal: bool) -> Array:
+    """Return exact attention of prepared inputs (..., N, E); causal queries are the last of the tokens."""
+    keys = Keys(x.k, x.v, x.key_bias)
+    sets = keys.for_last(x.q.shape[-2]) if is_causal else (keys,)
+    return final_average(x.q, *sets, scale=x.scale)

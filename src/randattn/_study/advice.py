@@ -6,8 +6,8 @@ import functools
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from randattn._core import block_sizes
 from randattn._estimators.adaptive_eva import adaptive_eva
-from randattn._estimators.eva import eva
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,17 +20,18 @@ if TYPE_CHECKING:
 _SHARED = ("scale", "key_mask", "query_mask", "enable_gqa")
 
 
-def beside(row: Estimator | None, options: dict[str, Any]) -> tuple[str, Callable[..., Array]] | None:
+def beside(
+    row: Estimator | None, options: dict[str, Any], keys: int
+) -> tuple[str, Callable[..., Array]] | None:
     """Return the name of a call that may do better than an estimator, and the call; None without one."""
-    # adaptive_eva has no causal form.
-    is_causal = bool(options.get("is_causal", False))
-    better: Callable[..., Array] = eva if is_causal else adaptive_eva
-    if row is not None and (row.is_exact or row.function is better):
+    # For few keys adaptive_eva is exact attention itself.
+    is_best = row is not None and (row.is_exact or row.function is adaptive_eva)
+    if is_best or keys <= block_sizes.ADAPTIVE_KEYS:
         return None
-    own: dict[str, Any] = {"is_causal": True} if is_causal else {}
+    own: dict[str, Any] = {"is_causal": True} if options.get("is_causal", False) else {}
     shared = {name: options[name] for name in _SHARED if name in options}
-    name = f"{better.__name__}({', '.join(f'{key}={value!r}' for key, value in own.items())})"
-    return name, functools.partial(better, **own, **shared)
+    name = f"adaptive_eva({', '.join(f'{key}={value!r}' for key, value in own.items())})"
+    return name, functools.partial(adaptive_eva, **own, **shared)
 
 
 class Found(NamedTuple):

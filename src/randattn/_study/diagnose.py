@@ -222,7 +222,7 @@ def _diagnosed(
         standard_error=None if variance is None else exact.relative(exact.at(variance, -1)),
         mean_error=exact.relative(exact.square_of_mean),
     )
-    better = beside(row, options) if pairs <= _MOST_PAIRS_BESIDE else None
+    better = beside(row, options, x.k.shape[-2]) if pairs <= _MOST_PAIRS_BESIDE else None
     if better is not None:
         name, function = better
         found = found._replace(beside=name, beside_error=exact.relative(exact.square(function(q, k, v))))

@@ -21,10 +21,9 @@ def cases() -> list[Case]:
     Without `diagnose`, which says what it read, and `multiply_adds`, which takes no arrays.
     """
     masked = make_inputs()["masked"]
-    labels, mask = np.arange(masked["k"].shape[-2]) // 5, masked["key_mask"]
+    mask = masked["key_mask"]
     return [
         *make_cases(),
-        Case("adaptive_eva labels", "plain", ()).but(groups=labels, group_size=5),
         Case("eva query mask", "plain", ()).but(query_mask=mask, window=0),
         Case("lara query mask", "plain", ()).but(query_mask=mask),
     ]

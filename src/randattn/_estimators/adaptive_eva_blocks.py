@@ -1,0 +1,224 @@
+"""Go along the queries of adaptive EVA in blocks, and find the heads that are to stay exact."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from randattn._backends.dispatch import attend, backend_of
+from randattn._core import block_sizes
+from randattn._core.average import Average, Keys, merge
+from randattn._core.inputs import log_mask
+from randattn._core.library import hint, namespace, placement
+
+from .adaptive_eva_keys import (
+    Heads,
+    Index,
+    attend_adaptively,
+    choosers,
+    index_keys,
+)
+from .adaptive_eva_options import CHOOSERS, number_of_choosers
+from .final_average import watched_average
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from randattn._core.inputs import Inputs
+
+    from .adaptive_eva_options import Options
+
+    Array = Any
+
+# Queries by whose error heads are ranked.
+_PROBES = 128
+
+
+class _Tokens(NamedTuple):
+    """Scaled queries (B, H G, N, D), keys and values (B, H, M, .), and a mask (B, H, M)."""
+
+    q: Array
+    k: Array
+    v: Array
+    mask: Array | None
+
+    def attend(self, heads: Heads | None, queries: slice, keys: slice, *, is_causal: bool) -> Average:
+        """Average these keys for these queries; None stands for all heads."""
+        xp, k, v = namespace(self.q), self.k[:, :, keys, :], self.v[:, :, keys, :]
+        mask = None if self.mask is None else self.mask[:, :, keys]
+        q = self.q[:, :, queries, :]
+        if heads is not None:
+            q, k, v = heads.take(q), heads.take_keys(k), heads.take_keys(v)
+            mask = None if mask is None else heads.take_keys(mask)
+        (batch, count, n, d), of_keys = q.shape, k.shape[1]
+        if count != of_keys:
+            # Grouped queries: an axis of length one, so that no key is repeated.
+            q = xp.reshape(q, (batch, of_keys, count // of_keys, n, d))
+            k, v = k[:, :, None, ...], v[:, :, None, ...]
+            mask = None if mask is None else mask[:, :, None, :]
+        one = Keys(k, v, log_mask(mask, q))
+        found = attend(q, *(one.for_last(n) if is_causal else (one,)))
+        return Average(
+            xp.reshape(found.out, (batch, count, n, v.shape[-1])),
+            xp.reshape(found.log_norm, (batch, count, n)),
+        )
+
+
+def estimate(x: Inputs, options: Options) -> Array:
+    """Return the results (..., N, E)."""
+    xp, lead, own = x.xp, x.lead, backend_of(x.q)
+    tokens = _of_heads(x, lead)
+    (_, heads, n, _), m = tokens.q.shape, tokens.k.shape[2]
+    known = m - n + options.first if options.is_causal else m
+    index = index_keys(tokens.k, tokens.v, tokens.mask, options.group_size, known)
+    first = None
+    if options.is_causal:
+        first = tokens.attend(None, slice(options.first), slice(known), is_causal=True).out
+    number = xp.arange(heads, device=placement(x.q))[None, :]
+    every = Heads(number, number // (heads // tokens.k.shape[1]), True)
+    if not options.exact_heads:
+        found = _blocks(tokens, index, options, every)
+    else:
+        order = own.order_of(-_errors(tokens, index, options, every, first), stable=True)
+        exact, rest = (
+            Heads(part, part // (heads // tokens.k.shape[1]), False)
+            for part in (order[:, : options.exact_heads], order[:, options.exact_heads :])
+        )
+        rest_of_queries = slice(options.first, n)
+        exactly = tokens.attend(exact, rest_of_queries, slice(m), is_causal=options.is_causal)
+        found = xp.concat([exactly.out, _blocks(tokens, index, options, rest)], axis=1)
+        # The order of a permutation is its inverse: it brings the heads back to their places.
+        place = own.order_of(order)
+        found = Heads(place, place, False).take(found)
+    if first is not None:
+        found = xp.concat([first, found], axis=-2)
+    return xp.reshape(found, (*lead, n, found.shape[-1]))
+
+
+def _of_heads(x: Inputs, lead: tuple[int, ...]) -> _Tokens:
+    """Return the tokens with one axis of heads and one of all other leading axes."""
+    xp, mask = x.xp, x.key_mask
+    shared = [y.shape[y.ndim - trailing - 1] == 1 for y, trailing in ((x.k, 2), (x.v, 2))]
+    is_grouped = x.heads is not None and all(shared) and (mask is None or mask.shape[-2] == 1)
+    of_keys = (*lead[:-1], 1) if is_grouped else lead
+    axes = 2 if x.heads is not None else 1
+
+    def flat(y: Array, lead: tuple[int, ...], trailing: int) -> Array:
+        rest = y.shape[y.ndim - trailing :]
+        batch, heads = math.prod(lead[:-axes]), math.prod(lead[-axes:])
+        return xp.reshape(xp.broadcast_to(y, (*lead, *rest)), (batch, heads, *rest))
+
+    return _Tokens(
+        flat(x.root * x.q, lead, 2),
+        flat(x.root * x.k, of_keys, 2),
+        flat(x.v, of_keys, 2),
+        None if mask is None else flat(mask, of_keys, 1),
+    )
+
+
+def _errors(x: _Tokens, index: Index, options: Options, every: Heads, first: Array | None) -> Array:
+    """Return the squared error of each head (B, H G) over that of zero, on one block of queries."""
+    xp, own, n, m = namespace(x.q), backend_of(x.q), x.q.shape[2], x.k.shape[2]
+    if first is not None:
+        # The last queries whose exact results are known, and as many before them, which choose.
+        size = max(1, min(_PROBES, options.first // 2))
+        queries = slice(options.first - size, options.first)
+        exact = first[:, :, queries, :]
+    else:
+        size = min(_PROBES, options.block_size)
+        queries = slice((n - size) // 2, (n - size) // 2 + size)
+        exact = x.attend(every, queries, slice(m), is_causal=False).out
+    found = _run(x, index, options, every, queries, size, attend).out
+    errors, whole = (own.constant(xp.sum(y**2, axis=(-2, -1))) for y in (found - exact, exact))
+    errors = errors / xp.where(whole == 0, 1.0, whole)
+    # Rounding is no error: by it heads would have another order on each library.
+    return xp.where(errors > xp.finfo(errors.dtype).eps, errors, 0.0)
+
+
+def _blocks(x: _Tokens, index: Index, options: Options, heads: Heads) -> Array:
+    """Return the results (B, A, n, E) of the heads, for the queries after the first ones."""
+    runs = _runs(options, x.q.shape[2], together=backend_of(x.q).compiles_loops)
+    # The last average of the estimator where nothing is merged with it.
+    average = attend if options.is_causal or options.exact_heads else watched_average
+    found = [_run(x, index, options, heads, *run, average).out for run in runs]
+    return namespace(x.q).concat(found, axis=-2) if len(found) > 1 else found[0]
+
+
+def _runs(options: Options, n: int, *, together: bool) -> Iterator[tuple[slice, int]]:
+    """Yield runs of blocks, by their queries and the queries of a block, that are computed together.
+
+    The blocks of a causal run see the keys up to the last of them, masked: `together` makes one program of
+    all blocks, and otherwise each block is a run of its own, without masks.
+    """
+    size, start = options.block_size, options.first
+    whole = n - (n - start) % size
+    step = size if options.is_causal and not together else max(size, whole - start)
+    for first in range(start, whole, step):
+        yield slice(first, first + step), size
+    if whole < n:
+        yield slice(whole, n), n - whole
+
+
+def _run(
+    x: _Tokens,
+    index: Index,
+    options: Options,
+    heads: Heads,
+    queries: slice,
+    size: int,
+    average: Callable[..., Average],
+) -> Average:
+    """Return the averages (B, A, n, E) of a run of blocks of `size` queries, by `attend` or wider."""
+    xp, own, (batch, all_heads, n, d) = namespace(x.q), backend_of(x.q), x.q.shape
+    blocks, before = (queries.stop - queries.start) // size, x.k.shape[2] - n
+    q, of_all = heads.take(x.q[:, :, queries, :]), x.q
+    count, starts = q.shape[1], None
+    if options.is_causal:
+        # As many queries before each block choose for it. The length of a run of theirs divides the number.
+        width = min(size, queries.start)
+        width -= width % min(width, CHOOSERS)
+        starts = [queries.start + block * size for block in range(blocks)]
+        of_all = xp.concat([of_all[:, :, start - width : start, :] for start in starts], axis=2)
+        keys = before + starts[-1]
+    else:
+        of_all, width, keys = of_all[:, :, queries, :], size, x.k.shape[2]
+    number = number_of_choosers(width, CHOOSERS)
+    choosing = choosers(xp.reshape(of_all, (batch, all_heads, blocks, width, d)), number)
+    arrays = [(xp.reshape(q, (batch, count, blocks, size * d)), -2), (choosing, -2)]
+    if starts is not None and blocks > 1:
+        start = before + queries.start + size * xp.arange(blocks, device=placement(q))
+        arrays.append((xp.reshape(start, (1, 1, blocks, 1)), -2))
+
+    def of_blocks(q: Array, choosing: Array, start: Array | None = None) -> Array:
+        q = xp.reshape(q, (batch, count, q.shape[2], size, d))
+        start = None if start is None else xp.reshape(start, (-1,))
+        exact = options.exact_of(keys)
+        out, log_norm = attend_adaptively(
+            index, heads, q, choosing, start, keys, exact, options.recent, average
+        )
+        both = xp.concat([out, log_norm[..., None]], axis=-1)
+        return xp.reshape(both, (*both.shape[:3], size * both.shape[-1]))
+
+    logits = hint(batch * all_heads * number * keys)
+    rows = 1 if options.is_causal else max(1, block_sizes.CHOICE_NUMBERS // logits)
+    both = own.by_rows(of_blocks, rows, *arrays)
+    both = xp.reshape(both, (batch, count, blocks * size, both.shape[-1] // size))
+    found = Average(both[..., :-1], both[..., -1])
+    if not options.is_causal:
+        return found
+    keys_of_run = slice(before + queries.start, before + queries.stop)
+    return merge(found, _squares(x, heads, queries, keys_of_run, blocks))
+
+
+def _squares(x: _Tokens, heads: Heads, queries: slice, keys: slice, blocks: int) -> Average:
+    """Return the averages over the keys of each block itself, up to each query: (B, A, n, E)."""
+    xp = namespace(x.q)
+    parts = (heads.take(x.q[:, :, queries, :]), *(heads.take_keys(y[:, :, keys, :]) for y in (x.k, x.v)))
+    batch, count, n, _ = parts[0].shape
+    shape = (batch, count * blocks, n // blocks)
+    q, k, v = (xp.reshape(y, (*shape, y.shape[-1])) for y in parts)
+    bias = None
+    if x.mask is not None:
+        bias = log_mask(xp.reshape(heads.take_keys(x.mask[:, :, keys]), shape), q)
+    out, log_norm = attend(q, Keys(k, v, bias, is_causal=True))
+    return Average(xp.reshape(out, (batch, count, n, v.shape[-1])), xp.reshape(log_norm, (batch, count, n)))
