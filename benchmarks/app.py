@@ -96,6 +96,33 @@ def measure_adaptive(name: str, *, quick: bool, output: Path | None) -> None:
     _finish(f"adaptive-{name}", "cpu", about, found, quick=quick, output=output)
 
 
+@app.command(name="trained")
+@click.argument("name", metavar="LIBRARY", type=click.Choice(CPU_LIBRARIES))
+@click.option("--long/--no-long", default=True, help="With inputs of 16,384 and 32,768 tokens.")
+@_OUTPUT
+def measure_trained(name: str, output: Path | None, *, long: bool) -> None:
+    """Measure error and time of adaptive_eva on a trained language model's own inputs."""
+    from . import trained
+
+    about = machine.describe()
+    found = list(trained.measure(name, _say, long=long))
+    _console().print(trained.table(found), "")
+    trained.write((output or rows.RESULTS / "trained") / f"{name}-cpu.json", about, found)
+
+
+@app.command(name="perplexity")
+@click.option("--tokens", type=int, multiple=True, default=(2048, 8192), show_default=True)
+@_OUTPUT
+def measure_perplexity(output: Path | None, tokens: tuple[int, ...]) -> None:
+    """Measure the perplexity of a language model with its attention replaced in all layers."""
+    from . import trained
+
+    about = machine.describe()
+    found = list(trained.perplexities(_say, tokens))
+    _console().print(trained.table(found), "")
+    trained.write((output or rows.RESULTS / "trained") / "perplexity.json", about, found)
+
+
 @app.command(name="streaming")
 @click.argument("libraries", nargs=-1, type=click.Choice(streaming.LIBRARIES))
 @_QUICK

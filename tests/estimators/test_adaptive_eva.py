@@ -39,7 +39,7 @@ def relative(out, expected):
 def of_block(q, choosing, k, v, mean, *, num_exact, group_size, recent=0, own=0):
     """The definition for one block of queries of one head; the last `own` keys are the block's own."""
     past = len(k) - own
-    runs = choosing.reshape(16 if len(choosing) % 16 == 0 else 8, -1, D).mean(axis=1)
+    runs = choosing.reshape(2 if len(choosing) == 16 else 1, -1, D).mean(axis=1)
     logits = runs @ k[:past].T / np.sqrt(D)
     score = (logits - logits.max(axis=1, keepdims=True)).max(axis=0)
     score += np.log(np.linalg.norm(v[:past] - mean, axis=-1))
@@ -70,45 +70,38 @@ def test_blocks_are_their_definition(lib):
     data = inputs(n=20, m=50)
     expected = np.zeros((2, 20, E))
     for head, (q, k, v) in enumerate(zip(*data, strict=True)):
-        for start, size in ((0, 8), (8, 8), (16, 4)):
-            block = q[start : start + size]
-            choosing = block if size == 8 else np.repeat(block, 2, axis=0)
-            expected[head, start : start + size] = of_block(
-                block, choosing, k, v, v.mean(axis=0), num_exact=8, group_size=4
+        for block in (slice(16), slice(16, 20)):
+            expected[head, block] = of_block(
+                q[block], q[block], k, v, v.mean(axis=0), num_exact=8, group_size=4
             )
-    lib.close(adaptive_eva(*lib.arrays(*data), **SMALL), expected, rtol=1e-9)
+    lib.close(adaptive_eva(*lib.arrays(*data), **{**SMALL, "block_size": 16}), expected, rtol=1e-9)
     assert relative(expected, exactly(*data)) > 0.1
 
 
-@pytest.mark.parametrize("n", [N, 40])
-def test_causal_blocks_are_their_definition(lib, n):
-    """The first queries are exact, and blocks are chosen for by the queries before them."""
-    data = inputs(n=n)
-    # A quarter of the keys comes first, at least a 16th of the queries, and the remainder of the blocks.
-    first = max(12 - (N - n), 3)
-    first += (n - first) % 8
-    width = min(8, first)
-    width -= width % min(width, 16)
+@pytest.mark.parametrize(("n", "first"), [(100, 36), (87, 23), (40, 8)])
+def test_causal_blocks_are_their_definition(lib, n, first):
+    """The first queries are exact: a quarter of the keys, or a 16th of them, and the remainder of the blocks."""
+    data = inputs(n=n, m=100)
     expected = exactly(*data, is_causal=True)
-    mean = data[2][:, : N - n + first].mean(axis=1)
+    width = min(16, first)
+    before = 100 - n
+    mean = data[2][:, : before + first].mean(axis=1)
     for head, (q, k, v) in enumerate(zip(*data, strict=True)):
-        for start in range(first, n, 8):
-            stop = start + 8
+        for start in range(first, n, 16):
+            stop = start + 16
             expected[head, start:stop] = of_block(
                 q[start:stop],
-                q[start - width : start] if width == 8 else np.repeat(q[start - width : start], 8, axis=0),
-                *(x[: N - n + stop] for x in (k, v)),
+                q[start - width : start],
+                *(x[: before + stop] for x in (k, v)),
                 mean[head],
-                num_exact=8,
+                num_exact=22,
                 group_size=4,
-                recent=8,
-                own=8,
+                recent=16,
+                own=16,
             )
-    out = adaptive_eva(*lib.arrays(*data), **{**SMALL, "num_exact": 12}, exact_heads=0, is_causal=True)
-    assert first == (16 if n == N else 8)
-    assert relative(lib.numpy(out), exactly(*data, is_causal=True)) > 0.03
-    options = {"exact_heads": 0, "is_causal": True}
-    lib.close(adaptive_eva(*lib.arrays(*data), **SMALL, **options), expected, rtol=1e-9)
+    options = {"num_exact": 22, "block_size": 16, "group_size": 4, "exact_heads": 0, "is_causal": True}
+    lib.close(adaptive_eva(*lib.arrays(*data), **options), expected, rtol=1e-9)
+    assert relative(expected, exactly(*data, is_causal=True)) > 0.03
 
 
 @pytest.mark.parametrize("is_causal", [False, True])

@@ -105,9 +105,9 @@ def adaptive_eva(
     E, with the weights :math:`\exp(q \cdot k_m)`, and of :math:`\beta_c` with the weights :math:`n_c \exp(q
     \cdot \tilde k_c)`. The control variates are those of EVA ([1]_, section 4) without a draw.
 
-    A block chooses the keys with the largest share of the weight of one of its *choosers*, the means of 16
-    runs of its queries. In a causal call the queries before the block choose: by later queries a token to
-    come would change earlier results. A head whose queries look keys up one by one (copying, retrieval) is
+    A block chooses the keys with the largest share of the weight of one of its *choosers*, the means of up
+    to 16 runs of its queries. In a causal call the queries before the block choose: by later queries a token
+    to come would change earlier results. A head whose queries look keys up one by one (copying, retrieval) is
     not served by the choice of other queries. Such heads are found by their error on the last queries of the
     first quarter of the keys, at most 2,048, which are exact for all heads; from there on the heads with the
     largest errors stay exact. Keys and heads are chosen without gradients.

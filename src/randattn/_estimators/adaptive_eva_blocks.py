@@ -18,7 +18,7 @@ from .adaptive_eva_keys import (
     choosers,
     index_keys,
 )
-from .adaptive_eva_options import CHOOSERS, number_of_choosers
+from .adaptive_eva_options import most_choosers, number_of_choosers
 from .final_average import watched_average
 
 if TYPE_CHECKING:
@@ -174,15 +174,15 @@ def _run(
     q, of_all = heads.take(x.q[:, :, queries, :]), x.q
     count, starts = q.shape[1], None
     if options.is_causal:
-        # As many queries before each block choose for it. The length of a run of theirs divides the number.
-        width = min(size, queries.start)
-        width -= width % min(width, CHOOSERS)
+        # As many queries before each block choose for it. Runs of theirs have one length.
+        width = min(size, options.first, queries.start)
+        width -= width % most_choosers(width)
         starts = [queries.start + block * size for block in range(blocks)]
         of_all = xp.concat([of_all[:, :, start - width : start, :] for start in starts], axis=2)
         keys = before + starts[-1]
     else:
         of_all, width, keys = of_all[:, :, queries, :], size, x.k.shape[2]
-    number = number_of_choosers(width, CHOOSERS)
+    number = number_of_choosers(width)
     choosing = choosers(xp.reshape(of_all, (batch, all_heads, blocks, width, d)), number)
     arrays = [(xp.reshape(q, (batch, count, blocks, size * d)), -2), (choosing, -2)]
     if starts is not None and blocks > 1:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from randattn._backends.dispatch import backend_of
 from randattn._core.average import Average, Keys, finite
 from randattn._core.indexing import rows
+from randattn._core.inputs import with_rank
 from randattn._core.library import namespace, placement
 
 if TYPE_CHECKING:
@@ -150,9 +151,9 @@ def attend_adaptively(
     sizes = own.constant(left[..., -1])
     is_left, is_exact = sizes > 0.5, xp.reshape(tokens[..., -1] > 0.5, slots.shape)
     if start is not None:
-        number = xp.arange(groups, dtype=slots.dtype, device=placement(q))
-        is_left = is_left & (number < (start // size)[:, None])
-        is_exact = is_exact & (slots < start[:, None])
+        number = xp.arange(groups, dtype=slots.dtype, device=placement(q))[None, :]
+        is_left = is_left & with_rank(number < start[:, None] // size, 4)
+        is_exact = is_exact & (slots < with_rank(start[:, None], 4))
     sizes = xp.where(is_left, sizes, 1.0)
     # Equation: attend(q, [k_E ; kt_c], [v_E ; beta_c], [0 ; log size_c]).
     bias = xp.concat([_log(is_exact, xp.ones_like(slots, dtype=q.dtype)), _log(is_left, sizes)], axis=-1)
@@ -180,17 +181,17 @@ def _chosen(
     logits = xp.matmul(of_heads, xp.matrix_transpose(x.k[:, :keys, :]))
     logits = xp.reshape(logits, (batch, x.weight.shape[1], -1, blocks, width // d, keys))
     weight = x.weight[:, :, None, None, :keys]
-    number = xp.arange(keys, device=placement(choosing))
+    number = xp.arange(keys, device=placement(choosing))[None, :]
     if start is not None:
         # Hidden before the maximum too: a key to come would change the choice.
-        weight = xp.where(number < start[:, None], weight, -math.inf)
+        weight = xp.where(with_rank(number < start[:, None], 5), weight, -math.inf)
     if x.is_masked or start is not None:
         logits = xp.where((weight == -math.inf)[..., None, :], -math.inf, logits)
     share = logits - finite(xp.max(logits, axis=-1, keepdims=True))
     score = xp.max(share, axis=-2) + weight
     if recent:
         end = start[:, None] if start is not None else keys
-        is_recent = (number >= end - recent) & (number < end)
+        is_recent = with_rank((number >= end - recent) & (number < end), 5)
         score = xp.where(is_recent & (weight > -math.inf), xp.finfo(score.dtype).max, score)
     score = heads.take(xp.reshape(score, (batch, all_heads, blocks, keys)))
     found = own.largest(own.constant(score), min(num_exact, keys))

@@ -10,7 +10,7 @@ from typing import Any
 
 from randattn._core import block_sizes
 
-from .adaptive_eva_options import BLOCK, CHOOSERS, EXACT_SHARE, GROUP_SIZE, LEAST_EXACT, number_of_choosers
+from .adaptive_eva_options import BLOCK, EXACT_SHARE, GROUP_SIZE, LEAST_EXACT, number_of_choosers
 
 
 def softmax(n: int, m: int, d: int, e: int, _: Any) -> float:
@@ -70,7 +70,7 @@ def adaptive_eva(n: int, m: int, d: int, e: int, options: Any) -> float:
     for blocks, queries in ((n // block, block), (1, n % block)):
         if queries:
             # The logits of the choosers, then the average over exact keys and groups.
-            count += blocks * number_of_choosers(queries, CHOOSERS) * m * d
+            count += blocks * number_of_choosers(queries) * m * d
             count += blocks * queries * (exact + groups) * (d + e)
     return count
 
