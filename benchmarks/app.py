@@ -84,18 +84,6 @@ def measure_causal(name: str, *, quick: bool, output: Path | None) -> None:
     _finish(f"causal-{name}", "cpu", about, found, quick=quick, output=output)
 
 
-@app.command(name="adaptive")
-@click.argument("name", metavar="LIBRARY", type=click.Choice(CPU_LIBRARIES))
-@_QUICK
-@_OUTPUT
-def measure_adaptive(name: str, *, quick: bool, output: Path | None) -> None:
-    """Measure adaptive_eva over the library's exact attention, on the CPU."""
-    library = open_library(name)
-    about = machine.describe()
-    found = list(sessions.adaptive(library, sizes_for(name, quick=quick), _say))
-    _finish(f"adaptive-{name}", "cpu", about, found, quick=quick, output=output)
-
-
 @app.command(name="trained")
 @click.argument("name", metavar="LIBRARY", type=click.Choice(CPU_LIBRARIES))
 @click.option("--long/--no-long", default=True, help="With inputs of 16,384 and 32,768 tokens.")

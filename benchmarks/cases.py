@@ -37,13 +37,6 @@ CAUSAL: tuple[tuple[str, str], ...] = (
     ("softmax_attention", ""),
 )
 
-# The baseline is exact attention.
-ADAPTIVE: tuple[tuple[str, str], ...] = (
-    ("adaptive_eva", ""),
-    ("adaptive_eva", "block_size=64"),
-    ("adaptive_eva", "num_exact=256"),
-)
-
 
 def case_of(library: Library, estimator: str, tokens: int, options: str = "", **more: Any) -> Case:
     """Return a case of a library, in the library's own mode."""

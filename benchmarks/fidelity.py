@@ -74,15 +74,14 @@ def entries() -> Iterator[Entry]:
     for count in (8, 16, 32, 64):
         yield Entry("eva", eva, {"num_groups": count, "window": 32})
     for group_size, num_exact, block_size in (
-        (128, 16, 16),
-        (128, 16, 4),
-        (64, 16, 4),
-        (64, 48, 8),
-        (32, 64, 4),
-        (32, 52, 2),
-        (32, 96, 4),
-        (16, 96, 2),
-        (16, 160, 2),
+        (32, 24, 8),
+        (32, 48, 8),
+        (32, 64, 8),
+        (32, 96, 8),
+        (32, 128, 8),
+        (32, 128, 4),
+        (32, 192, 8),
+        (32, 192, 4),
     ):
         chosen = {"group_size": group_size, "num_exact": num_exact, "block_size": block_size}
         yield Entry("adaptive_eva", adaptive_eva, chosen, is_random=False)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import randattn
 
 from . import by_hand
-from .cases import ADAPTIVE, CAUSAL, LINEAR, Workbench, case_of, keywords
+from .cases import CAUSAL, LINEAR, Workbench, case_of, keywords
 from .harness import race
 from .memory import memory_row
 from .rows import BY_HAND, PRODUCTS, QUARTER, ROOT, Case, Row, time_row
@@ -83,17 +83,6 @@ def causal(library: Library, sizes: Sizes, say: Say) -> Iterator[Row]:
         medians = _race(library, sizes, [case for pair in pairs for case in pair])
         for case, plain in pairs:
             yield time_row("causal", case, medians[case], "not causal", medians[plain])
-
-
-def adaptive(library: Library, sizes: Sizes, say: Say) -> Iterator[Row]:
-    """Measure adaptive_eva, over the library's own exact attention."""
-    for tokens in sizes.adaptive:
-        say(f"{tokens} tokens over {library.exact_name}, chosen keys")
-        baseline = _baseline(library, sizes, library.exact_name, tokens, features=None)
-        cases = [replace(baseline, estimator=name, options=options) for name, options in ADAPTIVE]
-        medians = _race(library, sizes, [baseline, *cases])
-        for case in cases:
-            yield time_row("adaptive", case, medians[case], library.exact_name, medians[baseline])
 
 
 def over_exact(library: Library, sizes: Sizes, tokens: int, passes: str, say: Say) -> Iterator[Row]:

@@ -18,8 +18,6 @@ class Sizes:
         Tokens at which the estimators are timed over the matrix products alone.
     causal : tuple of int
         Tokens at which causal calls are timed over the same calls without is_causal.
-    adaptive : tuple of int
-        Tokens at which adaptive_eva is timed over exact attention.
     exact : tuple of int
         Tokens at which the estimators are timed over the library's exact attention.
     exact_backward : tuple of int
@@ -54,7 +52,6 @@ class Sizes:
     modes: tuple[str, ...] = ("eager",)
     products: tuple[int, ...] = (16384,)
     causal: tuple[int, ...] = (8192,)
-    adaptive: tuple[int, ...] = (4096, 8192)
     exact: tuple[int, ...] = ()
     exact_backward: tuple[int, ...] = ()
     growth: tuple[int, ...] = (1024, 2048, 8192, 32768, 131072)
@@ -110,7 +107,6 @@ _ON_THE_GPU = {
 _QUICK = {
     "products": (256,),
     "causal": (256,),
-    "adaptive": (256,),
     "growth": (128, 512),
     "growth_heads": 2,
     "growth_exact": 512,

@@ -17,7 +17,6 @@ TITLES = {
     "products": "Time over the four matrix products alone",
     "exact": "Time over the library's exact attention",
     "causal": "Time of causal attention, over the same that is not",
-    "adaptive": "Time of adaptive_eva, over the library's exact attention",
     "growth": "Time against tokens, over that of a quarter of them",
     "overhead": "Time on the smallest inputs, over the formulas by hand",
     "memory": "Peak memory beyond the inputs, over the output's size",

@@ -27,7 +27,7 @@ NEEDED = {
     "rfa_step": {"rng": 0},
 }
 # Before an option is looked at, another must be given.
-BESIDE = [{}, {"is_causal": True}, {"groups": "tree", "exact": "top"}, {"exact": "top"}]
+BESIDE = [{}, {"is_causal": True}, {"exact_heads": 1}]
 
 
 def big(lib):

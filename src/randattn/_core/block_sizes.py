@@ -39,7 +39,7 @@ COMPILED_MIN_QUERIES = 64
 # are as large as the products with the state.
 CAUSAL_TOKENS = 64
 
-# Numbers (scores, or gathered keys and values) in a block of adaptive EVA: 8 MiB in float32, for the cache.
+# Scores in a block of adaptive EVA without causality: 8 MiB in float32, for the cache.
 CHOICE_NUMBERS = 1 << 21
 
 # Keys up to which a call of adaptive EVA without options is exact attention, which is faster there. The
