@@ -56,16 +56,17 @@ def multiply_adds(
 
     Notes
     -----
-    Exact attention takes ``N M (D + E)``. Blocks that are filled up count at their full size.
+    Exact attention takes ``N M (D + E)``. `adaptive_eva` is counted without exact
+    heads.
 
     Examples
     --------
     >>> from randattn import adaptive_eva, multiply_adds, softmax_attention
-    >>> whole = multiply_adds(softmax_attention, 4096, 4096, 64, 64)
+    >>> whole = multiply_adds(softmax_attention, 16384, 16384, 64, 64)
     >>> whole
-    2147483648
-    >>> round(multiply_adds(adaptive_eva, 4096, 4096, 64, 64) / whole, 3)
-    0.151
+    34359738368
+    >>> round(multiply_adds(adaptive_eva, 16384, 16384, 64, 64) / whole, 3)
+    0.219
     """
     row = row_of(estimator)
     if row is None:
