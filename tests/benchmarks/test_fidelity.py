@@ -75,4 +75,4 @@ def test_what_the_documentation_says():
         )
         assert best.error < true_top.error
         if inputs == fidelity.MODEL:
-            assert best.similarity > 0.99 > true_top.similarity
+            assert best.similarity > 0.97 > true_top.similarity
