@@ -83,6 +83,10 @@ def scaled_dot_product_attention(
     >>> scaled_dot_product_attention(q, k, v, is_causal=True, window=16).shape
     torch.Size([2, 8, 100, 16])
     """
+    n, m = query.shape[-2], key.shape[-2]
+    if is_causal and n != m:
+        # PyTorch's own flag takes the first n tokens as the queries, the estimators the last.
+        raise ValueError(f"is_causal: expected as many keys as queries ({n}), got {m}")
     if dropout_p:
         raise NotImplementedError(
             f"dropout_p: expected 0, got {shown(dropout_p)}: estimators have no weights to drop"
