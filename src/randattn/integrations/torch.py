@@ -83,10 +83,9 @@ def scaled_dot_product_attention(
     >>> scaled_dot_product_attention(q, k, v, is_causal=True, window=16).shape
     torch.Size([2, 8, 100, 16])
     """
-    n, m = query.shape[-2], key.shape[-2]
-    if is_causal and n != m:
+    if is_causal and query.shape[-2] != key.shape[-2]:
         # PyTorch's own flag takes the first n tokens as the queries, the estimators the last.
-        raise ValueError(f"is_causal: expected as many keys as queries ({n}), got {m}")
+        raise ValueError(f"is_causal: expected as many keys as queries ({query.shape[-2]}), got {key.shape[-2]}")
     if dropout_p:
         raise NotImplementedError(
             f"dropout_p: expected 0, got {shown(dropout_p)}: estimators have no weights to drop"
