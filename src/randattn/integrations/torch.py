@@ -85,7 +85,8 @@ def scaled_dot_product_attention(
     """
     if is_causal and query.shape[-2] != key.shape[-2]:
         # PyTorch's own flag takes the first n tokens as the queries, the estimators the last.
-        raise ValueError(f"is_causal: expected as many keys as queries ({query.shape[-2]}), got {key.shape[-2]}")
+        expected, got = query.shape[-2], key.shape[-2]
+        raise ValueError(f"is_causal: expected as many keys as queries ({expected}), got {got}")
     if dropout_p:
         raise NotImplementedError(
             f"dropout_p: expected 0, got {shown(dropout_p)}: estimators have no weights to drop"
