@@ -137,7 +137,7 @@ def make_cases() -> list[Case]:
     cases += on(square, "eva_step", window=5, max_tokens=24, **seed)
     chosen = {"group_size": 6, "num_exact": 6, "block_size": 6}
     cases += on((*common, "shared"), "adaptive_eva", **chosen)
-    cases += on(square, "adaptive_eva causal", is_causal=True, exact_heads=0, **chosen)
+    cases += on(square, "adaptive_eva causal", is_causal=True, exact_heads=1, **chosen)
     antithetic = {"antithetic": True, "mix_keys": True, "normalize": "landmarks"}
     cases += on(common, "lara antithetic", **antithetic, **lara)
     for weight in ("size", "unit"):

@@ -98,7 +98,12 @@ class Dask(Backend):
         )
 
     def with_whole_tokens(
-        self, function: Callable[..., Array], rule: Any, size: int, *arrays: tuple[Array | None, int]
+        self,
+        function: Callable[..., Array],
+        rule: Any,
+        size: int,
+        heads: int,
+        *arrays: tuple[Array | None, int],
     ) -> Array:
         """Return ``function(rule, *arrays)`` (..., N, size) in one task for each leading chunk.
 
@@ -107,7 +112,10 @@ class Dask(Backend):
         given: list[tuple[Any, ...]] = []
         first: Any = arrays[0][0]
         for number, (x, trailing) in enumerate(arrays):
-            whole = x if x is None else x.rechunk({-1 - axis: -1 for axis in range(trailing)}, method="tasks")
+            whole = x
+            if x is not None:
+                axes = min(x.ndim, trailing + heads)
+                whole = x.rechunk({-1 - axis: -1 for axis in range(axes)}, method="tasks")
             given.append((whole, *(f"{axis} {number}" for axis in range(trailing))))
         lead = _lead(max(x.ndim - trailing for x, trailing in arrays if x is not None))
         chunks, operands = _laid_out(lead, given)

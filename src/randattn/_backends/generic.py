@@ -228,14 +228,23 @@ class Backend(Library):
         function: Callable[..., Array],
         rule: Any,
         size: int,  # noqa: ARG002
+        heads: int,  # noqa: ARG002
         *arrays: tuple[Array | None, int],
     ) -> Array:
         """Return ``function(rule, *arrays)`` (..., N, size), which needs all tokens of an array at once.
 
-        The number beside each array counts its trailing axes; `function` gets them in one chunk. The rule is
-        hashable, and the function is one of a module: a library may keep a program for both.
+        The number beside each array counts its trailing axes; `function` gets them in one chunk, and with
+        them so many axes of heads. The function and the rule are those of `as_program`.
         """
-        return function(rule, *(x for x, _ in arrays))
+        return self.as_program(function, rule, *(x for x, _ in arrays))
+
+    def as_program(self, function: Callable[..., Array], rule: Any, *arrays: Array | None) -> Array:
+        """Return ``function(rule, *arrays)``; a library that compiles keeps a program for both.
+
+        The function must be one of a module, and the rule hashable: all else that changes what the function
+        does must be part of the rule, or a kept program would do what it did before.
+        """
+        return function(rule, *arrays)
 
 
 def mean_by_product(x: Array) -> Array:

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 # An eager call is one program; in a caller's `jit` it is a part of the caller's program. Static arguments are
 # compared by equality: a pair weight with a new function in each call would compile a program in each call.
-_compiled_of_tokens = jax.jit(lambda function, rule, *arrays: function(rule, *arrays), static_argnums=(0, 1))
 _compiled = jax.jit(jax_loops.blocks, static_argnames=("rules", "scale", "limits"))
+_compiled_function = jax.jit(lambda function, rule, *arrays: function(rule, *arrays), static_argnums=(0, 1))
 
 
 class Jax(Backend):
@@ -70,15 +70,9 @@ class Jax(Backend):
         """Go along the arrays in blocks, by a scan of the program."""
         return jax_loops.carry(function, state, *arrays)
 
-    def with_whole_tokens(
-        self,
-        function: Callable[..., Array],
-        rule: Any,
-        size: int,  # noqa: ARG002
-        *arrays: tuple[Array | None, int],
-    ) -> Array:
-        """Return ``function(rule, *arrays)`` by one program: operation by operation it would be hundreds."""
-        return _compiled_of_tokens(function, rule, *(x for x, _ in arrays))
+    def as_program(self, function: Callable[..., Array], rule: Any, *arrays: Array | None) -> Array:
+        """Return ``function(rule, *arrays)`` by one program: each operation would be a program of its own."""
+        return _compiled_function(function, rule, *arrays)
 
     def constant(self, x: Array) -> Array:
         """Return `x` without gradients."""

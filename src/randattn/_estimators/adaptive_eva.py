@@ -15,7 +15,8 @@ from randattn._core.inputs import Inputs, prepare
 from randattn._core.library import namespace
 
 from .adaptive_eva_blocks import estimate
-from .adaptive_eva_options import adaptive_options
+from .adaptive_eva_options import adaptive_options, axes_of_heads
+from .final_average import is_watched
 from .softmax import exact_attention
 
 if TYPE_CHECKING:
@@ -137,12 +138,17 @@ def adaptive_eva(
 
     # Any block may choose any key: chunks and shards of tokens are gathered first.
     given = ((x.q, 2), (x.k, 2), (x.v, 2), (x.key_mask, 1), (x.query_mask, 1))
-    rule = (options, x.scale, x.heads)
-    return x.finish(backend_of(x.q).with_whole_tokens(_of_tokens, rule, x.v.shape[-1], *given))
+    # Heads are ranked among all heads of a sequence.
+    heads = axes_of_heads(x) if options.exact_heads else 0
+    # A program that is kept for a call of `diagnose` has three more columns, and must serve no other call.
+    rule = (options, x.scale, x.heads, is_watched())
+    return x.finish(backend_of(x.q).with_whole_tokens(_of_tokens, rule, x.v.shape[-1], heads, *given))
 
 
-def _of_tokens(rule: tuple[Options, float, int | None], q: Array, k: Array, v: Array, *masks: Array) -> Array:
+def _of_tokens(
+    rule: tuple[Options, float, int | None, bool], q: Array, k: Array, v: Array, *masks: Array
+) -> Array:
     """Return the results of whole tokens, which may be chunks of a lazy library."""
-    options, scale, heads = rule
+    options, scale, heads, _ = rule
     key_mask, query_mask = masks
     return estimate(Inputs(q, k, v, key_mask, scale, q.dtype, heads, namespace(q), query_mask), options)

@@ -18,7 +18,7 @@ from .adaptive_eva_keys import (
     choosers,
     index_keys,
 )
-from .adaptive_eva_options import most_choosers, number_of_choosers
+from .adaptive_eva_options import axes_of_heads, most_choosers, number_of_choosers
 from .final_average import watched_average
 
 if TYPE_CHECKING:
@@ -101,11 +101,11 @@ def _of_heads(x: Inputs, lead: tuple[int, ...]) -> _Tokens:
     shared = [y.shape[y.ndim - trailing - 1] == 1 for y, trailing in ((x.k, 2), (x.v, 2))]
     is_grouped = x.heads is not None and all(shared) and (mask is None or mask.shape[-2] == 1)
     of_keys = (*lead[:-1], 1) if is_grouped else lead
-    axes = 2 if x.heads is not None else 1
+    split = len(lead) - axes_of_heads(x)
 
     def flat(y: Array, lead: tuple[int, ...], trailing: int) -> Array:
         rest = y.shape[y.ndim - trailing :]
-        batch, heads = math.prod(lead[:-axes]), math.prod(lead[-axes:])
+        batch, heads = math.prod(lead[:split]), math.prod(lead[split:])
         return xp.reshape(xp.broadcast_to(y, (*lead, *rest)), (batch, heads, *rest))
 
     return _Tokens(

@@ -78,7 +78,7 @@ def adaptive_options(
     n, m = x.q.shape[-2], x.k.shape[-2]
     check_known("k", "groups and blocks that are laid by the number of tokens", m, n)
     n, m = plain((n, m))
-    heads = math.prod(x.lead[-2:] if x.heads is not None else x.lead[-1:])
+    heads = math.prod(x.lead[len(x.lead) - axes_of_heads(x) :])
     given = {"num_exact": num_exact, "group_size": group_size, "block_size": block_size}
     exact, size, block = (None if one is None else as_count(name, one) for name, one in given.items())
     of_heads = heads // _HEADS_SHARE if is_causal else 0
@@ -101,6 +101,11 @@ def adaptive_options(
     if is_short or of_heads == heads or 0 in (*x.lead, n) or first == n > 0:
         return None
     return options
+
+
+def axes_of_heads(x: Inputs) -> int:
+    """Return the number of leading axes that count heads: two for grouped queries, none without any axis."""
+    return min(len(x.lead), 1 if x.heads is None else 2)
 
 
 def _causal_blocks(n: int, m: int, block: int | None) -> tuple[int, int]:

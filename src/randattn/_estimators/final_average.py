@@ -56,6 +56,11 @@ def watched() -> Iterator[None]:
         _is_watched.reset(token)
 
 
+def is_watched() -> bool:
+    """Tell whether results get the columns of `Spread`."""
+    return _is_watched.get()
+
+
 def parted(out: Array, values: int) -> tuple[Array, Spread | None]:
     """Split a result into its values and their `Spread`; None where `final_average` did not make it."""
     if out.shape[-1] == values:
@@ -72,7 +77,7 @@ def watched_average(q: Array, *sets: Keys, scale: float = 1) -> Average:
     """Return ``attend(q, *sets, scale=scale)``, with the columns of `Spread` where `diagnose` calls."""
     average = attend(q, *sets, scale=scale)
     # A traced program outlives `diagnose`: it must not keep the three columns.
-    if library.compiler.is_tracing() or not _is_watched.get():
+    if library.compiler.is_tracing() or not is_watched():
         return average
     xp, out = namespace(q), average.out
     # The logits are computed again, a block of queries at a time: fused kernels do not return them.
