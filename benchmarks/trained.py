@@ -43,6 +43,8 @@ class Case(NamedTuple):
     before: bool = False  # over the keys before these queries alone
     heads: int | None = None  # query heads, each with its key head repeated; None for all, grouped
     layers: tuple[int, ...] = (*TUNED, *HELD_OUT)
+    # For each call: without options a call of few keys would be exact attention.
+    options: tuple[dict[str, int], ...] = ({},)
     texts: tuple[str, ...] = ("language reference", "sources")
 
     def cut(self, q: Any, k: Any, v: Any) -> tuple[Any, ...]:
@@ -56,17 +58,37 @@ class Case(NamedTuple):
         return (q if self.last is None else q[:, :, -self.last :]), k, v
 
 
+_WITHOUT: tuple[dict[str, int], ...] = ({}, {"exact_heads": 0})
 CASES = (
     Case("last 1,024 queries over 7,168 keys", 8192, is_causal=False, last=1024, before=True),
-    Case("causal, last 1,024 of 8,192 tokens", 8192, last=1024),
-    Case("causal, 8,192 tokens", 8192),
-    Case("causal, 32,768 tokens", 32768, heads=4, layers=EARLY, texts=("language reference",)),
+    Case("causal, last 1,024 of 8,192 tokens", 8192, last=1024, options=_WITHOUT),
+    Case("causal, 2,048 tokens", 2048, options=({"num_exact": 128},)),
+    Case("causal, 4,096 tokens", 4096, options=({"num_exact": 256},)),
+    Case("causal, 8,192 tokens", 8192, options=_WITHOUT),
+    Case(
+        "causal, 32,768 tokens",
+        32768,
+        heads=4,
+        layers=EARLY,
+        texts=("language reference",),
+        options=_WITHOUT,
+    ),
     Case("16,384 tokens", 16384, is_causal=False, heads=4, layers=EARLY, texts=("language reference",)),
 )
 
 
 class Row(NamedTuple):
-    """A measurement: errors are relative, means over the layers and texts, and of the worst layer."""
+    """A measurement.
+
+    Attributes
+    ----------
+    error, worst : float
+        The relative error, the mean over heads, layers and texts, and that of the worst layer.
+    time : float
+        The time of a call over exact attention of the same library, the median of pairs of calls.
+    exact_seconds, first_seconds : float
+        The time of exact attention, and of the first call, with the time to compile it.
+    """
 
     library: str
     case: str
@@ -75,10 +97,11 @@ class Row(NamedTuple):
     worst: float
     time: float
     exact_seconds: float
+    first_seconds: float
 
 
 def measure(library: str, say: Say, *, long: bool) -> Iterator[Row]:
-    """Measure adaptive_eva on all cases, or on the causal case and fewer layers for NumPy and JAX.
+    """Measure adaptive_eva on all cases; on causal ones of all queries and fewer layers for NumPy and JAX.
 
     The errors are those of PyTorch: NumPy takes six times as long.
     """
@@ -86,7 +109,7 @@ def measure(library: str, say: Say, *, long: bool) -> Iterator[Row]:
     cases = [case for case in CASES if long or case.tokens <= 8192]
     if library != "torch":
         few = {"layers": HELD_OUT[::2], "texts": ("language reference",)}
-        cases = [case._replace(**few) for case in CASES if case.name == "causal, 8,192 tokens"]
+        cases = [case._replace(**few) for case in cases if case.is_causal and case.last is None]
     captured: dict[tuple[int, str], Any] = {}
     for tokens in sorted({max(8192, case.tokens) for case in cases}):
         same = [case for case in cases if case.tokens <= tokens and (tokens == 8192) == (case.tokens <= 8192)]
@@ -98,20 +121,23 @@ def measure(library: str, say: Say, *, long: bool) -> Iterator[Row]:
     del model
     for case in cases:
         size = 8192 if case.tokens <= 8192 else max(tokens for tokens, _ in captured)
-        for options in ({}, {"exact_heads": 0}) if case.is_causal else ({},):
+        for options in case.options:
             say(f"{library}: {case.name} {options}")
             yield _row(library, own, case, options, [captured[size, name] for name in case.texts])
 
 
 def _row(library: str, own: Any, case: Case, options: dict[str, Any], captured: list[Any]) -> Row:
-    errors, arrays = [], None
+    errors, first = [], math.nan
     gqa = case.heads is None
     for of_text in captured:
         for layer in case.layers:
             arrays = [own.array(x) for x in case.cut(*of_text[layer])]
             call = partial(adaptive_eva, *arrays, is_causal=case.is_causal, enable_gqa=gqa, **options)
             exact = partial(own.exact, *arrays, is_causal=case.is_causal, enable_gqa=gqa)
-            errors.append(_error(np.asarray(call()), np.asarray(exact())))
+            start = time.perf_counter()
+            own.wait(out := call())
+            first = time.perf_counter() - start if math.isnan(first) else first
+            errors.append(_error(np.asarray(out), np.asarray(exact())))
     ratios, seconds = [], []
     for _ in range(_PAIRS):
         at = [time.perf_counter()]
@@ -121,7 +147,7 @@ def _row(library: str, own: Any, case: Case, options: dict[str, Any], captured: 
         seconds.append(at[1] - at[0])
         ratios.append((at[2] - at[1]) / seconds[-1])
     shown = ", ".join(f"{key}={value}" for key, value in options.items())
-    found = (float(np.mean(errors)), max(errors), float(np.median(ratios)), float(np.median(seconds)))
+    found = (np.mean(errors), max(errors), np.median(ratios), np.median(seconds), first)
     return Row(library, case.name, shown, *(float(f"{x:.3g}") for x in found))
 
 

@@ -121,7 +121,7 @@ MUTANTS = [
     Mutant("the loudest chooser alone", "_estimators/adaptive_eva_keys.py", "logits - finite(xp.max(logits, axis=-1, keepdims=True))", "logits"),
     Mutant("values all alike", "_estimators/adaptive_eva_keys.py", "score = xp.max(share, axis=-2) + weight", "score = xp.max(share, axis=-2) + xp.where(weight == -math.inf, weight, 0.0)"),
     Mutant("a padded key counted", "_estimators/adaptive_eva_keys.py", "ones = xp.astype(mask, k.dtype)[..., None]", "ones = xp.astype(mask | True, k.dtype)[..., None]"),
-    Mutant("a block chosen for by itself", "_estimators/adaptive_eva_blocks.py", "of_all[:, :, start - width : start, :]", "of_all[:, :, start : start + width, :]"),
+    Mutant("a block chosen for by itself", "_estimators/adaptive_eva_blocks.py", "x.q[:, :, start - width : start, :]", "x.q[:, :, start : start + width, :]"),
     Mutant("the heads that err least", "_estimators/adaptive_eva_blocks.py", "order_of(-_errors(", "order_of(_errors("),
     Mutant("heads in the order of their errors", "_estimators/adaptive_eva_blocks.py", "place = own.order_of(order)", "place = order"),
     Mutant("the mean of values to come", "_estimators/adaptive_eva_blocks.py", "known = m - n + options.first if options.is_causal else m", "known = m"),

@@ -132,7 +132,13 @@ def adaptive_eva(
     True
     """
     x = prepare(q, k, v, scale=scale, key_mask=key_mask, query_mask=query_mask, enable_gqa=enable_gqa)
-    options = adaptive_options(x, num_exact, group_size, block_size, exact_heads, is_causal=is_causal)
+    counts = {
+        "num_exact": num_exact,
+        "group_size": group_size,
+        "block_size": block_size,
+        "exact_heads": exact_heads,
+    }
+    options = adaptive_options(x, counts, is_causal=is_causal)
     if options is None:
         return x.finish(exact_attention(x, is_causal=is_causal))
 

@@ -11,13 +11,7 @@ from randattn._core.average import Average, Keys, merge
 from randattn._core.inputs import log_mask
 from randattn._core.library import hint, namespace, placement
 
-from .adaptive_eva_keys import (
-    Heads,
-    Index,
-    attend_adaptively,
-    choosers,
-    index_keys,
-)
+from .adaptive_eva_keys import Heads, Index, attend_adaptively, choosers, index_keys
 from .adaptive_eva_options import axes_of_heads, most_choosers, number_of_choosers
 from .final_average import watched_average
 
@@ -169,24 +163,13 @@ def _run(
     average: Callable[..., Average],
 ) -> Average:
     """Return the averages (B, A, n, E) of a run of blocks of `size` queries, by `attend` or wider."""
-    xp, own, (batch, all_heads, n, d) = namespace(x.q), backend_of(x.q), x.q.shape
-    blocks, before = (queries.stop - queries.start) // size, x.k.shape[2] - n
-    q, of_all = heads.take(x.q[:, :, queries, :]), x.q
-    count, starts = q.shape[1], None
-    if options.is_causal:
-        # As many queries before each block choose for it. Runs of theirs have one length.
-        width = min(size, options.first, queries.start)
-        width -= width % most_choosers(width)
-        starts = [queries.start + block * size for block in range(blocks)]
-        of_all = xp.concat([of_all[:, :, start - width : start, :] for start in starts], axis=2)
-        keys = before + starts[-1]
-    else:
-        of_all, width, keys = of_all[:, :, queries, :], size, x.k.shape[2]
-    number = number_of_choosers(width)
-    choosing = choosers(xp.reshape(of_all, (batch, all_heads, blocks, width, d)), number)
+    xp, own, (batch, all_heads, _, d) = namespace(x.q), backend_of(x.q), x.q.shape
+    choosing, starts = _choosing(x, options, queries, size)
+    q, blocks = heads.take(x.q[:, :, queries, :]), choosing.shape[2]
+    count, keys = q.shape[1], starts[-1]
     arrays = [(xp.reshape(q, (batch, count, blocks, size * d)), -2), (choosing, -2)]
-    if starts is not None and blocks > 1:
-        start = before + queries.start + size * xp.arange(blocks, device=placement(q))
+    if len(set(starts)) > 1:
+        start = starts[0] + size * xp.arange(blocks, device=placement(q))
         arrays.append((xp.reshape(start, (1, 1, blocks, 1)), -2))
 
     def of_blocks(q: Array, choosing: Array, start: Array | None = None) -> Array:
@@ -199,20 +182,34 @@ def _run(
         both = xp.concat([out, log_norm[..., None]], axis=-1)
         return xp.reshape(both, (*both.shape[:3], size * both.shape[-1]))
 
-    logits = hint(batch * all_heads * number * keys)
-    rows = 1 if options.is_causal else max(1, block_sizes.CHOICE_NUMBERS // logits)
+    scores = hint(batch * all_heads * (choosing.shape[-1] // d) * keys)
+    rows = 1 if options.is_causal else max(1, block_sizes.CHOICE_NUMBERS // scores)
     both = own.by_rows(of_blocks, rows, *arrays)
     both = xp.reshape(both, (batch, count, blocks * size, both.shape[-1] // size))
     found = Average(both[..., :-1], both[..., -1])
-    if not options.is_causal:
-        return found
-    keys_of_run = slice(before + queries.start, before + queries.stop)
-    return merge(found, _squares(x, heads, queries, keys_of_run, blocks))
+    return merge(found, _squares(x, heads, queries, blocks)) if options.is_causal else found
 
 
-def _squares(x: _Tokens, heads: Heads, queries: slice, keys: slice, blocks: int) -> Average:
+def _choosing(x: _Tokens, options: Options, queries: slice, size: int) -> tuple[Array, list[int]]:
+    """Return the choosers (B, H G, b, c D) of blocks, and the number of keys that each may choose from."""
+    xp, (batch, heads, n, d), m = namespace(x.q), x.q.shape, x.k.shape[2]
+    first = range(queries.start, queries.stop, size)
+    if options.is_causal:
+        # As many queries before each block choose for it. Runs of theirs have one length.
+        width = min(size, options.first, queries.start)
+        width -= width % most_choosers(width)
+        own = xp.concat([x.q[:, :, start - width : start, :] for start in first], axis=2)
+        starts = [m - n + start for start in first]
+    else:
+        own, width, starts = x.q[:, :, queries, :], size, [m] * len(first)
+    own = xp.reshape(own, (batch, heads, len(first), width, d))
+    return choosers(own, number_of_choosers(width)), starts
+
+
+def _squares(x: _Tokens, heads: Heads, queries: slice, blocks: int) -> Average:
     """Return the averages over the keys of each block itself, up to each query: (B, A, n, E)."""
-    xp = namespace(x.q)
+    xp, before = namespace(x.q), x.k.shape[2] - x.q.shape[2]
+    keys = slice(before + queries.start, before + queries.stop)
     parts = (heads.take(x.q[:, :, queries, :]), *(heads.take_keys(y[:, :, keys, :]) for y in (x.k, x.v)))
     batch, count, n, _ = parts[0].shape
     shape = (batch, count * blocks, n // blocks)

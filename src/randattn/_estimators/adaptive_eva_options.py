@@ -14,14 +14,15 @@ from randattn._core.tracing import plain
 if TYPE_CHECKING:
     from randattn._core.inputs import Inputs
 
-# A block computes one key of so many exactly, and at least `LEAST_EXACT` keys. Fewer are enough in a causal
+# A block computes one key of so many exactly, and at least `_LEAST_EXACT` keys. Fewer are enough in a causal
 # call, where the heads that err most are exact.
-EXACT_SHARE, _CAUSAL_EXACT_SHARE, LEAST_EXACT = 8, 16, 128
-# Keys of a group; with 16 the error was 4% smaller and the time 3% longer (docs/notes/adaptive_eva.md).
-GROUP_SIZE = 32
-# Queries of a block: of a call without causality, and the least of a causal call, whose blocks grow with the
-# number of keys since the exact square of each block is a share of the time.
-BLOCK, _CAUSAL_BLOCK, _BLOCKS = 128, 512, 8
+_EXACT_SHARE, _CAUSAL_EXACT_SHARE, _LEAST_EXACT = 8, 16, 128
+# Keys of a group. With 16 the error was 4% smaller, for twice as many groups in the average
+# (docs/notes/adaptive_eva.md has the measurements behind all of these numbers).
+_GROUP_SIZE = 32
+# Queries of a block: of a call without causality, and the least of a causal call, whose blocks are an eighth
+# of the keys. Longer blocks have fewer choices and more pairs in the exact square of each block.
+_BLOCK, _CAUSAL_BLOCK, _BLOCKS = 128, 512, 8
 # One head of so many is exact in a causal call. With a third, the perplexity of a language model rose by less
 # than a percent, with two ninths by 7%.
 _HEADS_SHARE = 3
@@ -30,11 +31,9 @@ _RECENT = 64
 # Queries that a causal call computes exactly first: to the end of the first quarter of the keys, at most to
 # the 2,048th, and a 16th of the keys, at most 128, where all queries are later.
 _FIRST_SHARE, _FIRST_KEYS, _FIRST_QUERIES = 4, 2048, 128
-
-
 # The most runs of queries whose means choose for a block, and the least queries of a run. With 8 runs for 128
-# queries the error was larger by a fifth; in blocks of 16, runs of 4 took a quarter more than runs of 8 and
-# gained 2%.
+# queries the error was larger by a fifth. In blocks of 16, runs of 4 gained 2% over runs of 8, for a quarter
+# more multiply-adds.
 _CHOOSERS, _RUN = 16, 8
 
 
@@ -66,41 +65,54 @@ class Options(NamedTuple):
 
     def exact_of(self, keys: int) -> int:
         """Return the number of exact keys of a block that may see so many."""
-        share = max(LEAST_EXACT, -(-keys // (_CAUSAL_EXACT_SHARE if self.is_causal else EXACT_SHARE)))
-        return min(keys, max(self.recent, share if self.num_exact is None else self.num_exact))
+        share = -(-keys // (_CAUSAL_EXACT_SHARE if self.is_causal else _EXACT_SHARE))
+        number = max(_LEAST_EXACT, share) if self.num_exact is None else self.num_exact
+        return min(keys, max(self.recent, number))
 
 
-def adaptive_options(
-    x: Inputs, num_exact: Any, group_size: Any, block_size: Any, exact_heads: Any, *, is_causal: bool
-) -> Options | None:
-    """Resolve and check the caller's options; None where exact attention is to be computed."""
+def adaptive_options(x: Inputs, counts: dict[str, Any], *, is_causal: bool) -> Options | None:
+    """Check the caller's options and resolve them; None where exact attention is to be computed.
+
+    `counts` has the keywords of `resolved` that count something.
+    """
     check_last(x, is_causal)
     n, m = x.q.shape[-2], x.k.shape[-2]
     check_known("k", "groups and blocks that are laid by the number of tokens", m, n)
     n, m = plain((n, m))
+    least = {"exact_heads": 0}
+    counts = {
+        name: None if count is None else as_count(name, count, minimum=least.get(name, 1))
+        for name, count in counts.items()
+    }
     heads = math.prod(x.lead[len(x.lead) - axes_of_heads(x) :])
-    given = {"num_exact": num_exact, "group_size": group_size, "block_size": block_size}
-    exact, size, block = (None if one is None else as_count(name, one) for name, one in given.items())
-    of_heads = heads // _HEADS_SHARE if is_causal else 0
-    if exact_heads is not None:
-        of_heads = min(heads, as_count("exact_heads", exact_heads, minimum=0))
-    first, width = _causal_blocks(n, m, block) if is_causal else (0, min(n, block or BLOCK))
-    options = Options(
-        num_exact=exact,
-        group_size=min(m, size or GROUP_SIZE),
-        block_size=width,
-        exact_heads=of_heads,
-        is_causal=is_causal,
-        first=first,
-        # A group that a block may see in part alone is exact in that part.
-        recent=max(min(_RECENT, width), min(m, size or GROUP_SIZE)) if is_causal else 0,
-    )
-    is_default = all(one is None for one in (*given.values(), exact_heads))
-    is_short = is_default and m <= block_sizes.ADAPTIVE_KEYS
     # An empty array has nothing to choose from, and indices into all heads would divide by zero.
-    if is_short or of_heads == heads or 0 in (*x.lead, n) or first == n > 0:
+    return None if 0 in (*x.lead, n) else resolved(n, m, heads, is_causal=is_causal, **counts)
+
+
+def resolved(
+    n: int,
+    m: int,
+    heads: int,
+    *,
+    num_exact: int | None,
+    group_size: int | None,
+    block_size: int | None,
+    exact_heads: int | None,
+    is_causal: bool,
+) -> Options | None:
+    """Resolve the options for n queries and m keys; None where exact attention is to be computed."""
+    given = (num_exact, group_size, block_size, exact_heads)
+    if m <= block_sizes.ADAPTIVE_KEYS and all(one is None for one in given):
         return None
-    return options
+    if exact_heads is None:
+        exact_heads = heads // _HEADS_SHARE if is_causal else 0
+    first, block = _causal_blocks(n, m, block_size) if is_causal else (0, min(n, block_size or _BLOCK))
+    if exact_heads >= heads or first == n:
+        return None
+    group = min(m, group_size or _GROUP_SIZE)
+    # A group that a block may see in part alone is exact in that part.
+    recent = max(min(_RECENT, block), group) if is_causal else 0
+    return Options(num_exact, group, block, exact_heads, is_causal, first, recent)
 
 
 def axes_of_heads(x: Inputs) -> int:

@@ -8,9 +8,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from randattn._core import block_sizes
-
-from .adaptive_eva_options import BLOCK, EXACT_SHARE, GROUP_SIZE, LEAST_EXACT, number_of_choosers
+from .adaptive_eva_options import number_of_choosers, resolved
 
 
 def softmax(n: int, m: int, d: int, e: int, _: Any) -> float:
@@ -60,18 +58,17 @@ def eva(n: int, m: int, d: int, e: int, options: Any) -> float:
 
 def adaptive_eva(n: int, m: int, d: int, e: int, options: Any) -> float:
     """Count the multiply-adds of adaptive EVA without exact heads, including those that choose keys."""
-    given = [options[name] for name in ("num_exact", "group_size", "block_size", "exact_heads")]
-    if all(one is None for one in given) and m <= block_sizes.ADAPTIVE_KEYS:
+    names = ("num_exact", "group_size", "block_size")
+    found = resolved(n, m, 1, exact_heads=None, is_causal=False, **{name: options[name] for name in names})
+    if found is None:
         return softmax(n, m, d, e, options)
-    exact, size, block, _ = given
-    size, exact = min(m, size or GROUP_SIZE), min(m, exact or max(LEAST_EXACT, -(-m // EXACT_SHARE)))
-    groups, count = -(-m // size), float(m * e)
-    block = min(n, block or BLOCK)
-    for blocks, queries in ((n // block, block), (1, n % block)):
+    # The distances of the values from their mean.
+    count, terms = float(m * e), found.exact_of(m) + -(-m // found.group_size)
+    whole, rest = divmod(n, found.block_size)
+    for blocks, queries in ((whole, found.block_size), (1, rest)):
         if queries:
             # The logits of the choosers, then the average over exact keys and groups.
-            count += blocks * number_of_choosers(queries) * m * d
-            count += blocks * queries * (exact + groups) * (d + e)
+            count += blocks * (number_of_choosers(queries) * m * d + queries * terms * (d + e))
     return count
 
 

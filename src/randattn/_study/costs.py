@@ -56,8 +56,7 @@ def multiply_adds(
 
     Notes
     -----
-    Exact attention takes ``N M (D + E)``. `adaptive_eva` is counted without exact
-    heads.
+    Exact attention takes ``N M (D + E)``. `adaptive_eva` is counted without exact heads.
 
     Examples
     --------
