@@ -42,6 +42,6 @@ CAUSAL_TOKENS = 64
 # Scores in a block of adaptive EVA without causality: 8 MiB in float32, for the cache.
 CHOICE_NUMBERS = 1 << 21
 
-# Keys up to which a call of adaptive EVA without options is exact attention. PyTorch's own kernel is faster up
-# to about this length; docs/adaptive.md has the times of each library at 2,048 and 4,096 keys.
+# Keys up to which a call of adaptive EVA without options is exact attention. PyTorch's own kernel is faster
+# up to about this length; docs/adaptive.md has the times of each library at 2,048 and 4,096 keys.
 ADAPTIVE_KEYS = 4096
