@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 TUNED, HELD_OUT = (3, 7, 12, 18, 20, 25), (1, 5, 10, 15, 22, 28)
 # Of longer inputs the first layers alone: the model was trained on 8,192 tokens.
 EARLY = (2, 5, 8)
+# Tokens of a text that the model reads at once: as many as it was trained on, and more.
+_CAPTURED = (8192, 32768)
 _PAIRS = 5  # pairs of calls whose ratio's median is given
 
 
@@ -46,6 +48,11 @@ class Case(NamedTuple):
     # For each call: without options a call of few keys would be exact attention.
     options: tuple[dict[str, int], ...] = ({},)
     texts: tuple[str, ...] = ("language reference", "sources")
+
+    @property
+    def captured(self) -> int:
+        """Return the tokens of the text from which the inputs are cut."""
+        return next(tokens for tokens in _CAPTURED if tokens >= self.tokens)
 
     def cut(self, q: Any, k: Any, v: Any) -> tuple[Any, ...]:
         """Return the inputs of this case."""
@@ -111,20 +118,20 @@ def measure(library: str, say: Say, *, long: bool) -> Iterator[Row]:
         few = {"layers": HELD_OUT[::2], "texts": ("language reference",)}
         chosen = (case for case in cases if case.is_causal and case.last is None and case.tokens <= 8192)
         cases = [case._replace(**few) for case in chosen]
-    captured: dict[tuple[int, str], Any] = {}
-    for tokens in sorted({max(8192, case.tokens) for case in cases}):
-        same = [case for case in cases if case.tokens <= tokens and (tokens == 8192) == (case.tokens <= 8192)]
-        for name in {text for case in same for text in case.texts}:
-            if same and (tokens, name) not in captured:
-                say(f"capture {tokens} tokens of the {name}")
-                layers = {layer for case in same for layer in case.layers}
-                captured[tokens, name] = model.capture(model.tokens(texts()[name], tokens), layers)
+    layers: dict[tuple[int, str], set[int]] = {}
+    for case in cases:
+        for name in case.texts:
+            layers.setdefault((case.captured, name), set()).update(case.layers)
+    captured = {}
+    for (tokens, name), wanted in layers.items():
+        say(f"capture {tokens} tokens of the {name}")
+        captured[tokens, name] = model.capture(model.tokens(texts()[name], tokens), wanted)
     del model
     for case in cases:
-        size = 8192 if case.tokens <= 8192 else max(tokens for tokens, _ in captured)
+        inputs = [captured[case.captured, name] for name in case.texts]
         for options in case.options:
             say(f"{library}: {case.name} {options}")
-            yield _row(library, own, case, options, [captured[size, name] for name in case.texts])
+            yield _row(library, own, case, options, inputs)
 
 
 def _row(library: str, own: Any, case: Case, options: dict[str, Any], captured: list[Any]) -> Row:
