@@ -57,8 +57,8 @@ def watched() -> Iterator[None]:
 
 
 def is_watched() -> bool:
-    """Tell whether results get the columns of `Spread`."""
-    return _is_watched.get()
+    """Tell whether results get the columns of `Spread`; never in a traced program, which outlives `diagnose`."""
+    return not library.compiler.is_tracing() and _is_watched.get()
 
 
 def parted(out: Array, values: int) -> tuple[Array, Spread | None]:
@@ -76,8 +76,7 @@ def final_average(q: Array, *sets: Keys, scale: float = 1) -> Array:
 def watched_average(q: Array, *sets: Keys, scale: float = 1) -> Average:
     """Return ``attend(q, *sets, scale=scale)``, with the columns of `Spread` where `diagnose` calls."""
     average = attend(q, *sets, scale=scale)
-    # A traced program outlives `diagnose`: it must not keep the three columns.
-    if library.compiler.is_tracing() or not is_watched():
+    if not is_watched():
         return average
     xp, out = namespace(q), average.out
     # The logits are computed again, a block of queries at a time: fused kernels do not return them.
