@@ -2,6 +2,8 @@
 
 from ._core.average import Average
 from ._estimators.adaptive_eva import adaptive_eva
+from ._estimators.adaptive_eva_state import AdaptiveEVAState
+from ._estimators.adaptive_eva_step import adaptive_eva_step
 from ._estimators.eva import eva
 from ._estimators.eva_step import EVAState, eva_step
 from ._estimators.lara import lara
@@ -13,11 +15,13 @@ from ._study.costs import multiply_adds
 from ._study.diagnose import Diagnosis, diagnose
 
 __all__ = [
+    "AdaptiveEVAState",
     "Average",
     "Diagnosis",
     "EVAState",
     "RFAState",
     "adaptive_eva",
+    "adaptive_eva_step",
     "attend",
     "diagnose",
     "eva",

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 import randattn
-from randattn import EVAState, RFAState
+from randattn import AdaptiveEVAState, EVAState, RFAState
 
 pytestmark = pytest.mark.mathematics
 
 LONGEST = 300
-NOT_OF_ARRAYS = (randattn.Average, randattn.Diagnosis, EVAState, RFAState)
+NOT_OF_ARRAYS = (randattn.Average, randattn.Diagnosis, AdaptiveEVAState, EVAState, RFAState)
 FUNCTIONS = [
     function
     for function in (getattr(randattn, name) for name in randattn.__all__)

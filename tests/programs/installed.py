@@ -28,13 +28,11 @@ rng = np.random.default_rng(0)
 q, k, v = (rng.standard_normal((2, 100, 8)) for _ in range(3))
 
 
-def streamed(estimator, step):
+def streamed(estimator, step, options):
     """Half of the tokens in a call, half in steps."""
     (*first,), (*later,) = ([x[:, half] for x in (q, k, v)] for half in (slice(50), slice(50, None)))
-    options = {"is_causal": True, "return_state": True} | (
-        {"max_tokens": 100} if step is randattn.eva_step else {}
-    )
-    out, state = estimator(*first, rng=0, **options)
+    places = {} if step is randattn.rfa_step else {"max_tokens": 100}
+    out, state = estimator(*first, is_causal=True, return_state=True, **options, **places)
     return np.concat([out, step(*later, state)[0]], axis=1)
 
 
@@ -46,7 +44,7 @@ for name, row in ESTIMATORS.items():
     draws = {} if row.draws == "never" else {"rng": 0}
     calls[name] = partial(row.function, q, k, v, **draws)
     if row.step is not None:
-        calls[row.step.__name__] = partial(streamed, row.function, row.step)
+        calls[row.step.__name__] = partial(streamed, row.function, row.step, draws)
 # Functions about attention.
 assert randattn.diagnose(randattn.rfa, q, k, v, rng=0).relative_standard_error > 0
 assert randattn.multiply_adds(randattn.rfa, 100, 100, 8, 8, num_samples=4) == 4 * 200 * 16 + 800

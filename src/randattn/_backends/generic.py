@@ -180,6 +180,23 @@ class Backend(Library):
         sums = xp.concat([sums[:, :1, :], sums[:, 1:, :] - sums[:, :-1, :]], axis=1)
         return xp.reshape(sums, (heads, blocks, count, x.shape[-1]))
 
+    def marked(self, index: Array, count: int) -> Array:
+        """Return whether each of `count` entries is in the index (..., n): (..., count), boolean."""
+        xp = namespace(index)
+        number = xp.arange(count, dtype=index.dtype, device=placement(index))
+        return xp.any(index[..., None] == xp.reshape(number, (1,) * index.ndim + (count,)), axis=-2)
+
+    def put(self, x: Array, new: Array, start: Array, axis: int) -> Array:
+        """Return `x` with `new` along an axis from `start` on, an integer array; at the latest at the end."""
+        xp, count, size = namespace(x), x.shape[axis], new.shape[axis]
+        start = xp.where(start > count - size, count - size, start)
+        place = xp.arange(count, dtype=start.dtype, device=placement(x)) - start
+        is_new = (place >= 0) & (place < size)
+        new = xp.take(new, xp.where(is_new, place, 0), axis=axis)
+        shape = [1] * x.ndim
+        shape[axis] = count
+        return xp.where(xp.reshape(is_new, tuple(shape)), new, x)
+
     def when(self, condition: Array, function: Callable[[S], S], state: S) -> S:
         """Return ``function(state)`` where the condition, one boolean, is true; else the state."""
         # Both are computed: a trace does not know the condition, and to read it may wait for a device.

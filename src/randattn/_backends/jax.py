@@ -94,6 +94,17 @@ class Jax(Backend):
         total = jax.ops.segment_sum(taken, group.reshape(-1), heads * blocks * count, indices_are_sorted=True)
         return total.reshape(heads, blocks, count, x.shape[-1])
 
+    def marked(self, index: Array, count: int) -> Array:
+        """Return whether each entry is in the index."""
+        flat = index.reshape(-1, index.shape[-1])
+        number = jax.numpy.arange(flat.shape[0])[:, None]
+        found = jax.numpy.zeros((flat.shape[0], count), dtype=bool).at[number, flat].set(True)
+        return found.reshape(*index.shape[:-1], count)
+
+    def put(self, x: Array, new: Array, start: Array, axis: int) -> Array:
+        """Return `x` with `new` along an axis from `start` on, in the memory of an `x` that is given up."""
+        return jax.lax.dynamic_update_slice_in_dim(x, new, start, axis % x.ndim)
+
     def when(self, condition: Array, function: Callable[[Any], Any], state: Any) -> Any:
         """Return ``function(state)`` where the condition is true; else the state."""
         if isinstance(condition, jax.core.Tracer):

@@ -53,6 +53,13 @@ class InPlace(Backend):
         rest = x.shape[-1] - count
         return namespace(x).argpartition(x, rest, axis=-1)[..., rest:] if rest else super().largest(x, count)
 
+    def marked(self, index: Array, count: int) -> Array:
+        """Return whether each entry is in the index."""
+        xp, (*lead, size) = namespace(index), index.shape
+        found = xp.zeros((math.prod(lead), count), dtype=xp.bool)
+        found[xp.arange(found.shape[0])[:, None], xp.reshape(index, (-1, size))] = True
+        return xp.reshape(found, (*lead, count))
+
 
 class _NumpyOperations(inplace_ops.BufferedOperations):
     strided = looks = True
@@ -92,9 +99,22 @@ class Numpy(InPlace):
         """Sum rows by their groups, in all blocks at once."""
         return _sums_by_group(x, index, group, count)
 
+    def put(self, x: Array, new: Array, start: Array, axis: int) -> Array:
+        """Return a copy of `x` with `new` along an axis from `start` on."""
+        return written(x.copy(), new, start, axis)
+
     def when(self, condition: Array, function: Callable[[Any], Any], state: Any) -> Any:
         """Return ``function(state)`` where the condition is true; else the state itself, without a copy."""
         return function(state) if condition else state
+
+
+def written(x: Array, new: Array, start: Array, axis: int) -> Array:
+    """Write `new` into `x` along an axis from `start` on, at the latest at its end; return `x`."""
+    first = min(int(start), x.shape[axis] - new.shape[axis])
+    index = [slice(None)] * x.ndim
+    index[axis] = slice(first, first + new.shape[axis])
+    x[tuple(index)] = new
+    return x
 
 
 def _sums_by_group(x: Array, index: Array, group: Array, count: int) -> Array:

@@ -18,6 +18,7 @@ from randattn._core.checks import broadcast_shapes
 
 from . import inplace, inplace_ops
 from .numpy import BACKEND as NUMPY
+from .numpy import written
 from .torch_tracing import TracedTorch
 
 if TYPE_CHECKING:
@@ -74,6 +75,12 @@ class Torch(TracedTorch):
         index, group = (index + size * (number // blocks)).reshape(-1), (group + count * number).reshape(-1)
         sums = _Sums.apply(x.reshape(-1, width), index, group, heads * blocks * count)
         return sums.reshape(heads, blocks, count, width)
+
+    def put(self, x: Array, new: Array, start: Array, axis: int) -> Array:
+        """Return a copy of `x` with `new` along an axis from `start` on."""
+        if not (self.is_at_hand(start) and is_plain(x, new)):
+            return super().put(x, new, start, axis)
+        return written(x.clone(), new, start, axis)
 
     def when(self, condition: Array, function: Callable[[Any], Any], state: Any) -> Any:
         """Return ``function(state)`` where the condition is true; else the state."""
@@ -147,7 +154,8 @@ def _forward(q: Array, sets: Sequence[Keys], scale: float) -> Average:
         average = _flash(q, sets[0], scale)
         if average is not None:
             return average
-    if q.device.type == "cpu" and len(sets) > 1 and any(keys.is_causal for keys in sets):
+    is_short = q.shape[-2] <= block_sizes.SHORT_ROWS < sets[0].k.shape[-2]
+    if q.device.type == "cpu" and len(sets) > 1 and (is_short or any(keys.is_causal for keys in sets)):
         # The kernel takes a set at a time.
         return reduce(plain.merge, (_forward(q, (keys,), scale) for keys in sets))
     lead = math.prod(plain.leading_axes(q, sets))

@@ -75,6 +75,11 @@ class TracedTorch(Backend):
         """Return the places of the `count` largest entries of the last axis, in any order."""
         return x.topk(count, sorted=False).indices
 
+    def marked(self, index: Array, count: int) -> Array:
+        """Return whether each entry is in the index."""
+        found = index.new_zeros((*index.shape[:-1], count), dtype=sys.modules["torch"].bool)
+        return found.scatter(-1, index, True)
+
     def with_last(self, x: Array, part: Array) -> Array:
         """Write `part` over the last entries of the last rows of `x`."""
         x[..., -part.shape[-2] :, -part.shape[-1] :] = part

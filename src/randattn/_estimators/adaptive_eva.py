@@ -11,11 +11,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from randattn._backends.dispatch import backend_of, undisturbed
+from randattn._core.checks import check_flags
 from randattn._core.inputs import Inputs, prepare
 from randattn._core.library import namespace
 
 from .adaptive_eva_blocks import estimate
 from .adaptive_eva_options import adaptive_options, axes_of_heads
+from .adaptive_eva_state import state_after
 from .final_average import is_watched
 from .softmax import exact_attention
 
@@ -37,11 +39,13 @@ def adaptive_eva(
     block_size: int | None = None,
     exact_heads: int | None = None,
     is_causal: bool = False,
+    return_state: bool = False,
+    max_tokens: int | None = None,
     scale: float | None = None,
     key_mask: Array | None = None,
     query_mask: Array | None = None,
     enable_gqa: bool = False,
-) -> Array:
+) -> Any:
     r"""Attend exactly to the keys that matter to each block of queries, and to the others by groups.
 
     This estimator is for models that were trained with softmax attention. The other estimators are for models
@@ -71,6 +75,10 @@ def adaptive_eva(
     is_causal : bool, default False
         Query n of the N sees the keys up to M - N + n: the queries are the last N of M tokens. Requires N <=
         M. No later token changes a result or a gradient.
+    return_state : bool, default False
+        With ``is_causal=True``: also return the state after the last token, for `adaptive_eva_step`.
+    max_tokens : int, optional
+        With ``return_state=True``: number of tokens that the state has places for, by default M.
     scale : float, optional
         Factor of the logits, by default ``D ** -0.5``.
     key_mask : boolean array, shape (..., M), optional
@@ -85,9 +93,10 @@ def adaptive_eva(
 
     Returns
     -------
-    array, shape (..., N, E)
+    array, shape (..., N, E), or a pair of it and an `AdaptiveEVAState` with ``return_state=True``
         The output, of the inputs' library, dtype and device; half precision is summed in float32. A query
-        without keys gets zeros.
+        without keys gets zeros. The state is in float32 at least, and has half as many numbers again as the
+        keys and values of its places.
 
     Raises
     ------
@@ -95,9 +104,12 @@ def adaptive_eva(
         Inputs that are not arrays of one library and one real floating dtype.
     ValueError
         Shapes, devices, counts or options that do not fit.
+    NotImplementedError
+        ``return_state=True`` for a Dask array.
 
     See Also
     --------
+    adaptive_eva_step : The next tokens.
     eva : The published estimator.
 
     Notes
@@ -133,6 +145,11 @@ def adaptive_eva(
     True
     """
     x = prepare(q, k, v, scale=scale, key_mask=key_mask, query_mask=query_mask, enable_gqa=enable_gqa)
+    check_flags(return_state=return_state, is_causal=is_causal)
+    if return_state and not is_causal:
+        raise ValueError("return_state: expected is_causal=True with it")
+    if max_tokens is not None and not return_state:
+        raise ValueError("max_tokens: expected return_state=True with it")
     counts = {
         "num_exact": num_exact,
         "group_size": group_size,
@@ -140,16 +157,20 @@ def adaptive_eva(
         "exact_heads": exact_heads,
     }
     options = adaptive_options(x, counts, is_causal=is_causal)
-    if options is None:
-        return x.finish(exact_attention(x, is_causal=is_causal))
+    state = state_after(x, max_tokens) if return_state else None
+    out = x.finish(exact_attention(x, is_causal=is_causal) if options is None else _estimated(x, options))
+    return (out, state) if return_state else out
 
+
+def _estimated(x: Inputs, options: Options) -> Array:
+    """Return the results of a call that is not exact attention."""
     # Any block may choose any key: chunks and shards of tokens are gathered first.
     given = ((x.q, 2), (x.k, 2), (x.v, 2), (x.key_mask, 1), (x.query_mask, 1))
     # Heads are ranked among all heads of a sequence.
     heads = axes_of_heads(x) if options.exact_heads else 0
     # A program that is kept for a call of `diagnose` has three more columns, and must serve no other call.
     rule = (options, x.scale, x.heads, is_watched())
-    return x.finish(backend_of(x.q).with_whole_tokens(_of_tokens, rule, x.v.shape[-1], heads, *given))
+    return backend_of(x.q).with_whole_tokens(_of_tokens, rule, x.v.shape[-1], heads, *given)
 
 
 def _of_tokens(

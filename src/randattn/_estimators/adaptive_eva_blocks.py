@@ -12,7 +12,7 @@ from randattn._core.inputs import log_mask
 from randattn._core.library import hint, namespace, placement
 
 from .adaptive_eva_keys import Heads, Index, attend_adaptively, choosers, index_keys
-from .adaptive_eva_options import axes_of_heads, most_choosers, number_of_choosers
+from .adaptive_eva_options import axes_of_heads, lead_of_keys, most_choosers, number_of_choosers
 from .final_average import watched_average
 
 if TYPE_CHECKING:
@@ -92,9 +92,7 @@ def estimate(x: Inputs, options: Options) -> Array:
 def _of_heads(x: Inputs, lead: tuple[int, ...]) -> _Tokens:
     """Return the tokens with one axis of heads and one of all other leading axes."""
     xp, mask = x.xp, x.key_mask
-    shared = [y.shape[y.ndim - trailing - 1] == 1 for y, trailing in ((x.k, 2), (x.v, 2))]
-    is_grouped = x.heads is not None and all(shared) and (mask is None or mask.shape[-2] == 1)
-    of_keys = (*lead[:-1], 1) if is_grouped else lead
+    of_keys = lead_of_keys(x)
     split = len(lead) - axes_of_heads(x)
 
     def flat(y: Array, lead: tuple[int, ...], trailing: int) -> Array:

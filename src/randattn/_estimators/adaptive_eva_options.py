@@ -120,6 +120,13 @@ def axes_of_heads(x: Inputs) -> int:
     return min(len(x.lead), 1 if x.heads is None else 2)
 
 
+def lead_of_keys(x: Inputs) -> tuple[int, ...]:
+    """Return the leading axes of the keys, which query heads may share: the last axis is then one."""
+    masks = () if x.key_mask is None else (x.key_mask.shape[:-1],)
+    is_shared = all(lead[-1] == 1 for lead in (x.k.shape[:-2], x.v.shape[:-2], *masks)) if x.lead else False
+    return (*x.lead[:-1], 1) if x.heads is not None and is_shared else x.lead
+
+
 def _causal_blocks(n: int, m: int, block: int | None) -> tuple[int, int]:
     """Return the queries before the first block, of the last n of m tokens, and the queries of a block.
 

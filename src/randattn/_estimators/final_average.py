@@ -57,7 +57,7 @@ def watched() -> Iterator[None]:
 
 
 def is_watched() -> bool:
-    """Tell whether results get the columns of `Spread`; never in a traced program, which outlives `diagnose`."""
+    """Tell whether results get the columns of `Spread`; never in a traced program, which lives on."""
     return not library.compiler.is_tracing() and _is_watched.get()
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from . import costs
 from .adaptive_eva import adaptive_eva
+from .adaptive_eva_step import adaptive_eva_step
 from .eva import eva, eva_landmarks
 from .eva_step import eva_step
 from .lara import lara, lara_landmarks
@@ -145,6 +146,7 @@ _ROWS = (
         counts_tokens=True,
         is_linear=False,
         is_causal=True,
+        step=adaptive_eva_step,
     ),
 )
 ESTIMATORS: dict[str, Estimator] = {row.name: row for row in _ROWS}

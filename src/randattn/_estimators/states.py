@@ -24,15 +24,17 @@ def match_state(
     *,
     shared: Sequence[str] = (),
     whole: Sequence[str] = (),
+    lead: tuple[int, ...] | None = None,
 ) -> State:
     """Return the state with its heads split as those of the inputs.
 
     `sizes` gives the trailing axes of each field, None for any length. `shared` names the fields that all
-    heads and sequences may share. `whole` names the fields of whole numbers, whose dtype is free.
+    heads and sequences may share. `whole` names the fields of whole numbers, whose dtype is free. The state
+    must hold the leading axes `lead`, by default those of the inputs.
     """
     if not isinstance(state, kind):
         raise TypeError(f"state: expected one of {estimator}, {kind.__name__}, got {type(state).__name__}")
-    lead, fields = x.lead, []
+    lead, fields = x.lead if lead is None else lead, []
     for name, trailing in sizes.items():
         field = getattr(state, name)
         check_like(f"state.{name}", field, x.q)
@@ -46,7 +48,7 @@ def match_state(
             a is not None and a != b for a, b in zip(trailing, own, strict=True)
         ):
             raise ValueError(f"state.{name}: expected trailing axes {trailing}, got shape {got}")
-        fields.append(x.match(f"state.{name}", field, len(trailing)) if trailing else field)
+        fields.append(x.with_heads(f"state.{name}", field, len(trailing)) if trailing else field)
     # A state with fewer heads or sequences would broadcast: several sequences would then share one past.
     for name, field, trailing in zip(sizes, fields, sizes.values(), strict=True):
         theirs = tuple(field.shape[: field.ndim - len(trailing)])

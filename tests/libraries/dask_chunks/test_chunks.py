@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from dask.callbacks import Callback
 
-from randattn import attend, eva, lara, ra, rfa, softmax_attention
+from randattn import adaptive_eva, attend, eva, lara, ra, rfa, softmax_attention
 
 N, D, E, CHUNK = 2000, 8, 5, 250
 
@@ -222,3 +222,10 @@ def test_peak_memory(function, share):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < share * k.nbytes
+
+
+def test_no_steps_of_adaptive_eva():
+    """A step appends to its state at once."""
+    arrays = [da.from_array(x) for x in np.random.default_rng(0).standard_normal((3, 2, 40, 4))]
+    with pytest.raises(NotImplementedError, match="adaptive_eva has no steps on Dask"):
+        adaptive_eva(*arrays, is_causal=True, return_state=True)
