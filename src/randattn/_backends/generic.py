@@ -9,21 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Callable
 from functools import reduce
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from randattn._core import average as plain
 from randattn._core import block_sizes
-from randattn._core.average import merge
+from randattn._core.average import Average, Keys, merge
 from randattn._core.indexing import cut, joined, rows, slices
-from randattn._core.library import Library, check_known, hint, is_known, namespace, placement
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from randattn._core.average import Average, Keys
-
-    Array = Any
+from randattn._core.library import Array, Library, check_known, hint, is_known, namespace, placement
 
 S = TypeVar("S", bound="tuple[Any, ...]")
 

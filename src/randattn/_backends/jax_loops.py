@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from randattn._core import average as plain
 from randattn._core.average import Average, Keys, PairWeight
-from randattn._core.library import hint, is_known
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    Array = Any
+from randattn._core.library import Array, hint, is_known
 
 
 class Set(NamedTuple):

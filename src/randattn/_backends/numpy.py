@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
 
 import numpy as np
 
 from randattn._core import average as plain
 from randattn._core import block_sizes
+from randattn._core.average import Average, Keys
 from randattn._core.checks import out_of_range
-from randattn._core.library import namespace
+from randattn._core.library import Array, namespace
 
 from . import inplace, inplace_ops
 from .generic import Backend, mean_by_product
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from contextlib import AbstractContextManager
-
-    from randattn._core.average import Average, Keys
-
-    Array = Any
 
 
 class InPlace(Backend):

@@ -6,8 +6,9 @@ import functools
 import itertools
 import math
 import operator
+from collections.abc import Callable, Sequence
 from functools import reduce
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,15 +16,11 @@ from randattn._core import average as plain
 from randattn._core import block_sizes
 from randattn._core.average import Average, Keys, PairWeight
 from randattn._core.checks import broadcast_shapes
+from randattn._core.library import Array
 
 from . import inplace, inplace_ops
 from .numpy import BACKEND as NUMPY
 from .torch_tracing import TracedTorch
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    Array = Any
 
 # Private, without a public counterpart. A release without it would leave no way to tell transformed tensors
 # from others: then all of them take the plain path, which is right for both.

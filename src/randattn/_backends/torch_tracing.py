@@ -8,19 +8,13 @@ from __future__ import annotations
 import contextlib
 import operator
 import sys
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
-from randattn._core.library import Compiler
+from randattn._core.library import Array, Compiler, Library
 from randattn._core.tracing import TENSORS, Held
 
 from .generic import Backend, mean_by_product
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from randattn._core.library import Library
-
-    Array = Any
 
 
 class TracedTorch(Backend):

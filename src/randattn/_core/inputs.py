@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from . import library
 from .checks import (
@@ -18,14 +19,7 @@ from .checks import (
     check_like,
     check_mask,
 )
-from .library import is_known, known_library, namespace, placement
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    Array = Any
-    Namespace = Any
-
+from .library import Array, Namespace, is_known, known_library, namespace, placement
 
 # Added to the error of leading axes that do not broadcast, by the array that does not fit.
 _HINTS = {"k": " (enable_gqa=True shares key heads among queries)"}

@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from randattn._backends.dispatch import attend
 from randattn._core import library
-from randattn._core.average import Keys, finite, leading_axes, logits_of, nonzero, rows_of_block
+from randattn._core.average import Average, Keys, finite, leading_axes, logits_of, nonzero, rows_of_block
 from randattn._core.indexing import slices
-from randattn._core.library import namespace
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from randattn._core.average import Average
-
-    Array = Any
+from randattn._core.library import Array, namespace
 
 # True while `diagnose` calls an estimator. An option of the estimators would be public, for `diagnose` alone.
 _is_watched: ContextVar[bool] = ContextVar("is_watched", default=False)

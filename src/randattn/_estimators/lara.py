@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 from randattn._backends.dispatch import attend, undisturbed
 from randattn._core.average import Keys, finite
@@ -20,8 +21,9 @@ from randattn._core.checks import (
 )
 from randattn._core.describe import shown
 from randattn._core.draws import normal_draws
-from randattn._core.inputs import check_causal, log_mask, prepare
-from randattn._tokens.grids import blocks, number_on_grid, tokens_on_grid
+from randattn._core.inputs import Inputs, check_causal, log_mask, prepare
+from randattn._core.library import Array
+from randattn._tokens.grids import How, blocks, number_on_grid, tokens_on_grid
 from randattn._tokens.pooling import (
     blocks_of_queries,
     given_landmarks,
@@ -32,14 +34,6 @@ from randattn._tokens.pooling import (
 from .final_average import final_average
 from .lara_causal import Proposals, causal
 from .lara_weights import only, optimal, probability
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from randattn._core.inputs import Inputs
-    from randattn._tokens.grids import How
-
-    Array = Any
 
 
 @undisturbed

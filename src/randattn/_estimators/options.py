@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import math
 import numbers
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from randattn._core.average import past
 from randattn._core.checks import as_count, check_broadcast, resolve_count
 from randattn._core.describe import shown
-from randattn._tokens.grids import blocks, number_on_grid, size_on_grid, tokens_on_grid
-
-if TYPE_CHECKING:
-    from randattn._core.inputs import Inputs
-    from randattn._tokens.grids import Blocks, How, Sizes
-
-    Array = Any
+from randattn._core.inputs import Inputs
+from randattn._core.library import Array
+from randattn._tokens.grids import Blocks, How, Sizes, blocks, number_on_grid, size_on_grid, tokens_on_grid
 
 # Default number of groups.
 _NUM_GROUPS = 64

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from randattn._backends import dispatch
 from randattn._backends.dispatch import undisturbed
@@ -11,10 +11,7 @@ from randattn._core import average as plain
 from randattn._core.average import Average, Keys
 from randattn._core.checks import check_broadcast, check_floating, check_like
 from randattn._core.inputs import check_causal, prepare, with_rank, working_precision
-from randattn._core.library import namespace
-
-if TYPE_CHECKING:
-    Array = Any
+from randattn._core.library import Array, namespace
 
 
 @undisturbed

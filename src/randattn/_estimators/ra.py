@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from randattn._backends.dispatch import attend, backend_of, undisturbed
 from randattn._core.average import Keys, finite, rows_of_block
 from randattn._core.checks import check_broadcast, resolve_count
 from randattn._core.draws import no_draws, normal_draws, uniform_draws
-from randattn._core.inputs import prepare, refuse_causal, with_rank
-from randattn._core.library import namespace
-
-if TYPE_CHECKING:
-    from randattn._core.inputs import Inputs
-
-    Array = Any
+from randattn._core.inputs import Inputs, prepare, refuse_causal, with_rank
+from randattn._core.library import Array, namespace
 
 
 @undisturbed

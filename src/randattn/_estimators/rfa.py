@@ -6,27 +6,20 @@ A causal call goes along the tokens a block at a time, and carries f(W) and log 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from randattn._backends.dispatch import attend, undisturbed
 from randattn._core import block_sizes
 from randattn._core.average import Average, Keys, finite, nonzero, past
 from randattn._core.checks import check_flags, check_option, resolve_count
 from randattn._core.draws import no_draws, normal_draws
-from randattn._core.inputs import check_causal, dot, prepare, with_rank
-from randattn._core.library import namespace, placement
+from randattn._core.inputs import Inputs, check_causal, dot, prepare, with_rank
+from randattn._core.library import Array, namespace, placement
 
-from .causal_scan import nothing, scan
+from .causal_scan import Block, nothing, scan
 from .final_average import final_average
 from .rfa_features import optimal_spread, preconditioned, trigonometric
 from .states import match_state
-
-if TYPE_CHECKING:
-    from randattn._core.inputs import Inputs
-
-    from .causal_scan import Block
-
-    Array = Any
 
 
 class RFAState(NamedTuple):

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from randattn._core import block_sizes
+from randattn._core.library import Array
 from randattn._estimators.adaptive_eva import adaptive_eva
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from randattn._estimators.registry import Estimator
-
-    Array = Any
+from randattn._estimators.registry import Estimator
 
 # Options that the better call takes over; all others belong to the estimator that is diagnosed.
 _SHARED = ("scale", "key_mask", "query_mask", "enable_gqa")

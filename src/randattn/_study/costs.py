@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 from randattn._core.checks import as_count
 from randattn._core.describe import shown
 from randattn._estimators.registry import ESTIMATORS, row_of
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 
 def multiply_adds(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from randattn._backends.dispatch import attend, backend_of
 from randattn._core.average import Keys, nonzero
@@ -14,19 +15,12 @@ from randattn._core.checks import as_count, broadcast_shapes, check_arrays
 from randattn._core.describe import shown
 from randattn._core.draws import spawned
 from randattn._core.indexing import slices
-from randattn._core.inputs import check_causal, dot, hide, prepare, with_rank, working_precision
-from randattn._core.library import is_array
+from randattn._core.inputs import Inputs, check_causal, dot, hide, prepare, with_rank, working_precision
+from randattn._core.library import Array, is_array
 from randattn._estimators.final_average import parted, watched
 from randattn._estimators.registry import row_of
 
 from .advice import Found, beside, recommendation
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from randattn._core.inputs import Inputs
-
-    Array = Any
 
 # Pairs of queries and keys over all heads: the most for which all queries are compared, the most for which
 # another call is measured beside (both bound time), and those whose rows are computed at a time (memory).

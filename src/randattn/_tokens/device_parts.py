@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from randattn._core.tracing import static
 
-from .grids import Blocks, host_blocks, listed
-
-if TYPE_CHECKING:
-    from .grids import How, Sizes
+from .grids import Blocks, How, Sizes, host_blocks, listed
 
 
 class Members(NamedTuple):

@@ -11,18 +11,16 @@ import functools
 import itertools
 import math
 import numbers
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
 
 from randattn._core.checks import as_count
 from randattn._core.describe import shown
 from randattn._core.library import check_known
 from randattn._core.tracing import plain, static
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    Sizes = tuple[int, ...]
-    How = Literal["segments", "cells", "tiles"]
+Sizes = tuple[int, ...]
+How = Literal["segments", "cells", "tiles"]
 
 
 class Blocks(NamedTuple):

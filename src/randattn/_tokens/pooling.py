@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from functools import reduce
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from randattn._backends.dispatch import backend_of
 from randattn._core.average import Average, average_of_all, merge
 from randattn._core.checks import check_broadcast
-from randattn._core.inputs import hide, log_mask, with_rank
-from randattn._core.library import check_known, namespace, placement
+from randattn._core.inputs import Inputs, hide, log_mask, with_rank
+from randattn._core.library import Array, check_known, namespace, placement
 from randattn._core.tracing import plain
 
-from .device_parts import divided, pieces
-from .grids import blocks
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-    from randattn._core.inputs import Inputs
-
-    from .device_parts import Cuts, Members, Pieces
-    from .grids import Blocks
-
-    Array = Any
+from .device_parts import Cuts, Members, Pieces, divided, pieces
+from .grids import Blocks, blocks
 
 
 def pool(x: Array, at: Blocks, mask: Array | None) -> Average:

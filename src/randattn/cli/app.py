@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 from rich.console import Console
@@ -15,20 +16,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from randattn._estimators.registry import by_label
 
-from .compare.measure import measure
+from .compare.measure import Advance, measure
 from .compare.plan import FULL, QUICK
 from .compare.table import print_tables
 from .diagnose.look import labels, look
 from .diagnose.table import print_looks
 from .errors import Refused
 from .files import check_output, read_inputs, read_sample, write_report
-from .libraries import CHECKS, NAMES, Unusable, installed, open_library
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from .compare.measure import Advance
-    from .libraries import ArrayLibrary
+from .libraries import CHECKS, NAMES, ArrayLibrary, Unusable, installed, open_library
 
 # Exit status of a program that an interrupt ended: 128 + SIGINT, as shells report it.
 _INTERRUPTED = 130

@@ -7,13 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from randattn._core.describe import shown
 from randattn._core.inputs import hide, prepare
-from randattn._core.library import namespace
+from randattn._core.library import Array, namespace
 from randattn._estimators.registry import ESTIMATORS
 
 if TYPE_CHECKING:
     import numpy as np
-
-    Array = Any
 
 
 def check_estimator(name: str) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +22,6 @@ from ._layer import (
     split_heads,
 )
 from ._layout import estimate, key_mask_of
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
 
 
 def attention_fn(estimator: Callable[..., jax.Array], /, **options: Any) -> Callable[..., jax.Array]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,9 +22,6 @@ from ._layer import (
     split_heads,
 )
 from ._layout import estimate, key_mask_of
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 
 def scaled_dot_product_attention(

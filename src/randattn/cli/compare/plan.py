@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from randattn._estimators.registry import by_label
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
 
 
 class Config(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from matplotlib.figure import Figure
@@ -11,12 +12,10 @@ from matplotlib.ticker import FuncFormatter, LogFormatter, NullLocator
 from randattn._estimators.registry import by_label
 from randattn.cli.style import LONGEST_NAME, as_png, settings
 
+from .measure import Report
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from matplotlib.axes import Axes
-
-    from .measure import Report
 
 _LABELS = {"softmax": "softmax (exact)"}
 _REFERENCE = "#6E6E6E"

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from rich.text import Text
 
 from randattn.cli.terminal import console, table
 
+from .measure import Report, Row
 from .plan import EXACT
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from rich.table import Table
-
-    from .measure import Report, Row
 
 # Number of lengths in the table of times: the longest one, and shorter ones in even steps.
 _LENGTHS_SHOWN = 3

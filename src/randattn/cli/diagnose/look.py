@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from randattn import diagnose
+from randattn import Diagnosis, diagnose
 from randattn._estimators.registry import by_label
-from randattn.cli.compare.measure import truth
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from randattn import Diagnosis
-    from randattn.cli.compare.measure import Advance
-    from randattn.cli.files import Arrays
+from randattn.cli.compare.measure import Advance, truth
+from randattn.cli.files import Arrays
 
 # Quantiles over queries, as figures of a report.
 QUANTILES = (0.05, 0.5, 0.95)

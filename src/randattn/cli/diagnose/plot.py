@@ -9,12 +9,10 @@ from matplotlib.figure import Figure
 
 from randattn.cli.style import LONGEST_NAME, as_png, settings
 
-from .look import BINS
+from .look import BINS, Looks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-    from .look import Looks
 
 _EXACT, _BAD, _GOOD = "#6E6E6E", "#D55E00", "#009E73"
 # Points of a scatter plot, about; more of them would cover each other.

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 from rich.text import Text
 
 from randattn.cli.terminal import console, table
 
-if TYPE_CHECKING:
-    from .look import Looks
+from .look import Looks
 
 # One character for each eighth of the height of a bar.
 _BARS = " ▁▂▃▄▅▆▇█"
