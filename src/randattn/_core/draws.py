@@ -15,7 +15,7 @@ from typing import Any, Literal, cast
 import array_api_compat as compat
 
 from .checks import broadcast_shapes, check_broadcast
-from .describe import shown
+from .describe import shown, type_name
 from .inputs import Inputs
 from .library import Array, Namespace, check_known, is_array, known_library
 from .tracing import plain, static
@@ -258,6 +258,5 @@ def _orthogonal(xp: Namespace, draws: Array, *, simplex: bool = False) -> Array:
 
 
 def _wrong(rng: Any) -> TypeError:
-    kind = type(rng)
     hint = "; an array or tracer is no seed, and a batch of keys no key" if is_array(rng) else ""
-    return TypeError(f"rng: {_EXPECTED}, got {kind.__module__.split('.')[0]}.{kind.__qualname__}{hint}")
+    return TypeError(f"rng: {_EXPECTED}, got {type_name(rng)}{hint}")

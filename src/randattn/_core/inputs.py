@@ -95,9 +95,7 @@ class Inputs:
     def match_mask(self, name: str, mask: Array, length: int) -> Array:
         """Bring a boolean array (..., length) to the rank and the split heads of the inputs."""
         check_mask(name, mask, self.q, length)
-        if self.heads is not None:
-            mask = _split_heads(name, mask, 1, self.heads)
-        mask = with_rank(mask, self.q.ndim - 1)
+        mask = self.with_heads(name, mask, 1)
         check_broadcast(q=(self.q, 2), k=(self.k, 2), v=(self.v, 2), **{name: (mask, 1)})
         return mask
 

@@ -17,7 +17,6 @@ from randattn._core.checks import (
     broadcast_shapes,
     check_flags,
     check_option,
-    resolve_count,
 )
 from randattn._core.describe import shown
 from randattn._core.draws import normal_draws
@@ -26,6 +25,7 @@ from randattn._core.library import Array
 from randattn._tokens.grids import How, blocks, number_on_grid, tokens_on_grid
 from randattn._tokens.pooling import (
     blocks_of_queries,
+    count_of_blocks,
     given_landmarks,
     pool,
     pooling_ranks,
@@ -268,10 +268,7 @@ def landmarks_of(
 ) -> tuple[Array, Array, Array | None]:
     """Return the landmarks of queries and keys (..., C, D), and a mask (..., C) of landmarks with a token."""
     sizes = tokens_on_grid(grid, x.q.shape[-2], x.k.shape[-2])
-    given = landmarks[-1] if isinstance(landmarks, tuple | list) and landmarks else None
-    count = num_landmarks
-    if not isinstance(count, tuple | list):
-        count = resolve_count("num_landmarks", count, 64, landmarks=(given, -2), noise=(noise, -2))
+    count = count_of_blocks("num_landmarks", num_landmarks, landmarks, noise)
     if landmarks is not None:
         total = math.prod(count) if isinstance(count, tuple | list) else count
         return *given_landmarks(x, landmarks, total), None

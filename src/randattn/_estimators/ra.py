@@ -105,17 +105,9 @@ def ra(
     True
     """
     refuse_causal("ra", is_causal)
+    masks: dict[str, Any] = {"key_mask": key_mask, "query_mask": query_mask}
     also = [(noise, 3), (components, 2)]
-    x = prepare(
-        q,
-        k,
-        v,
-        scale=scale,
-        key_mask=key_mask,
-        query_mask=query_mask,
-        enable_gqa=enable_gqa,
-        also=also,
-    )
+    x = prepare(q, k, v, scale=scale, enable_gqa=enable_gqa, also=also, **masks)
     count = resolve_count("num_samples", num_samples, 1, noise=(noise, -3), components=(components, -2))
     n, d = x.q.shape[-2:]
     if (noise is None) != (components is None):

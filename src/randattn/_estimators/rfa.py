@@ -172,16 +172,8 @@ def rfa(
     check_option("features", features, ("positive", "optimal", "trigonometric"))
     check_option("draws", draws, ("iid", "orthogonal", "simplex", "antithetic", "qmc"))
     check_flags(return_state=return_state, precondition=precondition)
-    x = prepare(
-        q,
-        k,
-        v,
-        scale=scale,
-        key_mask=key_mask,
-        query_mask=query_mask,
-        enable_gqa=enable_gqa,
-        also=[(noise, 2)],
-    )
+    masks: dict[str, Any] = {"key_mask": key_mask, "query_mask": query_mask}
+    x = prepare(q, k, v, scale=scale, enable_gqa=enable_gqa, also=[(noise, 2)], **masks)
     check_causal(x, is_causal)
     if return_state and not is_causal:
         raise ValueError("return_state: expected is_causal=True with it")

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from randattn._backends.dispatch import backend_of
 from randattn._core.average import Average, average_of_all, merge
-from randattn._core.checks import check_broadcast
+from randattn._core.checks import check_broadcast, resolve_count
 from randattn._core.inputs import Inputs, hide, log_mask, with_rank
 from randattn._core.library import Array, check_known, namespace, placement
 from randattn._core.tracing import plain
@@ -247,6 +247,14 @@ def pooling_ranks(landmarks: Any, noise: Any) -> list[tuple[Any, int]]:
     """Return the noise and the landmarks, each with the number of its trailing axes."""
     pair = landmarks if isinstance(landmarks, tuple | list) else ()
     return [(noise, 2), *[(array, 2) for array in pair]]
+
+
+def count_of_blocks(name: str, count: Any, landmarks: Any, noise: Any) -> Any:
+    """Return the caller's count, one for each axis of a grid too; else that of landmarks or noise, or 64."""
+    if isinstance(count, tuple | list):
+        return count
+    given = landmarks[-1] if isinstance(landmarks, tuple | list) and landmarks else None
+    return resolve_count(name, count, 64, landmarks=(given, -2), noise=(noise, -2))
 
 
 def given_landmarks(x: Inputs, landmarks: Any, count: int) -> tuple[Array, Array]:
