@@ -39,6 +39,12 @@ _INPUT = click.option(
 )
 
 
+def _estimators(verb: str, names: list[str]) -> Callable[..., Any]:
+    """Return the option of the estimators to measure or to diagnose."""
+    text, kind = f"An estimator to {verb}: {', '.join(names)}. Repeatable. Default: all.", click.Choice(names)
+    return click.option("--estimator", "estimators", multiple=True, type=kind, metavar="NAME", help=text)
+
+
 def _output(name: str) -> Callable[..., Any]:
     """Return the option of the directory that a command writes its two files to."""
     text = (
@@ -73,14 +79,7 @@ def app(context: click.Context) -> None:
     f"except {' and '.join(CHECKS)}, which serve for checks. PyTorch runs on a CUDA device if it finds one, "
     "JAX on its default device; CuPy needs a CUDA device.",
 )
-@click.option(
-    "--estimator",
-    "estimators",
-    multiple=True,
-    type=click.Choice(list(by_label())),
-    metavar="NAME",
-    help=f"An estimator to measure: {', '.join(by_label())}. Repeatable. Default: all.",
-)
+@_estimators("measure", list(by_label()))
 @_INPUT
 @click.option(
     "--seeds",
@@ -140,14 +139,7 @@ def compare(
 
 @app.command()
 @_INPUT
-@click.option(
-    "--estimator",
-    "estimators",
-    multiple=True,
-    type=click.Choice(labels()),
-    metavar="NAME",
-    help=f"An estimator to diagnose: {', '.join(labels())}. Repeatable. Default: all.",
-)
+@_estimators("diagnose", labels())
 @click.option(
     "--samples",
     type=click.IntRange(min=1),

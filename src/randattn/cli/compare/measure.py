@@ -132,17 +132,9 @@ def measure(
             race[EXACT]()
         seconds = _race(race, plan.rounds, plan.seconds)
         for config in configs:
-            of_it = accuracy[config][library.name]
-            rows.append(
-                Row(
-                    library.name,
-                    *config,
-                    relative_error=of_it.error,
-                    seconds=seconds[config],
-                    speedup=seconds[EXACT] / seconds[config],
-                    max_abs_diff=of_it.difference,
-                )
-            )
+            error, difference, _ = accuracy[config][library.name]
+            speedup = seconds[EXACT] / seconds[config]
+            rows.append(Row(library.name, *config, error, seconds[config], speedup, difference))
     lengths = list(_lengths(inputs, libraries, estimators, plan=plan, start=start, steps=steps))
     advance(steps.total, steps.total, "")
     return Report(

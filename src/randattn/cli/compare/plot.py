@@ -74,8 +74,7 @@ def _errors(axes: Axes, report: Report) -> None:
 
     seeds = "1 seed" if report.seeds == 1 else f"mean of {report.seeds} seeds"
     axes.set_title(f"Error: {report.input[-LONGEST_NAME:]}, {seeds}")
-    axes.set_xlabel("samples, landmarks or groups")
-    axes.set_ylabel("relative error")
+    axes.set(xlabel="samples, landmarks or groups", ylabel="relative error")
     axes.set_xscale("log", base=2)
     if samples:
         axes.set_xlim(samples[0] / 1.5, samples[-1] * 1.5)
