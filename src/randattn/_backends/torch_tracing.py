@@ -69,11 +69,6 @@ class TracedTorch(Backend):
         """Return the places of the `count` largest entries of the last axis, in any order."""
         return x.topk(count, sorted=False).indices
 
-    def with_last(self, x: Array, part: Array) -> Array:
-        """Write `part` over the last entries of the last rows of `x`."""
-        x[..., -part.shape[-2] :, -part.shape[-1] :] = part
-        return x
-
 
 _TRACED = TracedTorch()
 
