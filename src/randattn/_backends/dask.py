@@ -247,12 +247,7 @@ def _cut(x: Array, names: Names | None, chunks: Chunks) -> Operand:
     ), names
 
 
-def _tasks(
-    function: Callable[..., Any],
-    names: Names,
-    chunks: Chunks,
-    operands: Sequence[Operand],
-) -> Array:
+def _tasks(function: Callable[..., Any], names: Names, chunks: Chunks, operands: Sequence[Operand]) -> Array:
     """Apply `function` in a task for each combination of chunks."""
     like = operands[0][0]
     known = {name for _, axes in operands if axes for name in axes}

@@ -287,11 +287,7 @@ def _trailing(keys: Keys) -> zip[tuple[Array | None, int]]:
 
 
 def _blocks(
-    q: Array,
-    sets: Sequence[Keys],
-    lead: tuple[int, ...],
-    block: int,
-    together: bool,
+    q: Array, sets: Sequence[Keys], lead: tuple[int, ...], block: int, together: bool
 ) -> Iterator[_Block]:
     """Yield blocks of the leading axes and of the queries, with the keys that they attend to."""
     n = q.shape[-2]

@@ -11,25 +11,13 @@ from typing import Any
 
 from randattn._backends.dispatch import attend, undisturbed
 from randattn._core.average import Keys, finite
-from randattn._core.checks import (
-    as_count,
-    as_real,
-    broadcast_shapes,
-    check_flags,
-    check_option,
-)
+from randattn._core.checks import as_count, as_real, broadcast_shapes, check_flags, check_option
 from randattn._core.describe import shown
 from randattn._core.draws import normal_draws
 from randattn._core.inputs import Inputs, check_causal, log_mask, prepare
 from randattn._core.library import Array
 from randattn._tokens.grids import How, blocks, number_on_grid, tokens_on_grid
-from randattn._tokens.pooling import (
-    blocks_of_queries,
-    count_of_blocks,
-    given_landmarks,
-    pool,
-    pooling_ranks,
-)
+from randattn._tokens.pooling import blocks_of_queries, count_of_blocks, given_landmarks, pool, pooling_ranks
 
 from .final_average import final_average
 from .lara_causal import Proposals, causal

@@ -11,15 +11,7 @@ from randattn._core.describe import shown
 from randattn._estimators.registry import ESTIMATORS, row_of
 
 
-def multiply_adds(
-    estimator: Callable[..., Any],
-    n: int,
-    m: int,
-    d: int,
-    e: int,
-    /,
-    **options: Any,
-) -> int:
+def multiply_adds(estimator: Callable[..., Any], n: int, m: int, d: int, e: int, /, **options: Any) -> int:
     """Count the multiply-adds of one head.
 
     Parameters

@@ -234,12 +234,7 @@ def _progress() -> Iterator[Advance]:
         # Not `Progress(disable=True)`, which prints a line in older versions of Rich.
         yield lambda _done, _total, _doing: None
         return
-    columns = (
-        TextColumn("{task.description:<32}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
+    columns = (TextColumn("{task.description:<32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     # Four times a second: a thread that draws more often would show in the measured times.
     with Progress(*columns, console=console, transient=True, refresh_per_second=4) as bar:
         task = bar.add_task("")
