@@ -6,18 +6,15 @@ CONTRIBUTING's recipe is the code between the two marks. A process of its own: t
 from __future__ import annotations
 
 # The file of the estimator begins here.
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 from randattn._core.average import Keys
 from randattn._core.inputs import prepare, refuse_causal
+from randattn._core.library import Array
 from randattn._estimators.final_average import final_average
 from randattn._tokens.grids import blocks, number_on_grid
 from randattn._tokens.pooling import pool
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    Array = Any
 
 
 def pooled(

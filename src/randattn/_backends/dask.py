@@ -6,9 +6,10 @@ keys. The logits of two chunks exist in their task alone, and building the graph
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial, reduce
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import dask.array as da
 from dask.array.utils import meta_from_array
@@ -16,20 +17,16 @@ from dask.array.utils import meta_from_array
 from randattn._core import average as plain
 from randattn._core import library
 from randattn._core.average import Average, Keys, PairWeight, merge
-from randattn._core.library import namespace, placement
+from randattn._core.library import Array, namespace, placement
 
 from .generic import Backend
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-
-    Array = Any
-    # A Dask array (..., N) in which each chunk is an `Average` of as many queries.
-    Averages = Any
-    # Names of the axes of an array: axes of one name are cut at the same places.
-    Names = tuple[str, ...]
-    Chunks = dict[str, tuple[int, ...]]
-    Operand = tuple[Any, Names | None]
+# A Dask array (..., N) in which each chunk is an `Average` of as many queries.
+Averages = Any
+# Names of the axes of an array: axes of one name are cut at the same places.
+Names = tuple[str, ...]
+Chunks = dict[str, tuple[int, ...]]
+Operand = tuple[Any, Names | None]
 
 
 class Dask(Backend):
@@ -250,12 +247,7 @@ def _cut(x: Array, names: Names | None, chunks: Chunks) -> Operand:
     ), names
 
 
-def _tasks(
-    function: Callable[..., Any],
-    names: Names,
-    chunks: Chunks,
-    operands: Sequence[Operand],
-) -> Array:
+def _tasks(function: Callable[..., Any], names: Names, chunks: Chunks, operands: Sequence[Operand]) -> Array:
     """Apply `function` in a task for each combination of chunks."""
     like = operands[0][0]
     known = {name for _, axes in operands if axes for name in axes}

@@ -11,21 +11,17 @@ from __future__ import annotations
 
 import functools
 import importlib
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import array_api_compat as compat
 
 from randattn._core import library
+from randattn._core.average import Average, Keys
+from randattn._core.library import Array
 
 from .generic import Backend
 from .torch_tracing import TorchCompiler
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from randattn._core.average import Average, Keys
-
-    Array = Any
 
 F = TypeVar("F", bound="Callable[..., Any]")
 

@@ -9,21 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Callable
 from functools import reduce
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from randattn._core import average as plain
 from randattn._core import block_sizes
-from randattn._core.average import merge
+from randattn._core.average import Average, Keys, merge
 from randattn._core.indexing import cut, joined, rows, slices
-from randattn._core.library import Library, check_known, hint, is_known, namespace, placement
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from randattn._core.average import Average, Keys
-
-    Array = Any
+from randattn._core.library import Array, Library, check_known, hint, is_known, namespace, placement
 
 S = TypeVar("S", bound="tuple[Any, ...]")
 
@@ -58,10 +52,8 @@ class Backend(Library):
         """Average the values of all sets with weights ``exp(scale q . k + bias)``."""
         if scale != 1 and all(keys.pair_weight is None for keys in sets):
             # A pair weight is a function of the unscaled queries: with a pair weight the scale stays outside.
-            of_keys, of_queries = (
-                hint(sum(math.prod(keys.k.shape) for keys in sets)),
-                hint(math.prod(q.shape)),
-            )
+            of_keys = hint(sum(math.prod(keys.k.shape) for keys in sets))
+            of_queries = hint(math.prod(q.shape))
             if 2 * of_queries < of_keys:
                 # One scaled copy of the far shorter side costs less than scaling it again in each block.
                 q, scale = q * scale, 1.0
@@ -119,9 +111,8 @@ class Backend(Library):
         """Compute `carry` where there is more than one block."""
         x, done = arrays[0][0], []
         for parts in zip(*(slices(x.shape[-2], size) for x, size in arrays), strict=True):
-            state, out = function(
-                state, *(x[..., part, :] for (x, _), part in zip(arrays, parts, strict=True))
-            )
+            rows = (x[..., part, :] for (x, _), part in zip(arrays, parts, strict=True))
+            state, out = function(state, *rows)
             done.append(out)
         return state, namespace(x).concat(done, axis=-2)
 

@@ -8,26 +8,21 @@ from __future__ import annotations
 import itertools
 import math
 import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import reduce
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from randattn._core import block_sizes
-from randattn._core.average import Average, Keys, finite, leading_axes, log_of_sum, past
+from randattn._core.average import Average, Keys, PairWeight, finite, leading_axes, log_of_sum, past
 from randattn._core.indexing import slices
 from randattn._core.inputs import dot
-from randattn._core.library import namespace, placement
+from randattn._core.library import Array, namespace, placement
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+from .inplace_ops import BufferedOperations
 
-    from randattn._core.average import PairWeight
-
-    from .inplace_ops import BufferedOperations
-
-    Array = Any
-    At = tuple[slice, ...]
-    # Returns the factors, then the gradients of sum(factors * d) to the queries and the arrays.
-    Pullback = Callable[[PairWeight, Array, Array], Sequence[Array | None]]
+At = tuple[slice, ...]
+# Returns the factors, then the gradients of sum(factors * d) to the queries and the arrays.
+Pullback = Callable[[PairWeight, Array, Array], Sequence[Array | None]]
 
 # Bounds of a sum of exponentials without a maximum subtracted, and of a bias as a factor (in nats). A weight
 # that underflows float32 is below 1e-38, times exp(30) below 1e-25: 1e-13 of the least sum. The largest sum
@@ -292,11 +287,7 @@ def _trailing(keys: Keys) -> zip[tuple[Array | None, int]]:
 
 
 def _blocks(
-    q: Array,
-    sets: Sequence[Keys],
-    lead: tuple[int, ...],
-    block: int,
-    together: bool,
+    q: Array, sets: Sequence[Keys], lead: tuple[int, ...], block: int, together: bool
 ) -> Iterator[_Block]:
     """Yield blocks of the leading axes and of the queries, with the keys that they attend to."""
     n = q.shape[-2]

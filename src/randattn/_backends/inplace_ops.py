@@ -7,14 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import math
-from typing import TYPE_CHECKING, Any
 
 from randattn._core.average import Operations
 from randattn._core.checks import broadcast_shapes
-from randattn._core.library import placement
-
-if TYPE_CHECKING:
-    Array = Any
+from randattn._core.library import Array, placement
 
 
 class BufferedOperations(Operations):

@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import jax
 
 from randattn._core import block_sizes
-from randattn._core.average import Average
+from randattn._core.average import Average, Keys
 from randattn._core.indexing import rows
-from randattn._core.library import check_known, hint
+from randattn._core.library import Array, check_known, hint
 
 from . import jax_loops, jax_mesh
 from .generic import Backend
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from randattn._core.average import Keys
-
-    Array = Any
 
 # An eager call is one program; in a caller's `jit` it is a part of the caller's program. Static arguments are
 # compared by equality: a pair weight with a new function in each call would compile a program in each call.

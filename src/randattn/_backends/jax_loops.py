@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from randattn._core import average as plain
 from randattn._core.average import Average, Keys, PairWeight
-from randattn._core.library import hint, is_known
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    Array = Any
+from randattn._core.library import Array, hint, is_known
 
 
 class Set(NamedTuple):
@@ -72,18 +68,9 @@ def _marks(operands: Any, *, of_queries: bool = False, of_keys: bool = False) ->
         return jax.tree.map(lambda _: mark, x)
 
     q, sets = operands
-    marked = tuple(
-        Set(
-            fill(one.k, of_keys),
-            fill(one.v, of_keys),
-            fill(one.bias, of_keys),
-            fill(one.pair_bias, of_queries),
-            fill(one.mask, of_queries),
-            fill(one.arrays, False),
-        )
-        for one in sets
-    )
-    return fill(q, of_queries), marked
+    # In the order of the fields of `Set`.
+    marks = (of_keys, of_keys, of_keys, of_queries, of_queries, False)
+    return fill(q, of_queries), tuple(Set(*map(fill, one, marks)) for one in sets)
 
 
 def blocks(
@@ -225,22 +212,28 @@ def _with_queries(operands: Any, parts: Sequence[Array | None]) -> Any:
     return q, tuple(sets)
 
 
-def _over_queries(again: Any, operands: Any, first: Any, rows: int) -> Average:
-    """Loop over the queries, `rows` at a time; the remainder is a block after the loop."""
-    per_query = _per_query(operands)
-    n = operands[0].shape[0]
-    whole = n - n % rows
+def _mapped(again: Any, operands: Any, per_query: Any, first: Any, steps: Any, rows: int) -> Average:
+    """Loop over arrays of `steps` times `rows` queries, which take the place of those in the operands."""
 
     def of_queries(part: Any) -> Average:
         here, start = part
         return again(*_with_queries(operands, here), start)
 
-    cut = jax.tree.map(lambda x: x[:whole].reshape(whole // rows, rows, *x.shape[1:]), per_query)
-    found = jax.lax.map(jax.checkpoint(of_queries), (cut, first + jnp.arange(0, whole, rows)))
-    found = jax.tree.map(lambda x: x.reshape(whole, *x.shape[2:]), found)
+    cut = jax.tree.map(lambda x: x.reshape(steps, rows, *x.shape[1:]), per_query)
+    found = jax.lax.map(jax.checkpoint(of_queries), (cut, first + rows * jnp.arange(steps)))
+    return jax.tree.map(lambda x: x.reshape(steps * rows, *x.shape[2:]), found)
+
+
+def _over_queries(again: Any, operands: Any, first: Any, rows: int) -> Average:
+    """Loop over the queries, `rows` at a time; the remainder is a block after the loop."""
+    per_query = _per_query(operands)
+    n = operands[0].shape[0]
+    whole = n - n % rows
+    cut = jax.tree.map(lambda x: x[:whole], per_query)
+    found = _mapped(again, operands, cut, first, whole // rows, rows)
     if whole == n:
         return found
-    tail = of_queries((jax.tree.map(lambda x: x[whole:], per_query), first + whole))
+    tail = again(*_with_queries(operands, jax.tree.map(lambda x: x[whole:], per_query)), first + whole)
     return jax.tree.map(lambda *parts: jnp.concat(parts), found, tail)
 
 
@@ -251,15 +244,8 @@ def _over_symbolic(average: Any, operands: Any, first: Any, rows: int) -> Averag
     steps = n // rows + 1
     number = jnp.arange(steps * rows)
     index = jnp.where(number < n, number, 0)
-    per_query = jax.tree.map(lambda x: jnp.take(x, index, axis=0), _per_query(operands))
-
-    def of_queries(part: Any) -> Average:
-        here, start = part
-        return average(*_with_queries(operands, here), start)
-
-    cut = jax.tree.map(lambda x: x.reshape(steps, rows, *x.shape[1:]), per_query)
-    found = jax.lax.map(jax.checkpoint(of_queries), (cut, first + rows * jnp.arange(steps)))
-    found = jax.tree.map(lambda x: x.reshape(steps * rows, *x.shape[2:]), found)
+    padded = jax.tree.map(lambda x: jnp.take(x, index, axis=0), _per_query(operands))
+    found = _mapped(average, operands, padded, first, steps, rows)
     return jax.tree.map(lambda x: jnp.take(x, jnp.arange(n), axis=0), found)
 
 

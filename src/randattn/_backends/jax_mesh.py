@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +12,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from randattn._core import average as plain
 from randattn._core.average import Average, Keys
+from randattn._core.library import Array
 
 from .jax_loops import Rule, Set, together
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    Array = Any
 
 
 def mesh_size(*arrays: Array) -> int:

@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
 
 import numpy as np
 
 from randattn._core import average as plain
 from randattn._core import block_sizes
+from randattn._core.average import Average, Keys
 from randattn._core.checks import out_of_range
-from randattn._core.library import namespace
+from randattn._core.library import Array, namespace
 
 from . import inplace, inplace_ops
 from .generic import Backend, mean_by_product
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from contextlib import AbstractContextManager
-
-    from randattn._core.average import Average, Keys
-
-    Array = Any
 
 
 class InPlace(Backend):
@@ -96,44 +91,33 @@ class Numpy(InPlace):
         return True
 
     def sums_by_group(self, x: Array, index: Array, group: Array, count: int) -> Array:
-        """Sum rows by their groups, in all blocks at once."""
-        return _sums_by_group(x, index, group, count)
+        """Sum rows by their groups, by running sums, a row of all blocks at a time."""
+        xp, (heads, blocks, size) = namespace(x), index.shape
+        shape, block = (size, heads * blocks, x.shape[-1]), xp.arange(heads * blocks)
+        first = xp.arange(0, heads * x.shape[1], x.shape[1])[:, None, None]
+        index = xp.reshape(xp.moveaxis(index + first, -1, 0), (-1,))
+        sums = xp.reshape(xp.take(xp.reshape(x, (-1, shape[-1])), index, axis=0), shape)
+        for before, here in itertools.pairwise(sums):
+            xp.add(before, here, out=here)
+        group = group + xp.reshape(count * block, (heads, blocks, 1))
+        counts = xp.bincount(xp.reshape(group, (-1,)), minlength=heads * blocks * count)
+        ends = xp.cumulative_sum(xp.reshape(counts, (-1, count)), axis=-1)
+        found = sums[xp.maximum(ends - 1, 0), block[:, None]]
+        found[ends == 0] = 0
+        # A copy, since both sides overlap.
+        found[:, 1:] -= found[:, :-1].copy()
+        return xp.reshape(found, (heads, blocks, count, shape[-1]))
 
     def put(self, x: Array, new: Array, start: Array, axis: int) -> Array:
         """Return a copy of `x` with `new` along an axis from `start` on."""
-        return written(x.copy(), new, start, axis)
+        first, index, x = min(int(start), x.shape[axis] - new.shape[axis]), [slice(None)] * x.ndim, x.copy()
+        index[axis] = slice(first, first + new.shape[axis])
+        x[tuple(index)] = new
+        return x
 
     def when(self, condition: Array, function: Callable[[Any], Any], state: Any) -> Any:
         """Return ``function(state)`` where the condition is true; else the state itself, without a copy."""
         return function(state) if condition else state
-
-
-def written(x: Array, new: Array, start: Array, axis: int) -> Array:
-    """Write `new` into `x` along an axis from `start` on, at the latest at its end; return `x`."""
-    first = min(int(start), x.shape[axis] - new.shape[axis])
-    index = [slice(None)] * x.ndim
-    index[axis] = slice(first, first + new.shape[axis])
-    x[tuple(index)] = new
-    return x
-
-
-def _sums_by_group(x: Array, index: Array, group: Array, count: int) -> Array:
-    """Compute `Backend.sums_by_group` by running sums, a row of all blocks at a time."""
-    xp, (heads, blocks, size) = namespace(x), index.shape
-    shape, block = (size, heads * blocks, x.shape[-1]), xp.arange(heads * blocks)
-    first = xp.arange(0, heads * x.shape[1], x.shape[1])[:, None, None]
-    index = xp.reshape(xp.moveaxis(index + first, -1, 0), (-1,))
-    sums = xp.reshape(xp.take(xp.reshape(x, (-1, shape[-1])), index, axis=0), shape)
-    for before, here in itertools.pairwise(sums):
-        xp.add(before, here, out=here)
-    group = group + xp.reshape(count * block, (heads, blocks, 1))
-    counts = xp.bincount(xp.reshape(group, (-1,)), minlength=heads * blocks * count)
-    ends = xp.cumulative_sum(xp.reshape(counts, (-1, count)), axis=-1)
-    found = sums[xp.maximum(ends - 1, 0), block[:, None]]
-    found[ends == 0] = 0
-    # A copy, since both sides overlap.
-    found[:, 1:] -= found[:, :-1].copy()
-    return xp.reshape(found, (heads, blocks, count, shape[-1]))
 
 
 BACKEND = Numpy()

@@ -6,8 +6,9 @@ import functools
 import itertools
 import math
 import operator
+from collections.abc import Callable, Sequence
 from functools import reduce
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,16 +16,11 @@ from randattn._core import average as plain
 from randattn._core import block_sizes
 from randattn._core.average import Average, Keys, PairWeight
 from randattn._core.checks import broadcast_shapes
+from randattn._core.library import Array
 
 from . import inplace, inplace_ops
 from .numpy import BACKEND as NUMPY
-from .numpy import written
 from .torch_tracing import TracedTorch
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    Array = Any
 
 # Private, without a public counterpart. A release without it would leave no way to tell transformed tensors
 # from others: then all of them take the plain path, which is right for both.
@@ -75,12 +71,6 @@ class Torch(TracedTorch):
         index, group = (index + size * (number // blocks)).reshape(-1), (group + count * number).reshape(-1)
         sums = _Sums.apply(x.reshape(-1, width), index, group, heads * blocks * count)
         return sums.reshape(heads, blocks, count, width)
-
-    def put(self, x: Array, new: Array, start: Array, axis: int) -> Array:
-        """Return a copy of `x` with `new` along an axis from `start` on."""
-        if not (self.is_at_hand(start) and is_plain(x, new)):
-            return super().put(x, new, start, axis)
-        return written(x.clone(), new, start, axis)
 
     def when(self, condition: Array, function: Callable[[Any], Any], state: Any) -> Any:
         """Return ``function(state)`` where the condition is true; else the state."""

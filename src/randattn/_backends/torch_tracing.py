@@ -8,19 +8,13 @@ from __future__ import annotations
 import contextlib
 import operator
 import sys
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
-from randattn._core.library import Compiler
+from randattn._core.library import Array, Compiler, Library
 from randattn._core.tracing import TENSORS, Held
 
 from .generic import Backend, mean_by_product
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from randattn._core.library import Library
-
-    Array = Any
 
 
 class TracedTorch(Backend):
@@ -80,10 +74,11 @@ class TracedTorch(Backend):
         found = index.new_zeros((*index.shape[:-1], count), dtype=sys.modules["torch"].bool)
         return found.scatter(-1, index, True)
 
-    def with_last(self, x: Array, part: Array) -> Array:
-        """Write `part` over the last entries of the last rows of `x`."""
-        x[..., -part.shape[-2] :, -part.shape[-1] :] = part
-        return x
+    def put(self, x: Array, new: Array, start: Array, axis: int) -> Array:
+        """Return a copy of `x` with `new` along an axis from `start` on."""
+        size = new.shape[axis]
+        number = self.namespace(x).arange(size, dtype=start.dtype, device=x.device)
+        return x.index_copy(axis, start.clamp(max=x.shape[axis] - size) + number, new)
 
 
 _TRACED = TracedTorch()

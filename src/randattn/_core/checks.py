@@ -5,16 +5,12 @@ from __future__ import annotations
 import math
 import numbers
 import operator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from .describe import shown
 from .describe import type_name as _type_name
-from .library import is_array, namespace
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    Array = Any
+from .library import Array, is_array, namespace
 
 # Kinds of PyTorch tensors that few operations take: the property of each kind, and the remedy for the error.
 _NOT_DENSE = {

@@ -10,21 +10,17 @@ import math
 import numbers
 import operator
 import sys
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, cast
 
 import array_api_compat as compat
 
 from .checks import broadcast_shapes, check_broadcast
-from .describe import shown
-from .library import check_known, is_array, known_library
+from .describe import shown, type_name
+from .inputs import Inputs
+from .library import Array, Namespace, check_known, is_array, known_library
 from .tracing import plain, static
 
-if TYPE_CHECKING:
-    from .inputs import Inputs
-
-    Array = Any
-    Namespace = Any
-    Kind = Literal["iid", "orthogonal", "simplex", "antithetic", "qmc", "uniform"]
+Kind = Literal["iid", "orthogonal", "simplex", "antithetic", "qmc", "uniform"]
 
 _EXPECTED = (
     "expected an int seed, or a generator of the arrays' own library (numpy.random.Generator, "
@@ -262,6 +258,5 @@ def _orthogonal(xp: Namespace, draws: Array, *, simplex: bool = False) -> Array:
 
 
 def _wrong(rng: Any) -> TypeError:
-    kind = type(rng)
     hint = "; an array or tracer is no seed, and a batch of keys no key" if is_array(rng) else ""
-    return TypeError(f"rng: {_EXPECTED}, got {kind.__module__.split('.')[0]}.{kind.__qualname__}{hint}")
+    return TypeError(f"rng: {_EXPECTED}, got {type_name(rng)}{hint}")

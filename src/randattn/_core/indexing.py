@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-from .library import namespace, placement
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-    Array = Any
+from .library import Array, namespace, placement
 
 
 def slices(n: int, size: int) -> Iterator[slice]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from . import library
 from .checks import (
@@ -18,14 +19,7 @@ from .checks import (
     check_like,
     check_mask,
 )
-from .library import is_known, known_library, namespace, placement
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    Array = Any
-    Namespace = Any
-
+from .library import Array, Namespace, is_known, known_library, namespace, placement
 
 # Added to the error of leading axes that do not broadcast, by the array that does not fit.
 _HINTS = {"k": " (enable_gqa=True shares key heads among queries)"}
@@ -101,9 +95,7 @@ class Inputs:
     def match_mask(self, name: str, mask: Array, length: int) -> Array:
         """Bring a boolean array (..., length) to the rank and the split heads of the inputs."""
         check_mask(name, mask, self.q, length)
-        if self.heads is not None:
-            mask = _split_heads(name, mask, 1, self.heads)
-        mask = with_rank(mask, self.q.ndim - 1)
+        mask = self.with_heads(name, mask, 1)
         check_broadcast(q=(self.q, 2), k=(self.k, 2), v=(self.v, 2), **{name: (mask, 1)})
         return mask
 

@@ -9,15 +9,14 @@ memory calls `hint`, and code that lays out tokens by their number calls `check_
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import array_api_compat as compat
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    Array = Any
-    Namespace = Any
+# An array of any library, and the module of its functions.
+Array = Any
+Namespace = Any
 
 
 class Library:

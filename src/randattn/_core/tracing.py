@@ -5,14 +5,12 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar, cast
 
 from randattn._core import library
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    F = TypeVar("F", bound=Callable[..., Any])
+F = TypeVar("F", bound=Callable[..., Any])
 
 # The number of arrays that are held for traces, which bounds memory. When all places are taken, a new array
 # takes the place of the oldest array, whose `Held` is then wrong. A program of one length has about 20

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from randattn._backends.dispatch import backend_of
 from randattn._core.average import Average, average, merge
 from randattn._core.checks import broadcast_shapes
-from randattn._core.inputs import dot
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from randattn._core.inputs import Inputs
-
-    Array = Any
+from randattn._core.inputs import Inputs, dot
+from randattn._core.library import Array
 
 
 class Block(NamedTuple):

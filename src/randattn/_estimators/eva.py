@@ -6,17 +6,19 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from randattn._backends.dispatch import attend, backend_of, undisturbed
 from randattn._core.average import Average, Keys
 from randattn._core.checks import as_real, broadcast_shapes, check_flags, check_option
 from randattn._core.draws import normal_draws
-from randattn._core.inputs import check_causal, prepare, with_rank
-from randattn._core.library import namespace
-from randattn._tokens.device_parts import cuts, fits_lanes, windows
-from randattn._tokens.grids import blocks_over
+from randattn._core.inputs import Inputs, check_causal, prepare, with_rank
+from randattn._core.library import Array, namespace
+from randattn._tokens.device_parts import Cuts, Pieces, cuts, fits_lanes, windows
+from randattn._tokens.grids import Blocks, blocks_over
 from randattn._tokens.pooling import (
+    Parted,
     blocks_of_queries,
     gather,
     gather_bias,
@@ -31,19 +33,7 @@ from randattn._tokens.pooling import (
 
 from .eva_step import state_after
 from .final_average import final_average
-from .options import bias_of_window, eva_layout, groups_to_draw
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from randattn._core.inputs import Inputs
-    from randattn._tokens.device_parts import Cuts, Pieces
-    from randattn._tokens.grids import Blocks
-    from randattn._tokens.pooling import Parted
-
-    from .options import Layout
-
-    Array = Any
+from .options import Layout, bias_of_window, eva_layout, groups_to_draw
 
 
 @undisturbed

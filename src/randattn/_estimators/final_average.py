@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, NamedTuple
+from functools import reduce
+from typing import Any, NamedTuple
 
 from randattn._backends.dispatch import attend
 from randattn._core import library
-from randattn._core.average import Keys, finite, leading_axes, logits_of, nonzero, rows_of_block
+from randattn._core.average import Average, Keys, finite, leading_axes, logits_of, nonzero, rows_of_block
 from randattn._core.indexing import slices
-from randattn._core.library import namespace
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from randattn._core.average import Average
-
-    Array = Any
+from randattn._core.library import Array, namespace
 
 # True while `diagnose` calls an estimator. An option of the estimators would be public, for `diagnose` alone.
 _is_watched: ContextVar[bool] = ContextVar("is_watched", default=False)
@@ -95,10 +90,8 @@ def _spread(q: Array, sets: list[Keys], scale: float, first: int) -> Array:
     xp = namespace(q)
     logits = [logits_of(q, keys.biased(), scale, (first, 0)) for keys in sets]
     # One maximum for all sets, or their weights would have different units; `finite` guards rows of -inf.
-    top = xp.max(logits[0], axis=-1, keepdims=True)
-    for x in logits[1:]:
-        top = xp.maximum(top, xp.max(x, axis=-1, keepdims=True))
-    weights = [xp.exp(x - finite(top)) for x in logits]
+    top = finite(reduce(xp.maximum, [xp.max(x, axis=-1, keepdims=True) for x in logits]))
+    weights = [xp.exp(x - top) for x in logits]
     # A factor of pairs (LARA's alpha) multiplies the weight, as in `_core.average`.
     weights = [
         x if keys.pair_weight is None else x * xp.matrix_transpose(keys.pair_weight.of(q))
@@ -109,9 +102,7 @@ def _spread(q: Array, sets: list[Keys], scale: float, first: int) -> Array:
         return sum(xp.sum(function(x), axis=-1) for x in weights)
 
     total = nonzero(over(lambda x: x))
-    largest = xp.max(weights[0], axis=-1) / total
-    for x in weights[1:]:
-        largest = xp.maximum(largest, xp.max(x, axis=-1) / total)
+    largest = reduce(xp.maximum, [xp.max(x, axis=-1) / total for x in weights])
     squares = over(lambda x: (x / total[..., None]) ** 2)
     effective = xp.where(squares == 0, 0.0, 1 / nonzero(squares))
     there = sum(xp.sum(xp.astype(x > -math.inf, q.dtype), axis=-1) for x in logits)

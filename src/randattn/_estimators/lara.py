@@ -6,40 +6,22 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 from randattn._backends.dispatch import attend, undisturbed
 from randattn._core.average import Keys, finite
-from randattn._core.checks import (
-    as_count,
-    as_real,
-    broadcast_shapes,
-    check_flags,
-    check_option,
-    resolve_count,
-)
+from randattn._core.checks import as_count, as_real, broadcast_shapes, check_flags, check_option
 from randattn._core.describe import shown
 from randattn._core.draws import normal_draws
-from randattn._core.inputs import check_causal, log_mask, prepare
-from randattn._tokens.grids import blocks, number_on_grid, tokens_on_grid
-from randattn._tokens.pooling import (
-    blocks_of_queries,
-    given_landmarks,
-    pool,
-    pooling_ranks,
-)
+from randattn._core.inputs import Inputs, check_causal, log_mask, prepare
+from randattn._core.library import Array
+from randattn._tokens.grids import How, blocks, number_on_grid, tokens_on_grid
+from randattn._tokens.pooling import blocks_of_queries, count_of_blocks, given_landmarks, pool, pooling_ranks
 
 from .final_average import final_average
 from .lara_causal import Proposals, causal
 from .lara_weights import only, optimal, probability
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from randattn._core.inputs import Inputs
-    from randattn._tokens.grids import How
-
-    Array = Any
 
 
 @undisturbed
@@ -274,10 +256,7 @@ def landmarks_of(
 ) -> tuple[Array, Array, Array | None]:
     """Return the landmarks of queries and keys (..., C, D), and a mask (..., C) of landmarks with a token."""
     sizes = tokens_on_grid(grid, x.q.shape[-2], x.k.shape[-2])
-    given = landmarks[-1] if isinstance(landmarks, tuple | list) and landmarks else None
-    count = num_landmarks
-    if not isinstance(count, tuple | list):
-        count = resolve_count("num_landmarks", count, 64, landmarks=(given, -2), noise=(noise, -2))
+    count = count_of_blocks("num_landmarks", num_landmarks, landmarks, noise)
     if landmarks is not None:
         total = math.prod(count) if isinstance(count, tuple | list) else count
         return *given_landmarks(x, landmarks, total), None

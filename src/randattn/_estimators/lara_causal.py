@@ -6,24 +6,18 @@ A proposal serves the windows that begin after its segment ends. Draws from N(0,
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
 from randattn._backends.dispatch import attend, backend_of
 from randattn._core.average import Average, Keys, merge
-from randattn._core.inputs import dot, with_rank
+from randattn._core.inputs import Inputs, dot, with_rank
+from randattn._core.library import Array
 from randattn._core.tracing import plain
 from randattn._tokens.grids import blocks, blocks_before, blocks_over
 from randattn._tokens.pooling import gather, gather_bias, scatter
 
-from .causal_scan import nothing, scan
+from .causal_scan import Block, nothing, scan
 from .lara_weights import only, optimal, probability
-
-if TYPE_CHECKING:
-    from randattn._core.inputs import Inputs
-
-    from .causal_scan import Block
-
-    Array = Any
 
 
 class Proposals(NamedTuple):

@@ -4,18 +4,11 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
 
 from randattn._core import library
-from randattn._core.average import PairWeight, finite, nonzero
-from randattn._core.library import namespace
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from randattn._core.average import Operations
-
-    Array = Any
+from randattn._core.average import Operations, PairWeight, finite, nonzero
+from randattn._core.library import Array, namespace
 
 # The smallest weight alpha_nc, a number without unit: a moved weight can be negative, and has no logarithm
 # then. The published code has this value.

@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import math
 import numbers
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from randattn._core.average import past
-from randattn._core.checks import as_count, check_broadcast, resolve_count
+from randattn._core.checks import as_count, check_broadcast
 from randattn._core.describe import shown
-from randattn._tokens.grids import blocks, number_on_grid, size_on_grid, tokens_on_grid
-
-if TYPE_CHECKING:
-    from randattn._core.inputs import Inputs
-    from randattn._tokens.grids import Blocks, How, Sizes
-
-    Array = Any
-
-# Default number of groups.
-_NUM_GROUPS = 64
+from randattn._core.inputs import Inputs
+from randattn._core.library import Array
+from randattn._tokens.grids import Blocks, How, Sizes, blocks, number_on_grid, size_on_grid, tokens_on_grid
+from randattn._tokens.pooling import count_of_blocks
 
 
 class Layout(NamedTuple):
@@ -71,10 +65,7 @@ def _groups_of(
         if num_groups is not None:
             raise ValueError("group_size: expected either num_groups or group_size, got both")
         return "tiles", size_on_grid("group_size", group_size, tokens)
-    given = landmarks[-1] if isinstance(landmarks, tuple | list) and landmarks else None
-    count = num_groups
-    if not isinstance(count, tuple | list):
-        count = resolve_count("num_groups", count, _NUM_GROUPS, landmarks=(given, -2), noise=(noise, -2))
+    count = count_of_blocks("num_groups", num_groups, landmarks, noise)
     return "segments", number_on_grid("num_groups", count, tokens)
 
 

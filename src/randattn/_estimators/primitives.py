@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from randattn._backends import dispatch
 from randattn._backends.dispatch import undisturbed
@@ -11,10 +11,7 @@ from randattn._core import average as plain
 from randattn._core.average import Average, Keys
 from randattn._core.checks import check_broadcast, check_floating, check_like
 from randattn._core.inputs import check_causal, prepare, with_rank, working_precision
-from randattn._core.library import namespace
-
-if TYPE_CHECKING:
-    Array = Any
+from randattn._core.library import Array, namespace
 
 
 @undisturbed
@@ -92,16 +89,8 @@ def attend(
     >>> np.exp(log_norm)
     array([3.])
     """
-    x = prepare(
-        q,
-        k,
-        v,
-        scale=1.0,
-        key_mask=key_mask,
-        query_mask=query_mask,
-        is_self=False,
-        enable_gqa=enable_gqa,
-    )
+    masks: dict[str, Any] = {"key_mask": key_mask, "query_mask": query_mask}
+    x = prepare(q, k, v, scale=1.0, is_self=False, enable_gqa=enable_gqa, **masks)
     check_causal(x, is_causal)
     xp, (n, m) = x.xp, (x.q.shape[-2], x.k.shape[-2])
     given = {"q": (x.q, 2), "k": (x.k, 2), "v": (x.v, 2)}

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from randattn._backends.dispatch import attend, backend_of, undisturbed
 from randattn._core.average import Keys, finite, rows_of_block
 from randattn._core.checks import check_broadcast, resolve_count
 from randattn._core.draws import no_draws, normal_draws, uniform_draws
-from randattn._core.inputs import prepare, refuse_causal, with_rank
-from randattn._core.library import namespace
-
-if TYPE_CHECKING:
-    from randattn._core.inputs import Inputs
-
-    Array = Any
+from randattn._core.inputs import Inputs, prepare, refuse_causal, with_rank
+from randattn._core.library import Array, namespace
 
 
 @undisturbed
@@ -110,17 +105,9 @@ def ra(
     True
     """
     refuse_causal("ra", is_causal)
+    masks: dict[str, Any] = {"key_mask": key_mask, "query_mask": query_mask}
     also = [(noise, 3), (components, 2)]
-    x = prepare(
-        q,
-        k,
-        v,
-        scale=scale,
-        key_mask=key_mask,
-        query_mask=query_mask,
-        enable_gqa=enable_gqa,
-        also=also,
-    )
+    x = prepare(q, k, v, scale=scale, enable_gqa=enable_gqa, also=also, **masks)
     count = resolve_count("num_samples", num_samples, 1, noise=(noise, -3), components=(components, -2))
     n, d = x.q.shape[-2:]
     if (noise is None) != (components is None):

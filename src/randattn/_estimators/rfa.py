@@ -6,27 +6,20 @@ A causal call goes along the tokens a block at a time, and carries f(W) and log 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from randattn._backends.dispatch import attend, undisturbed
 from randattn._core import block_sizes
 from randattn._core.average import Average, Keys, finite, nonzero, past
 from randattn._core.checks import check_flags, check_option, resolve_count
 from randattn._core.draws import no_draws, normal_draws
-from randattn._core.inputs import check_causal, dot, prepare, with_rank
-from randattn._core.library import namespace, placement
+from randattn._core.inputs import Inputs, check_causal, dot, prepare, with_rank
+from randattn._core.library import Array, namespace, placement
 
-from .causal_scan import nothing, scan
+from .causal_scan import Block, nothing, scan
 from .final_average import final_average
 from .rfa_features import optimal_spread, preconditioned, trigonometric
 from .states import match_state
-
-if TYPE_CHECKING:
-    from randattn._core.inputs import Inputs
-
-    from .causal_scan import Block
-
-    Array = Any
 
 
 class RFAState(NamedTuple):
@@ -179,16 +172,8 @@ def rfa(
     check_option("features", features, ("positive", "optimal", "trigonometric"))
     check_option("draws", draws, ("iid", "orthogonal", "simplex", "antithetic", "qmc"))
     check_flags(return_state=return_state, precondition=precondition)
-    x = prepare(
-        q,
-        k,
-        v,
-        scale=scale,
-        key_mask=key_mask,
-        query_mask=query_mask,
-        enable_gqa=enable_gqa,
-        also=[(noise, 2)],
-    )
+    masks: dict[str, Any] = {"key_mask": key_mask, "query_mask": query_mask}
+    x = prepare(q, k, v, scale=scale, enable_gqa=enable_gqa, also=[(noise, 2)], **masks)
     check_causal(x, is_causal)
     if return_state and not is_causal:
         raise ValueError("return_state: expected is_causal=True with it")

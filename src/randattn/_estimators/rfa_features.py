@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
 
 from randattn._core.average import finite, nonzero
-from randattn._core.inputs import dot
-from randattn._core.library import namespace
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from randattn._core.inputs import Inputs
-
-    Array = Any
+from randattn._core.inputs import Inputs, dot
+from randattn._core.library import Array, namespace
 
 
 def _means(x: Inputs, of: Callable[[Array], Array]) -> tuple[Array, Array]:

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from randattn._backends.dispatch import undisturbed
 from randattn._core.average import Keys
-from randattn._core.inputs import check_last, prepare
+from randattn._core.inputs import Inputs, check_last, prepare
+from randattn._core.library import Array
 
 from .final_average import final_average
-
-if TYPE_CHECKING:
-    from randattn._core.inputs import Inputs
-
-    Array = Any
 
 
 @undisturbed

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 from randattn._core.checks import check_like
+from randattn._core.inputs import Inputs
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from randattn._core.inputs import Inputs
-
-    Array = Any
-    State = TypeVar("State", bound=tuple[Any, ...])
+State = TypeVar("State", bound=tuple[Any, ...])
 
 
 def match_state(

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from randattn._core import block_sizes
+from randattn._core.library import Array
 from randattn._estimators.adaptive_eva import adaptive_eva
+from randattn._estimators.registry import Estimator
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from randattn._estimators.registry import Estimator
-
-    Array = Any
+    from .diagnose import Diagnosis
 
 # Options that the better call takes over; all others belong to the estimator that is diagnosed.
 _SHARED = ("scale", "key_mask", "query_mask", "enable_gqa")
@@ -34,22 +33,10 @@ def beside(
     return name, functools.partial(adaptive_eva, **own, **shared)
 
 
-class Found(NamedTuple):
-    """The relative errors of an estimator, of mean(V), and of the call that was measured beside."""
-
-    name: str
-    is_exact: bool
-    error: float
-    standard_error: float | None
-    mean_error: float
-    beside: str | None = None
-    beside_error: float | None = None
-
-
-def recommendation(found: Found) -> str:
+def recommendation(found: Diagnosis, *, is_exact: bool) -> str:
     """Return one sentence of advice."""
-    name, error, mean_error = found.name, found.error, found.mean_error
-    if found.is_exact:
+    name, error, mean_error = found.estimator, found.relative_error, found.mean_error
+    if is_exact:
         return "softmax_attention is exact."
     if not math.isfinite(error):
         return (
@@ -58,11 +45,9 @@ def recommendation(found: Found) -> str:
         )
     # The other call must beat mean(V), and have half the error of an estimator that beats mean(V) too.
     is_worse = error >= mean_error > 0
-    use = "use softmax_attention"
-    if found.beside_error is not None and found.beside_error < min(
-        mean_error, error / (1 if is_worse else 2)
-    ):
-        use = f"use {found.beside}, which errs by {found.beside_error:.2g}"
+    use, other = "use softmax_attention", found.alternative_error
+    if other is not None and other < min(mean_error, error / (1 if is_worse else 2)):
+        use = f"use {found.alternative}, which errs by {other:.2g}"
     if is_worse:
         says = (
             f"{name} would be worse than mean(V) here (relative error {error:.2g} against {mean_error:.2g})"
@@ -71,8 +56,8 @@ def recommendation(found: Found) -> str:
     says = f"{name} errs by {error:.2g} here, where mean(V) errs by {mean_error:.2g}"
     if use != "use softmax_attention":
         return f"{says}: {use}."
-    if found.standard_error is not None:
+    if found.relative_standard_error is not None:
         # Mean square error = variance of the draws + square of the bias.
-        share = min(1.0, (found.standard_error / error) ** 2) if error else 0.0
+        share = min(1.0, (found.relative_standard_error / error) ** 2) if error else 0.0
         says = f"{says}; {share:.0%} of its mean square comes from the draws, the rest is bias"
     return f"{says}."

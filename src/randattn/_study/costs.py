@@ -3,25 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 from randattn._core.checks import as_count
 from randattn._core.describe import shown
 from randattn._estimators.registry import ESTIMATORS, row_of
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
-
-def multiply_adds(
-    estimator: Callable[..., Any],
-    n: int,
-    m: int,
-    d: int,
-    e: int,
-    /,
-    **options: Any,
-) -> int:
+def multiply_adds(estimator: Callable[..., Any], n: int, m: int, d: int, e: int, /, **options: Any) -> int:
     """Count the multiply-adds of one head.
 
     Parameters

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import Any
 
 from randattn._backends.dispatch import attend, backend_of
 from randattn._core.average import Keys, nonzero
@@ -14,19 +15,12 @@ from randattn._core.checks import as_count, broadcast_shapes, check_arrays
 from randattn._core.describe import shown
 from randattn._core.draws import spawned
 from randattn._core.indexing import slices
-from randattn._core.inputs import check_causal, dot, hide, prepare, with_rank, working_precision
-from randattn._core.library import is_array
+from randattn._core.inputs import Inputs, check_causal, dot, hide, prepare, with_rank, working_precision
+from randattn._core.library import Array, is_array
 from randattn._estimators.final_average import parted, watched
 from randattn._estimators.registry import row_of
 
-from .advice import Found, beside, recommendation
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from randattn._core.inputs import Inputs
-
-    Array = Any
+from .advice import beside, recommendation
 
 # Pairs of queries and keys over all heads: the most for which all queries are compared, the most for which
 # another call is measured beside (both bound time), and those whose rows are computed at a time (memory).
@@ -215,19 +209,9 @@ def _diagnosed(
 
     exact = _Exact(x, index, is_causal=is_causal)
     squares = [exact.square(out) for out in outs]
-    found = Found(
-        name=getattr(estimator, "__name__", type(estimator).__name__),
-        is_exact=row is not None and row.is_exact,
-        error=sum(map(exact.relative, squares)) / len(squares),
-        standard_error=None if variance is None else exact.relative(exact.at(variance, -1)),
-        mean_error=exact.relative(exact.square_of_mean),
-    )
     better = beside(row, options, x.k.shape[-2]) if pairs <= _MOST_PAIRS_BESIDE else None
-    if better is not None:
-        name, function = better
-        found = found._replace(beside=name, beside_error=exact.relative(exact.square(function(q, k, v))))
-    return Diagnosis(
-        estimator=found.name,
+    found = Diagnosis(
+        estimator=getattr(estimator, "__name__", type(estimator).__name__),
         effective_samples=None if spread is None else spread.effective,
         largest_weight=None if spread is None else spread.largest,
         num_weights=None if spread is None else spread.number,
@@ -236,13 +220,14 @@ def _diagnosed(
         error=x.xp.sqrt(sum(squares) / len(squares)),
         entropy=exact.entropy,
         rows=rows,
-        relative_error=found.error,
-        relative_standard_error=found.standard_error,
-        mean_error=found.mean_error,
-        alternative=found.beside,
-        alternative_error=found.beside_error,
-        recommendation=recommendation(found),
+        relative_error=sum(map(exact.relative, squares)) / len(squares),
+        relative_standard_error=None if variance is None else exact.relative(exact.at(variance, -1)),
+        mean_error=exact.relative(exact.square_of_mean),
+        alternative=None if better is None else better[0],
+        alternative_error=None if better is None else exact.relative(exact.square(better[1](q, k, v))),
+        recommendation="",
     )
+    return replace(found, recommendation=recommendation(found, is_exact=row is not None and row.is_exact))
 
 
 def _index(queries: Sequence[int] | None, n: int, pairs: int) -> tuple[int, ...]:
@@ -339,7 +324,6 @@ def _rows(
         done.append(xp.take(found, taken, axis=-2) / unit)
     # A result that is clipped to the range of the values is no product of rows and values.
     rows = xp.concat(done, axis=-1)
-    lost = xp.matmul(x.with_heads("rows", rows, 2), x.v) - x.with_heads(
-        "out", xp.take(out, taken, axis=-2), 2
-    )
+    expected = x.with_heads("out", xp.take(out, taken, axis=-2), 2)
+    lost = xp.matmul(x.with_heads("rows", rows, 2), x.v) - expected
     return rows if float(xp.max(xp.abs(lost))) <= 1e-3 * largest else None

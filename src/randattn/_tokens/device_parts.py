@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from randattn._core.tracing import static
 
-from .grids import Blocks, host_blocks, listed
-
-if TYPE_CHECKING:
-    from .grids import How, Sizes
+from .grids import Blocks, How, Sizes, host_blocks, listed
 
 
 class Members(NamedTuple):
@@ -127,19 +124,13 @@ def divided(at: Blocks, most: int) -> Pieces:
 
 
 @static
+@functools.lru_cache(maxsize=64)
 def cuts(grid: Sizes, groups: tuple[How, Sizes], window: Sizes, lanes: int = 1) -> Cuts:
     """Return the cuts of groups of keys by windows of one size."""
-    return _cuts(grid, groups, window, lanes)
-
-
-@functools.lru_cache(maxsize=64)
-def _cuts(grid: Sizes, groups: tuple[How, Sizes], window: Sizes, lanes: int) -> Cuts:
     import numpy as np
 
-    (by_group, by_window), n = (
-        (host_blocks(grid, *groups), host_blocks(grid, "tiles", window)),
-        math.prod(grid),
-    )
+    n = math.prod(grid)
+    by_group, by_window = host_blocks(grid, *groups), host_blocks(grid, "tiles", window)
     group_count = len(by_group.index)
     group = by_group.place // by_group.index.shape[1]
     window_of_token = by_window.place // by_window.index.shape[1]

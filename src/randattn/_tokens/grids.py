@@ -11,18 +11,16 @@ import functools
 import itertools
 import math
 import numbers
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
 
 from randattn._core.checks import as_count
 from randattn._core.describe import shown
 from randattn._core.library import check_known
 from randattn._core.tracing import plain, static
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    Sizes = tuple[int, ...]
-    How = Literal["segments", "cells", "tiles"]
+Sizes = tuple[int, ...]
+How = Literal["segments", "cells", "tiles"]
 
 
 class Blocks(NamedTuple):
@@ -58,8 +56,10 @@ class Blocks(NamedTuple):
     laid: tuple[Sizes, How, Sizes] | None = None
 
 
-@static
-def blocks(grid: Sizes, how: How, sizes: Sizes) -> Blocks:
+# The cache keeps 64 layouts, which bounds host memory: a layout has indices of all tokens. The layers of a
+# model share these arrays, so that no caller may write to them.
+@functools.lru_cache(maxsize=64)
+def host_blocks(grid: Sizes, how: How, sizes: Sizes) -> Blocks:
     """Lay blocks over a grid.
 
     "segments": `sizes` are numbers of blocks on each axis; the last blocks may be longer by a token.
@@ -67,13 +67,6 @@ def blocks(grid: Sizes, how: How, sizes: Sizes) -> Blocks:
     where their number does not divide the axis, and repeat tokens where there are more blocks than tokens.
     "tiles": `sizes` are sizes of blocks on each axis; the border cuts the last block.
     """
-    return host_blocks(grid, how, sizes)
-
-
-# The cache keeps 64 layouts, which bounds host memory: a layout has indices of all tokens. The layers of a
-# model share these arrays, so that no caller may write to them.
-@functools.lru_cache(maxsize=64)
-def host_blocks(grid: Sizes, how: How, sizes: Sizes) -> Blocks:
     import numpy as np
 
     rank = len(grid)
@@ -94,6 +87,10 @@ def host_blocks(grid: Sizes, how: How, sizes: Sizes) -> Blocks:
     count = math.prod(index.shape[:rank])
     index, valid, n = index.reshape(count, -1), valid.reshape(count, -1), math.prod(grid)
     return listed(index, valid, n)._replace(laid=(grid, how, sizes))
+
+
+# For code that may be traced; functions that are `static` themselves call `host_blocks`.
+blocks = static(host_blocks)
 
 
 def listed(index: Any, valid: Any, n: int) -> Blocks:
@@ -173,19 +170,16 @@ def _on_grid(name: str, value: Any, grid: Sizes, *, by_tokens: bool) -> Sizes:
     return sizes
 
 
+# The cache keeps 256 results, a few numbers each: without it each call would search all sizes.
 @static
+@functools.lru_cache(maxsize=256)
 def _factors(grid: Sizes, total: int, cubes: bool) -> Sizes:
     """Return the sizes that fit the grid and have the largest product up to `total`.
 
     Among equal products the sizes nearest to a cube win (`cubes`), or the sizes that cut the grid into blocks
     nearest to cubes.
     """
-    return _best_factors(grid, total, cubes)
 
-
-# The cache keeps 256 results, a few numbers each: without it each call would search all sizes.
-@functools.lru_cache(maxsize=256)
-def _best_factors(grid: Sizes, total: int, cubes: bool) -> Sizes:
     def preference(sizes: Sizes) -> tuple[int, float]:
         edges = sizes if cubes else [n / size for n, size in zip(grid, sizes, strict=True)]
         return math.prod(sizes), -max(edges) / min(edges)

@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from functools import reduce
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from randattn._backends.dispatch import backend_of
 from randattn._core.average import Average, average_of_all, merge
-from randattn._core.checks import check_broadcast
-from randattn._core.inputs import hide, log_mask, with_rank
-from randattn._core.library import check_known, namespace, placement
+from randattn._core.checks import check_broadcast, resolve_count
+from randattn._core.inputs import Inputs, hide, log_mask, with_rank
+from randattn._core.library import Array, check_known, namespace, placement
 from randattn._core.tracing import plain
 
-from .device_parts import divided, pieces
-from .grids import blocks
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-    from randattn._core.inputs import Inputs
-
-    from .device_parts import Cuts, Members, Pieces
-    from .grids import Blocks
-
-    Array = Any
+from .device_parts import Cuts, Members, Pieces, divided, pieces
+from .grids import Blocks, blocks
 
 
 def pool(x: Array, at: Blocks, mask: Array | None) -> Average:
@@ -180,8 +171,7 @@ def _others_of_atoms(atoms: Average, cut: Cuts) -> Average:
 
 def _others(members: Sequence[Average], cut: Cuts) -> Average:
     parts = zip(members, cut.pieces.levels, strict=True)
-    out, log_norm = reduce(merge, [_all_but(one, level) for one, level in parts])
-    return Average(out, namespace(out).where(backend_of(out).beside(cut.is_cut, out), log_norm, -math.inf))
+    return _only(reduce(merge, [_all_but(one, level) for one, level in parts]), cut.is_cut)
 
 
 def _levels(atoms: Average, parts: Pieces) -> Iterator[tuple[Average, Average]]:
@@ -194,31 +184,35 @@ def _levels(atoms: Average, parts: Pieces) -> Iterator[tuple[Average, Average]]:
 
 def _of_groups(atoms: Average, level: Members) -> Average:
     """Gather the averages over the parts of each group: (..., C, r, E)."""
-    xp, shape = namespace(atoms.out), level.index.shape
-    log_norm = _take(atoms.log_norm, level.index, axis=-1, lanes=level.lanes)
-    log_norm = xp.reshape(log_norm, (*log_norm.shape[:-1], *shape))
-    log_norm = xp.where(backend_of(log_norm).beside(level.valid, log_norm), log_norm, -math.inf)
-    out = _take(atoms.out, level.index, axis=-2, lanes=level.lanes)
-    return Average(xp.reshape(out, (*out.shape[:-2], *shape, out.shape[-1])), log_norm)
+    return _only(_taken(atoms, level.index, level.lanes), level.valid)
+
+
+def _taken(x: Average, index: Any, lanes: int) -> Average:
+    """Return the averages at a NumPy index, in the shape of the index."""
+    xp = namespace(x.out)
+    out, log_norm = _take(x.out, index, -2, lanes), _take(x.log_norm, index, -1, lanes)
+    out = xp.reshape(out, (*out.shape[:-2], *index.shape, out.shape[-1]))
+    return Average(out, xp.reshape(log_norm, (*log_norm.shape[:-1], *index.shape)))
+
+
+def _only(x: Average, there: Any) -> Average:
+    """Return the averages with the log-norm -inf where a NumPy mask is False."""
+    there = backend_of(x.out).beside(there, x.out)
+    return x._replace(log_norm=namespace(x.out).where(there, x.log_norm, -math.inf))
 
 
 def _all_but(members: Average, level: Members) -> Average:
     """Compute `others` for the parts of one level: (..., B, R, E)."""
-    xp, shape = namespace(members.out), level.inside.shape
+    xp = namespace(members.out)
     # The parts before merged with the parts after: a difference (group less part) would lose all digits where
     # the part has nearly all of the group's weight.
-    before, after = (
-        _before(members),
-        _before(Average(xp.flip(members.out, axis=-2), xp.flip(members.log_norm, axis=-1))),
-    )
+    before = _before(members)
+    after = _before(Average(xp.flip(members.out, axis=-2), xp.flip(members.log_norm, axis=-1)))
     rest = merge(before, Average(xp.flip(after.out, axis=-2), xp.flip(after.log_norm, axis=-1)))
     *lead, groups, parts, features = rest.out.shape
     out = xp.reshape(rest.out, (*lead, groups * parts, features))
     log_norm = xp.reshape(rest.log_norm, (*rest.log_norm.shape[:-2], groups * parts))
-    out = _take(out, level.inside, axis=-2, lanes=level.lanes)
-    log_norm = _take(log_norm, level.inside, axis=-1, lanes=level.lanes)
-    out = xp.reshape(out, (*out.shape[:-2], *shape, out.shape[-1]))
-    return Average(out, xp.reshape(log_norm, (*log_norm.shape[:-1], *shape)))
+    return _taken(Average(out, log_norm), level.inside, level.lanes)
 
 
 def _before(parts: Average) -> Average:
@@ -256,6 +250,14 @@ def pooling_ranks(landmarks: Any, noise: Any) -> list[tuple[Any, int]]:
     """Return the noise and the landmarks, each with the number of its trailing axes."""
     pair = landmarks if isinstance(landmarks, tuple | list) else ()
     return [(noise, 2), *[(array, 2) for array in pair]]
+
+
+def count_of_blocks(name: str, count: Any, landmarks: Any, noise: Any) -> Any:
+    """Return the caller's count, one for each axis of a grid too; else that of landmarks or noise, or 64."""
+    if isinstance(count, tuple | list):
+        return count
+    given = landmarks[-1] if isinstance(landmarks, tuple | list) and landmarks else None
+    return resolve_count(name, count, 64, landmarks=(given, -2), noise=(noise, -2))
 
 
 def given_landmarks(x: Inputs, landmarks: Any, count: int) -> tuple[Array, Array]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 from rich.console import Console
@@ -15,20 +16,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from randattn._estimators.registry import by_label
 
-from .compare.measure import measure
+from .compare.measure import Advance, measure
 from .compare.plan import FULL, QUICK
 from .compare.table import print_tables
 from .diagnose.look import labels, look
 from .diagnose.table import print_looks
 from .errors import Refused
 from .files import check_output, read_inputs, read_sample, write_report
-from .libraries import CHECKS, NAMES, Unusable, installed, open_library
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from .compare.measure import Advance
-    from .libraries import ArrayLibrary
+from .libraries import CHECKS, NAMES, ArrayLibrary, Unusable, installed, open_library
 
 # Exit status of a program that an interrupt ended: 128 + SIGINT, as shells report it.
 _INTERRUPTED = 130
@@ -42,6 +37,12 @@ _INPUT = click.option(
     help="A .npz or .safetensors file with q (..., N, D), k (..., M, D), v (..., M, E) and optionally scale. "
     "Default: the embedded sample, the attention inputs of a small sentence encoder.",
 )
+
+
+def _estimators(verb: str, names: list[str]) -> Callable[..., Any]:
+    """Return the option of the estimators to measure or to diagnose."""
+    text, kind = f"An estimator to {verb}: {', '.join(names)}. Repeatable. Default: all.", click.Choice(names)
+    return click.option("--estimator", "estimators", multiple=True, type=kind, metavar="NAME", help=text)
 
 
 def _output(name: str) -> Callable[..., Any]:
@@ -78,14 +79,7 @@ def app(context: click.Context) -> None:
     f"except {' and '.join(CHECKS)}, which serve for checks. PyTorch runs on a CUDA device if it finds one, "
     "JAX on its default device; CuPy needs a CUDA device.",
 )
-@click.option(
-    "--estimator",
-    "estimators",
-    multiple=True,
-    type=click.Choice(list(by_label())),
-    metavar="NAME",
-    help=f"An estimator to measure: {', '.join(by_label())}. Repeatable. Default: all.",
-)
+@_estimators("measure", list(by_label()))
 @_INPUT
 @click.option(
     "--seeds",
@@ -145,14 +139,7 @@ def compare(
 
 @app.command()
 @_INPUT
-@click.option(
-    "--estimator",
-    "estimators",
-    multiple=True,
-    type=click.Choice(labels()),
-    metavar="NAME",
-    help=f"An estimator to diagnose: {', '.join(labels())}. Repeatable. Default: all.",
-)
+@_estimators("diagnose", labels())
 @click.option(
     "--samples",
     type=click.IntRange(min=1),
@@ -247,12 +234,7 @@ def _progress() -> Iterator[Advance]:
         # Not `Progress(disable=True)`, which prints a line in older versions of Rich.
         yield lambda _done, _total, _doing: None
         return
-    columns = (
-        TextColumn("{task.description:<32}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
+    columns = (TextColumn("{task.description:<32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     # Four times a second: a thread that draws more often would show in the measured times.
     with Progress(*columns, console=console, transient=True, refresh_per_second=4) as bar:
         task = bar.add_task("")

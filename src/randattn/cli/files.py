@@ -7,19 +7,17 @@ import os
 import shutil
 import tempfile
 import zipfile
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from randattn import data
 
 from .errors import Refused
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
 
 _AXES = {"q": "N, D", "k": "M, D", "v": "M, E"}
 

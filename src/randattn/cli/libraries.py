@@ -8,15 +8,14 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from randattn._core.library import Array
 
-    Array = Any
-    Function = Callable[..., Array]
+Function = Callable[..., Array]
 
 
 class Unusable(Exception):  # noqa: N818  (a state of the machine, not of this program)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -15,8 +17,8 @@ def console() -> Console:
     return out if out.is_terminal else Console(highlight=False, width=100)
 
 
-def table(title: str, *names: str) -> Table:
-    """Return a table whose first columns have these names."""
+def table(title: str, *names: str, numbers: Iterable[str] = ()) -> Table:
+    """Return a table with columns of these names, and then columns of numbers."""
     made = Table(
         title=Text(title, style="bold"),
         title_justify="left",
@@ -27,4 +29,6 @@ def table(title: str, *names: str) -> Table:
     )
     for name in names:
         made.add_column(name, no_wrap=True)
+    for name in numbers:
+        made.add_column(name, justify="right")
     return made

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 from randattn import softmax_attention
-from randattn._core.library import namespace, placement
+from randattn._core.library import Array, namespace, placement
 from randattn._estimators.registry import row_of
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    Array = Any
 
 
 def key_mask_of(mask: Array | None, keys: int, name: str = "mask") -> Array | None:

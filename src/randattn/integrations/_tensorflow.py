@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    Array = Any
+from randattn._core.library import Array
 
 
 def by_jax(function: Callable[..., Array], arrays: int) -> Callable[..., Array]:

@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from randattn._core.describe import shown
-from randattn._estimators.registry import ESTIMATORS
 
-from ._layer import (
-    buckets,
-    check_layer,
-    draws_in_evaluation,
-    masks_of,
-    merge_heads,
-    pooled,
-    split_heads,
-)
+from ._layer import attended, buckets, check_layer, check_relative_bias
 from ._layout import estimate, key_mask_of
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
 
 
 def attention_fn(estimator: Callable[..., jax.Array], /, **options: Any) -> Callable[..., jax.Array]:
@@ -171,17 +160,9 @@ class Attention(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         options = dict(options or {})
-        check_layer(
-            features,
-            num_heads,
-            estimator,
-            options,
-            learned_landmarks=learned_landmarks,
-            relative_bias=relative_bias,
-            num_buckets=num_buckets,
-            max_distance=max_distance,
-            is_causal=is_causal,
-        )
+        check_layer(features, num_heads, estimator, learned_landmarks=learned_landmarks)
+        if relative_bias:
+            check_relative_bias(estimator, options, num_buckets, max_distance, is_causal=is_causal)
         self.num_heads, self.estimator, self.is_causal = num_heads, estimator, is_causal
         self.options = nnx.static(options)
         self.deterministic = False
@@ -219,33 +200,15 @@ class Attention(nnx.Module):
         `key_mask` (..., M) and `query_mask` (..., N) are False for padding. Without a context `query_mask` is
         `key_mask` by default. Further options are those of the estimator.
         """
-        x, context, masks = masks_of(x, context, key_mask, query_mask)
-        q, k, v = (
-            split_heads(project(y), self.num_heads)
-            for project, y in ((self.query, x), (self.key, context), (self.value, context))
-        )
-        options = {**self._draws(own), **self.options, **own}
-        if self.query_landmark is not None and self.key_landmark is not None:
-            qt, kt = pooled(self.estimator, q, k, options, is_causal=self.is_causal, **masks)
-            options["landmarks"] = (self.query_landmark(qt), self.key_landmark(kt))
-            # The landmarks have the number in their shape.
-            for name in ("num_landmarks", "num_groups"):
-                options.pop(name, None)
+        bias = None
         if self.relative_bias is not None:
             places = jnp.asarray(buckets(*self.places, is_causal=self.is_causal))
-            options["window_bias"] = jnp.moveaxis(self.relative_bias(places), -1, 0)
-        out = estimate(
-            ESTIMATORS[self.estimator].function, options, q, k, v, is_causal=self.is_causal, **masks
-        )
-        return self.out(merge_heads(out))
+            bias = jnp.moveaxis(self.relative_bias(places), -1, 0)
+        draw = None if self.deterministic else self._draw
+        return attended(self, x, context, key_mask, query_mask, own, window_bias=bias, draw=draw)
 
-    def _draws(self, own: dict[str, Any]) -> dict[str, Any]:
-        is_given = any({**self.options, **own}.get(name) is not None for name in ("rng", "noise"))
-        if is_given or ESTIMATORS[self.estimator].draws == "never":
-            return {}
-        if not self.deterministic:
-            return {"rng": self.rngs.draws()}
-        return draws_in_evaluation(self.estimator)
+    def _draw(self) -> jax.Array:
+        return self.rngs.draws()
 
     def load(self, weights: Mapping[str, Any]) -> None:
         """Load the weights of PyTorch's layer: its ``state_dict()``, as NumPy arrays or objects like them.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import keras
 
@@ -11,9 +12,6 @@ from randattn._estimators.registry import ESTIMATORS
 
 from ._layer import check_estimator
 from ._layout import estimate
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 Array = Any
 _MODULE = "randattn"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import timm.layers
@@ -11,8 +12,6 @@ from randattn import eva
 from .torch import scaled_dot_product_attention
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     import torch
 
 

@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
 from randattn import eva
 from randattn._core.describe import shown
-from randattn._estimators.registry import ESTIMATORS
 
-from ._layer import (
-    buckets,
-    check_layer,
-    draws_in_evaluation,
-    masks_of,
-    merge_heads,
-    pooled,
-    split_heads,
-)
+from ._layer import attended, buckets, check_layer, check_relative_bias
 from ._layout import estimate, key_mask_of
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 
 def scaled_dot_product_attention(
@@ -179,23 +169,11 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         options = dict(options or {})
-        check_layer(
-            features,
-            num_heads,
-            estimator,
-            options,
-            learned_landmarks=learned_landmarks,
-            relative_bias=relative_bias,
-            num_buckets=num_buckets,
-            max_distance=max_distance,
-            is_causal=is_causal,
-        )
-        self.num_heads, self.estimator, self.options, self.is_causal = (
-            num_heads,
-            estimator,
-            options,
-            is_causal,
-        )
+        check_layer(features, num_heads, estimator, learned_landmarks=learned_landmarks)
+        if relative_bias:
+            check_relative_bias(estimator, options, num_buckets, max_distance, is_causal=is_causal)
+        self.num_heads, self.is_causal = num_heads, is_causal
+        self.estimator, self.options = estimator, options
         self.query, self.key, self.value, self.out = (
             nn.Linear(features, features, bias=bias, **factory) for _ in range(4)
         )
@@ -228,32 +206,12 @@ class Attention(nn.Module):
         `key_mask` (..., M) and `query_mask` (..., N) are False for padding. Without a context `query_mask` is
         `key_mask` by default. Further options are those of the estimator.
         """
-        x, context, masks = masks_of(x, context, key_mask, query_mask)
-        q, k, v = (
-            split_heads(project(y), self.num_heads)
-            for project, y in ((self.query, x), (self.key, context), (self.value, context))
-        )
-        options = {**self._draws(x.device, own), **self.options, **own}
-        if self.query_landmark is not None and self.key_landmark is not None:
-            qt, kt = pooled(self.estimator, q, k, options, is_causal=self.is_causal, **masks)
-            options["landmarks"] = (self.query_landmark(qt.to(q.dtype)), self.key_landmark(kt.to(k.dtype)))
-            # The landmarks have the number in their shape.
-            for name in ("num_landmarks", "num_groups"):
-                options.pop(name, None)
-        if self.relative_bias is not None:
-            options["window_bias"] = self.relative_bias(self.places).movedim(-1, 0)
-        out = estimate(
-            ESTIMATORS[self.estimator].function, options, q, k, v, is_causal=self.is_causal, **masks
-        )
-        return self.out(merge_heads(out))
+        bias = None if self.relative_bias is None else self.relative_bias(self.places).movedim(-1, 0)
+        draw = partial(_generator, x.device) if self.training else None
+        return attended(self, x, context, key_mask, query_mask, own, window_bias=bias, draw=draw)
 
-    def _draws(self, device: torch.device, own: dict[str, Any]) -> dict[str, Any]:
-        is_given = any({**self.options, **own}.get(name) is not None for name in ("rng", "noise"))
-        if is_given or ESTIMATORS[self.estimator].draws == "never":
-            return {}
-        if self.training:
-            # A seed from PyTorch's global generator on the host: `torch.manual_seed` decides the draws, on a
-            # generator of the device that no other code uses.
-            seed = int(torch.randint(2**62, ()))
-            return {"rng": torch.Generator(device).manual_seed(seed)}
-        return draws_in_evaluation(self.estimator)
+
+def _generator(device: torch.device) -> torch.Generator:
+    # A seed from PyTorch's global generator on the host: `torch.manual_seed` decides the draws, on a
+    # generator of the device that no other code uses.
+    return torch.Generator(device).manual_seed(int(torch.randint(2**62, ())))

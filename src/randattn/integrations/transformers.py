@@ -7,8 +7,9 @@
 from __future__ import annotations
 
 import numbers
+from collections.abc import Callable
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import MODEL_MAPPING, AttentionInterface, AttentionMaskInterface
@@ -25,9 +26,6 @@ from randattn._core.describe import shown
 from randattn._estimators.registry import by_label
 
 from ._layout import estimate
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 # Arguments by which models change attention, and which neither estimators nor PyTorch's function take: to
 # ignore one would give a model other results without a word.

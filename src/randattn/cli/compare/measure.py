@@ -4,29 +4,23 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from randattn import softmax_attention
+from randattn._core.library import Array
 from randattn.cli.errors import Refused
-from randattn.cli.libraries import open_library
+from randattn.cli.files import Arrays
+from randattn.cli.libraries import ArrayLibrary, open_library
 
-from .plan import EXACT, Config
+from .plan import EXACT, Config, Plan
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
-
-    from randattn.cli.files import Arrays
-    from randattn.cli.libraries import ArrayLibrary
-
-    from .plan import Plan
-
-    Array = Any
-    Call = Callable[[], Array]
-    Advance = Callable[[int, int, str], None]
+Call = Callable[[], Array]
+Advance = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -138,17 +132,9 @@ def measure(
             race[EXACT]()
         seconds = _race(race, plan.rounds, plan.seconds)
         for config in configs:
-            of_it = accuracy[config][library.name]
-            rows.append(
-                Row(
-                    library.name,
-                    *config,
-                    relative_error=of_it.error,
-                    seconds=seconds[config],
-                    speedup=seconds[EXACT] / seconds[config],
-                    max_abs_diff=of_it.difference,
-                )
-            )
+            error, difference, _ = accuracy[config][library.name]
+            speedup = seconds[EXACT] / seconds[config]
+            rows.append(Row(library.name, *config, error, seconds[config], speedup, difference))
     lengths = list(_lengths(inputs, libraries, estimators, plan=plan, start=start, steps=steps))
     advance(steps.total, steps.total, "")
     return Report(

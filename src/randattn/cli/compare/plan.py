@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from randattn._estimators.registry import by_label
+from randattn._estimators.registry import Estimator, by_label
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+
+def options_of(row: Estimator, samples: int | None, seed: int, *, is_self: bool) -> dict[str, Any]:
+    """Return the options of a call with a number of samples and a seed; `is_self` is True where N = M."""
+    options: dict[str, Any] = {} if row.count is None else {row.count: samples}
+    if row.draws != "never":
+        options["rng"] = seed
+    return options if is_self else {**options, **row.across}
 
 
 class Config(NamedTuple):
@@ -28,13 +34,7 @@ class Config(NamedTuple):
     def bind(self, scale: float, seed: int, *, is_self: bool) -> Callable[..., Any]:
         """Return the estimator as a function of q, k and v alone; `is_self` is True where N = M."""
         row = by_label()[self.estimator]
-        keywords: dict[str, Any] = {"scale": scale}
-        if row.count is not None:
-            keywords[row.count] = self.samples
-        if self.is_random:
-            keywords["rng"] = seed
-        if not is_self:
-            keywords |= row.across
+        keywords = {"scale": scale, **options_of(row, self.samples, seed, is_self=is_self)}
         return lambda q, k, v: row.function(q, k, v, **keywords)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from matplotlib.figure import Figure
@@ -11,12 +12,10 @@ from matplotlib.ticker import FuncFormatter, LogFormatter, NullLocator
 from randattn._estimators.registry import by_label
 from randattn.cli.style import LONGEST_NAME, as_png, settings
 
+from .measure import Report
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from matplotlib.axes import Axes
-
-    from .measure import Report
 
 _LABELS = {"softmax": "softmax (exact)"}
 _REFERENCE = "#6E6E6E"
@@ -75,8 +74,7 @@ def _errors(axes: Axes, report: Report) -> None:
 
     seeds = "1 seed" if report.seeds == 1 else f"mean of {report.seeds} seeds"
     axes.set_title(f"Error: {report.input[-LONGEST_NAME:]}, {seeds}")
-    axes.set_xlabel("samples, landmarks or groups")
-    axes.set_ylabel("relative error")
+    axes.set(xlabel="samples, landmarks or groups", ylabel="relative error")
     axes.set_xscale("log", base=2)
     if samples:
         axes.set_xlim(samples[0] / 1.5, samples[-1] * 1.5)

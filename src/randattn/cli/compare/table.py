@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from rich.text import Text
 
 from randattn.cli.terminal import console, table
 
+from .measure import Report, Row
 from .plan import EXACT
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from rich.table import Table
-
-    from .measure import Report, Row
 
 # Number of lengths in the table of times: the longest one, and shorter ones in even steps.
 _LENGTHS_SHOWN = 3
@@ -54,9 +52,8 @@ def _rows(report: Report) -> Table:
     q, k = report.shapes["q"], report.shapes["k"]
     size = " x ".join(map(str, q)) + ("" if q[-2] == k[-2] else f", {k[-2]} keys")
     seeds = "1 seed" if report.seeds == 1 else f"mean of {report.seeds} seeds"
-    rows = table(f"{report.input}, {size}, {seeds}", "library", "estimator")
-    for header in ("samples", "error", "mean(V)"):
-        rows.add_column(header, justify="right")
+    errors = ("samples", "error", "mean(V)")
+    rows = table(f"{report.input}, {size}, {seeds}", "library", "estimator", numbers=errors)
     rows.add_column("")
     for header in ("time", "speedup", "vs numpy"):
         rows.add_column(header, justify="right")
@@ -82,9 +79,7 @@ def _lengths(report: Report) -> Table:
     times = {
         (each.backend, each.estimator, each.samples, each.length): each.seconds for each in report.lengths
     }
-    rows = table("Time for one head, by tokens", "library", "estimator")
-    for length in shown:
-        rows.add_column(str(length), justify="right")
+    rows = table("Time for one head, by tokens", "library", "estimator", numbers=map(str, shown))
     lines = list(dict.fromkeys((each.backend, each.estimator, each.samples) for each in report.lengths))
     for line in sorted(lines, key=lambda line: list(report.libraries).index(line[0])):
         cells = []

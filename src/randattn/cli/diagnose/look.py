@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from randattn import diagnose
+from randattn import Diagnosis, diagnose
 from randattn._estimators.registry import by_label
-from randattn.cli.compare.measure import truth
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from randattn import Diagnosis
-    from randattn.cli.compare.measure import Advance
-    from randattn.cli.files import Arrays
+from randattn.cli.compare.measure import Advance, truth
+from randattn.cli.compare.plan import options_of
+from randattn.cli.files import Arrays
 
 # Quantiles over queries, as figures of a report.
 QUANTILES = (0.05, 0.5, 0.95)
@@ -97,14 +93,8 @@ class Looks:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values for JSON, without the arrays for pictures."""
-        looks = [asdict(look) for look in self.looks]
-        return {
-            "input": self.input,
-            "shapes": self.shapes,
-            "queries": self.queries,
-            "entropy": self.entropy,
-            "looks": looks,
-        }
+        own = {name: getattr(self, name) for name in ("input", "shapes", "queries", "entropy")}
+        return {**own, "looks": [asdict(look) for look in self.looks]}
 
 
 def look(
@@ -145,11 +135,7 @@ def look(
         advance(number, len(estimators), name)
         row = by_label()[name]
         count = row.default if samples is None else samples
-        options: dict[str, Any] = {} if row.count is None else {row.count: count}
-        if row.draws != "never":
-            options["rng"] = seed
-        if inputs.q.shape[-2] != inputs.k.shape[-2]:
-            options |= row.across
+        options = options_of(row, count, seed, is_self=inputs.q.shape[-2] == inputs.k.shape[-2])
         # An estimator may overflow on such inputs: the figure says so, NumPy's warnings would only repeat it.
         with np.errstate(all="ignore"):
             found[name] = diagnose(

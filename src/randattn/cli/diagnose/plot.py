@@ -9,12 +9,10 @@ from matplotlib.figure import Figure
 
 from randattn.cli.style import LONGEST_NAME, as_png, settings
 
-from .look import BINS
+from .look import BINS, Looks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-    from .look import Looks
 
 _EXACT, _BAD, _GOOD = "#6E6E6E", "#D55E00", "#009E73"
 # Points of a scatter plot, about; more of them would cover each other.
@@ -45,11 +43,9 @@ def plot_looks(found: Looks) -> bytes:
         _of_exact(found, grid[:, 0], black)
         for axes, look in zip(grid.T[1:], found.looks, strict=True):
             diagnosis = found.diagnoses[look.estimator]
-            is_bad = look.relative_error >= look.mean_error
-            colour = _BAD if is_bad else _GOOD
-            axes[0].set_title(
-                f"{look.estimator} {look.samples}\nerror {look.relative_error:.2g}", color=colour
-            )
+            colour = _BAD if look.relative_error >= look.mean_error else _GOOD
+            title = f"{look.estimator} {look.samples}\nerror {look.relative_error:.2g}"
+            axes[0].set_title(title, color=colour)
             _matrix(axes[0], None if diagnosis.rows is None else _first_head(diagnosis.rows), black)
             _histogram(axes[1], look.histogram, colour)
             _scatter(axes[2], diagnosis.entropy, diagnosis.error, colour, highest)
@@ -67,10 +63,8 @@ def _of_exact(found: Looks, axes: Any, black: float | None) -> None:
     _matrix(axes[0], found.exact, black)
     axes[0].set_ylabel("query")
     (first, *_) = found.diagnoses.values()
-    entropy = np.ravel(first.entropy)
-    axes[1].hist(entropy, bins=BINS, color=_EXACT)
-    axes[1].set_title("entropy of rows (nats)")
-    axes[1].set_ylabel("queries")
+    axes[1].hist(np.ravel(first.entropy), bins=BINS, color=_EXACT)
+    axes[1].set(title="entropy of rows (nats)", ylabel="queries")
     axes[2].axis("off")
     axes[2].text(
         0,
@@ -98,8 +92,7 @@ def _histogram(axes: Axes, histogram: list[int] | None, colour: str) -> None:
         axes.axis("off")
         _nothing(axes, "no self-normalized\nweights")
         return
-    axes.set_xlabel("effective samples / weights")
-    axes.set_xlim(0, 1)
+    axes.set(xlabel="effective samples / weights", xlim=(0, 1))
     axes.bar((np.arange(BINS) + 0.5) / BINS, histogram, width=0.9 / BINS, color=colour)
 
 
@@ -107,9 +100,7 @@ def _scatter(axes: Axes, entropy: Any, error: Any, colour: str, highest: float) 
     entropy, error = np.ravel(np.broadcast_to(entropy, np.shape(error))), np.ravel(error)
     every = max(1, len(error) // _POINTS)
     axes.scatter(entropy[::every], error[::every], s=4, color=colour, alpha=0.25, linewidths=0)
-    axes.set_xlabel("entropy of the exact row (nats)")
-    axes.set_ylabel("|out - exact|")
-    axes.set_ylim(0, 1.05 * highest or 1)
+    axes.set(xlabel="entropy of the exact row (nats)", ylabel="|out - exact|", ylim=(0, 1.05 * highest or 1))
 
 
 def _nothing(axes: Axes, why: str) -> None:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 from rich.text import Text
 
 from randattn.cli.terminal import console, table
 
-if TYPE_CHECKING:
-    from .look import Looks
+from .look import Looks
 
 # One character for each eighth of the height of a bar.
 _BARS = " ▁▂▃▄▅▆▇█"
@@ -20,9 +18,8 @@ def print_looks(found: Looks) -> None:
     """Print errors and weights, notes on the columns, and one sentence of advice for each estimator."""
     out = console()
     q, keys = found.shapes["q"], found.shapes["k"][-2]
-    rows = table(f"{found.input}, {' x '.join(map(str, q))}", "estimator")
-    for header in ("samples", "error", "standard error", "mean(V)", "effective", "largest weight"):
-        rows.add_column(header, justify="right")
+    numbers = ("samples", "error", "standard error", "mean(V)", "effective", "largest weight")
+    rows = table(f"{found.input}, {' x '.join(map(str, q))}", "estimator", numbers=numbers)
     rows.add_column("effective share, 0 to 1", no_wrap=True)
     for each in found.looks:
         rows.add_row(
