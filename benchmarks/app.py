@@ -87,15 +87,17 @@ def measure_causal(name: str, *, quick: bool, output: Path | None) -> None:
 @app.command(name="trained")
 @click.argument("name", metavar="LIBRARY", type=click.Choice(CPU_LIBRARIES))
 @click.option("--long/--no-long", default=True, help="With inputs of 16,384 and 32,768 tokens.")
+@click.option("--steps", is_flag=True, help="Steps of a token, after a call on the tokens before.")
 @_OUTPUT
-def measure_trained(name: str, output: Path | None, *, long: bool) -> None:
+def measure_trained(name: str, output: Path | None, *, long: bool, steps: bool) -> None:
     """Measure error and time of adaptive_eva on a trained language model's own inputs."""
     from . import trained
 
     about = machine.describe()
-    found = list(trained.measure(name, _say, long=long))
+    found = list(trained.measure(name, _say, long=long, steps=steps))
     _console().print(trained.table(found), "")
-    trained.write((output or rows.RESULTS / "trained") / f"{name}-cpu.json", about, found)
+    file = f"{name}-steps-cpu.json" if steps else f"{name}-cpu.json"
+    trained.write((output or rows.RESULTS / "trained") / file, about, found)
 
 
 @app.command(name="perplexity")

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from randattn import adaptive_eva, eva, lara, rfa, softmax_attention
+from randattn import adaptive_eva, adaptive_eva_step, eva, lara, rfa, softmax_attention
 
 from .language_model import LanguageModel, exact_attention, texts
 
@@ -32,6 +32,8 @@ TUNED, HELD_OUT = (3, 7, 12, 18, 20, 25), (1, 5, 10, 15, 22, 28)
 EARLY = (2, 5, 8)
 # Tokens of a text that the model reads at once: as many as it was trained on, and more.
 _CAPTURED = (8192, 32768)
+# Steps that follow a call on all tokens before them: by their results the error, by their times the time.
+_STEPS = 64
 _PAIRS = 5  # pairs of calls whose ratio's median is given
 
 
@@ -45,6 +47,7 @@ class Case(NamedTuple):
     before: bool = False  # over the keys before these queries alone
     heads: int | None = None  # query heads, each with its key head repeated; None for all, grouped
     layers: tuple[int, ...] = (*TUNED, *HELD_OUT)
+    is_step: bool = False
     # For each call: without options a call of few keys would be exact attention.
     options: tuple[dict[str, int], ...] = ({},)
     texts: tuple[str, ...] = ("language reference", "sources")
@@ -80,6 +83,15 @@ CASES = (
         texts=("language reference",),
         options=_WITHOUT,
     ),
+    Case("a step over 8,192 tokens", 8192, is_step=True, options=({}, {"num_exact": 512})),
+    Case(
+        "a step over 32,768 tokens",
+        32768,
+        is_step=True,
+        layers=EARLY,
+        texts=("language reference",),
+        options=({}, {"num_exact": 2048}),
+    ),
     Case("16,384 tokens", 16384, is_causal=False, heads=4, layers=EARLY, texts=("language reference",)),
 )
 
@@ -107,17 +119,20 @@ class Row(NamedTuple):
     first_seconds: float
 
 
-def measure(library: str, say: Say, *, long: bool) -> Iterator[Row]:
-    """Measure adaptive_eva on all cases; on causal ones of all queries and fewer layers for NumPy and JAX.
+def measure(library: str, say: Say, *, long: bool, steps: bool) -> Iterator[Row]:
+    """Measure calls of adaptive_eva or steps; calls of all queries and fewer layers for NumPy and JAX.
 
     The errors are those of PyTorch: NumPy takes six times as long.
     """
     model, own = LanguageModel(), _LIBRARIES[library]
-    cases = [case for case in CASES if long or case.tokens <= 8192]
+    cases = [case for case in CASES if case.is_step == steps and (long or case.tokens <= 8192)]
     if library != "torch":
         few = {"layers": HELD_OUT[::2], "texts": ("language reference",)}
-        chosen = (case for case in cases if case.is_causal and case.last is None and case.tokens <= 8192)
-        cases = [case._replace(**few) for case in chosen]
+        cases = [
+            case if case.tokens > 8192 else case._replace(**few)
+            for case in cases
+            if steps or (case.is_causal and case.last is None and case.tokens <= 8192)
+        ]
     layers: dict[tuple[int, str], set[int]] = {}
     for case in cases:
         for name in case.texts:
@@ -131,7 +146,7 @@ def measure(library: str, say: Say, *, long: bool) -> Iterator[Row]:
         inputs = [captured[case.captured, name] for name in case.texts]
         for options in case.options:
             say(f"{library}: {case.name} {options}")
-            yield _row(library, own, case, options, inputs)
+            yield (_row_of_steps if case.is_step else _row)(library, own, case, options, inputs)
 
 
 def _row(library: str, own: Any, case: Case, options: dict[str, Any], captured: list[Any]) -> Row:
@@ -154,6 +169,49 @@ def _row(library: str, own: Any, case: Case, options: dict[str, Any], captured: 
             at.append(time.perf_counter())
         seconds.append(at[1] - at[0])
         ratios.append((at[2] - at[1]) / seconds[-1])
+    return _rounded(library, case, options, errors, ratios, seconds, first)
+
+
+def _row_of_steps(library: str, own: Any, case: Case, options: dict[str, Any], captured: list[Any]) -> Row:
+    """Measure steps of one token, after a call on the tokens before them, against exact attention of each."""
+    errors, ratios, seconds, first = [], [], [], math.nan
+    step, gqa = own.step(partial(adaptive_eva_step, enable_gqa=True, **options)), {"enable_gqa": True}
+    for of_text in captured:
+        for layer in case.layers:
+            arrays = [own.array(x[:, :, : case.tokens]) for x in of_text[layer]]
+            start = case.tokens - _STEPS
+            prompt = (x[:, :, :start] for x in arrays)
+            # An exact head of a prompt takes longer than all steps: here the state alone is of interest.
+            begun = {"is_causal": True, "exact_heads": 0, "return_state": True, "max_tokens": case.tokens}
+            _, state = adaptive_eva(*prompt, **begun, **gqa)
+            outs = []
+            for n in range(start, case.tokens):
+                one, past = [x[:, :, n : n + 1] for x in arrays], [x[:, :, : n + 1] for x in arrays[1:]]
+                at = [time.perf_counter()]
+                own.wait(own.exact(one[0], *past, is_causal=False, **gqa))
+                at.append(time.perf_counter())
+                out, state = step(*one, state)
+                own.wait(out)
+                at.append(time.perf_counter())
+                first = at[2] - at[1] if math.isnan(first) else first
+                seconds.append(at[1] - at[0])
+                ratios.append((at[2] - at[1]) / seconds[-1])
+                outs.append(np.asarray(out))
+            last = (arrays[0][:, :, start:], *arrays[1:])
+            exact = softmax_attention(*last, is_causal=True, **gqa)
+            errors.append(_error(np.concatenate(outs, axis=2), np.asarray(exact)))
+    return _rounded(library, case, options, errors, ratios, seconds, first)
+
+
+def _rounded(
+    library: str,
+    case: Case,
+    options: dict[str, Any],
+    errors: list[float],
+    ratios: list[float],
+    seconds: list[float],
+    first: float,
+) -> Row:
     shown = ", ".join(f"{key}={value}" for key, value in options.items())
     found = (np.mean(errors), max(errors), np.median(ratios), np.median(seconds), first)
     return Row(library, case.name, shown, *(float(f"{x:.3g}") for x in found))
@@ -173,6 +231,9 @@ class _Numpy:
     def wait(self, x: Any) -> None:
         pass
 
+    def step(self, function: Any) -> Any:
+        return function
+
 
 class _Torch(_Numpy):
     def array(self, x: torch.Tensor) -> Any:
@@ -183,6 +244,8 @@ class _Torch(_Numpy):
         if is_causal and q.shape[-2] != k.shape[-2]:
             # PyTorch's own flag aligns the first query with the first key.
             return softmax_attention(q, k, v, is_causal=True, enable_gqa=enable_gqa)
+        if q.shape[-2] == 1:
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=enable_gqa)
         if enable_gqa:
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
@@ -196,6 +259,12 @@ class _Jax(_Numpy):
 
     def wait(self, x: Any) -> None:
         x.block_until_ready()
+
+    def step(self, function: Any) -> Any:
+        import jax
+
+        # The memory of the state is reused, or each step would copy it.
+        return jax.jit(function, donate_argnums=3)
 
 
 _LIBRARIES = {"numpy": _Numpy(), "torch": _Torch(), "jax": _Jax()}
