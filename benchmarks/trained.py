@@ -175,7 +175,9 @@ def _row(library: str, own: Any, case: Case, options: dict[str, Any], captured: 
 def _row_of_steps(library: str, own: Any, case: Case, options: dict[str, Any], captured: list[Any]) -> Row:
     """Measure steps of one token, after a call on the tokens before them, against exact attention of each."""
     errors, ratios, seconds, first = [], [], [], math.nan
-    step, gqa = own.step(partial(adaptive_eva_step, enable_gqa=True, **options)), {"enable_gqa": True}
+    gqa = {"enable_gqa": True}
+    step = own.compiled(partial(adaptive_eva_step, **options, **gqa), donate_argnums=3)
+    exactly = own.compiled(partial(own.exact, is_causal=False, **gqa))
     for of_text in captured:
         for layer in case.layers:
             arrays = [own.array(x[:, :, : case.tokens]) for x in of_text[layer]]
@@ -186,9 +188,10 @@ def _row_of_steps(library: str, own: Any, case: Case, options: dict[str, Any], c
             _, state = adaptive_eva(*prompt, **begun, **gqa)
             outs = []
             for n in range(start, case.tokens):
-                one, past = [x[:, :, n : n + 1] for x in arrays], [x[:, :, : n + 1] for x in arrays[1:]]
+                one = [x[:, :, n : n + 1] for x in arrays]
                 at = [time.perf_counter()]
-                own.wait(own.exact(one[0], *past, is_causal=False, **gqa))
+                # All keys, of one shape: JAX would compile a program for each number of keys.
+                own.wait(exactly(one[0], *arrays[1:]))
                 at.append(time.perf_counter())
                 out, state = step(*one, state)
                 own.wait(out)
@@ -231,7 +234,7 @@ class _Numpy:
     def wait(self, x: Any) -> None:
         pass
 
-    def step(self, function: Any) -> Any:
+    def compiled(self, function: Any, **_: Any) -> Any:
         return function
 
 
@@ -260,11 +263,10 @@ class _Jax(_Numpy):
     def wait(self, x: Any) -> None:
         x.block_until_ready()
 
-    def step(self, function: Any) -> Any:
+    def compiled(self, function: Any, **donated: Any) -> Any:
         import jax
 
-        # The memory of the state is reused, or each step would copy it.
-        return jax.jit(function, donate_argnums=3)
+        return jax.jit(function, **donated)
 
 
 _LIBRARIES = {"numpy": _Numpy(), "torch": _Torch(), "jax": _Jax()}
