@@ -1,7 +1,8 @@
 """The cost of sharding a sequence: a model, and a count in compiled programs that the model must equal.
 
 A sequence of N tokens lies on P devices, N / P on each. Bytes are those that one device sends in a forward
-pass, by rings: an all-reduce of b bytes sends 2 b (P - 1) / P, an all-gather that gives b bytes half of that.
+pass, by rings: an all-reduce of b bytes sends 2 b (P - 1) / P, an all-gather that gives b bytes half of that,
+and a reduce-scatter that leaves b bytes on each device b (P - 1).
 Operations are the multiply-adds of the matrix products on one device. `count` compiles the estimator for 8
 devices of this machine and reads the collective operations out of the program.
 """
@@ -23,7 +24,14 @@ ITEM = {"pred": 1, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
 KINDS = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
 DEVICES = 8
 FORCED = f"--xla_force_host_platform_device_count={DEVICES}"
-LABELS = ("rfa", "lara weighting=balance", "lara weighting=optimal", "eva window=64", "ring attention")
+LABELS = (
+    "rfa",
+    "lara weighting=balance",
+    "lara weighting=optimal",
+    "eva window=64",
+    "adaptive_eva",
+    "ring attention",
+)
 
 
 @dataclass(frozen=True)
@@ -53,20 +61,24 @@ class Traffic(NamedTuple):
 
     reduced: int
     gathered: int
+    scattered: int = 0
 
     def sent(self, devices: int) -> float:
         """Bytes that one device sends."""
-        return (2 * self.reduced + self.gathered) * (devices - 1) / devices
+        return (2 * self.reduced + self.gathered + devices * self.scattered) * (devices - 1) / devices
 
 
 def traffic(label: str, at: Layout) -> Traffic:
-    """Return the traffic of an estimator, which does not depend on the number of tokens."""
+    """Return the traffic of an estimator; that of adaptive_eva and of the ring grows with the tokens."""
     c, d, e = at.groups, at.features, at.values
     # A maximum and a sum for each frequency, and their average of the values.
     average = c * (e + 2)
     if label == "ring attention":
         # Keys and values go around the ring: as many bytes as if all were gathered.
         return _bytes(at, 0, at.tokens * (d + e))
+    if label == "adaptive_eva":
+        # Every device has all queries; the averages of its keys are summed on the devices of their queries.
+        return _bytes(at, at.tokens, at.tokens * d, at.tokens // at.devices * (e + 1))
     if label == "rfa":
         return _bytes(at, average, 0)
     # A group on one device is averaged there; a group on several is merged from its pieces with their sizes.
@@ -81,8 +93,8 @@ def traffic(label: str, at: Layout) -> Traffic:
     return _bytes(at, sizes, 2 * landmarks + at.pieces * e + sizes)
 
 
-def _bytes(at: Layout, reduced: int, gathered: int) -> Traffic:
-    return Traffic(*(at.heads * at.item * numbers for numbers in (reduced, gathered)))
+def _bytes(at: Layout, *numbers: int) -> Traffic:
+    return Traffic(*(at.heads * at.item * number for number in numbers))
 
 
 def operations(label: str, at: Layout) -> float:
@@ -90,6 +102,10 @@ def operations(label: str, at: Layout) -> float:
     n, c, d, e = at.tokens / at.devices, at.groups, at.features, at.values
     if label == "ring attention":
         return at.heads * n * at.tokens * (d + e)
+    if label == "adaptive_eva":
+        from randattn import adaptive_eva, multiply_adds
+
+        return at.heads * multiply_adds(adaptive_eva, at.tokens, at.tokens // at.devices, d, e)
     if label == "rfa":
         return at.heads * 2 * n * c * (d + e)
     if label.startswith("lara"):
@@ -128,15 +144,17 @@ def count(label: str, at: Layout) -> Traffic:
     totals = dict.fromkeys(KINDS, 0)
     for kind, _, size in collectives(text):
         totals[kind] += size
-    reduced, gathered = totals.pop("all-reduce"), totals.pop("all-gather")
+    found = Traffic(*(totals.pop(kind) for kind in ("all-reduce", "all-gather", "reduce-scatter")))
     if any(totals.values()):
-        raise AssertionError(f"{label}: expected all-reduce and all-gather alone, got {totals}")
-    return Traffic(reduced, gathered)
+        raise AssertionError(f"{label}: expected no other operations between devices, got {totals}")
+    return found
 
 
 def _estimator(label: str, at: Layout) -> Callable[..., Any]:
-    from randattn import eva, lara, rfa
+    from randattn import adaptive_eva, eva, lara, rfa
 
+    if label == "adaptive_eva":
+        return lambda q, k, v: adaptive_eva(q, k, v, num_exact=at.groups)
     if label == "rfa":
         return lambda q, k, v: rfa(q, k, v, num_samples=at.groups, rng=0)
     if label.startswith("lara"):

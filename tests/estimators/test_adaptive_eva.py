@@ -8,6 +8,9 @@ from tests.helpers.calls import adaptive_eva, softmax_attention
 
 pytestmark = pytest.mark.mathematics
 
+# Each chunk of Dask's keys chooses keys of its own: tests/libraries/dask_chunks has their definition.
+in_one_piece = pytest.mark.only("numpy", "torch", "jax", "strict", "cupy")
+
 N, D, E = 48, 12, 3
 LEAD = (2,)
 SMALL = {"num_exact": 8, "group_size": 4, "block_size": 8}
@@ -66,6 +69,7 @@ def of_block(q, choosing, k, v, mean, *, num_exact, group_size, recent=0, own=0)
     return weights / weights.sum(axis=1, keepdims=True) @ np.concatenate([values, v[past:]])
 
 
+@in_one_piece
 def test_blocks_are_their_definition(lib):
     data = inputs(n=20, m=50)
     expected = np.zeros((2, 20, E))
@@ -118,6 +122,7 @@ def test_groups_of_one_key_are_attention(lib, is_causal):
     lib.close(adaptive_eva(*lib.arrays(*data), **options), exactly(*data, is_causal=is_causal), rtol=1e-10)
 
 
+@in_one_piece
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_the_head_that_errs_most_is_exact(lib, is_causal):
     """Head 3 looks keys up one by one; the logits of the others are near zero."""
@@ -213,6 +218,7 @@ def test_few_last_queries(lib, n, function):
     lib.close(out, exactly(q, k[:, 3:], v[:, 3:], is_causal=True), rtol=1e-10)
 
 
+@in_one_piece
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_padding_is_never_read(lib, is_causal):
     """Not even as a key among zeros; where whole groups are padding, the call without them is the same."""

@@ -32,6 +32,8 @@ SEED = 20220628
 FULL = ("float64", "float32")
 # One rounding of the result is all that half precision may cost: the dtype's own epsilon.
 TOLERANCES = {"float64": 1e-11, "float32": 2e-5, "float16": 2**-10, "bfloat16": 2**-7}
+# Rows that a library does not compute, or in another way: chunks of Dask's keys choose keys of their own.
+NOT_COMPARED = {"dask": ("adaptive_eva", "adaptive_eva_step")}
 ON_THE_CPU = ("numpy", "torch", "jax", "strict", "dask", "cupy-standin")
 
 
@@ -137,6 +139,7 @@ def make_cases() -> list[Case]:
     cases += on(square, "eva_step", window=5, max_tokens=24, **seed)
     chosen = {"group_size": 6, "num_exact": 6, "block_size": 6}
     cases += on((*common, "shared"), "adaptive_eva", **chosen)
+    cases += on(square, "adaptive_eva_step", max_tokens=24)
     cases += on(square, "adaptive_eva causal", is_causal=True, exact_heads=1, **chosen)
     antithetic = {"antithetic": True, "mix_keys": True, "normalize": "landmarks"}
     cases += on(common, "lara antithetic", **antithetic, **lara)
@@ -151,8 +154,9 @@ def make_cases() -> list[Case]:
     return cases
 
 
-def cases_in(dtype: str, cases: list[Case]) -> list[Case]:
+def cases_of(library: str, dtype: str, cases: list[Case]) -> list[Case]:
     """Give fewer inputs to half precision, which is rounded in and out and the same in between."""
+    cases = [case for case in cases if case.row not in NOT_COMPARED.get(library, ())]
     return cases if dtype in FULL else [case for case in cases if case.inputs not in ("grouped", "shared")]
 
 
@@ -305,7 +309,7 @@ def main(names: list[str], *, quick: bool = False) -> int:
     worst: dict[tuple[str, str, str], float] = {}
     for name, library in libraries.items():
         for dtype in dtypes_of(library, quick=quick):
-            for case in cases_in(dtype, cases):
+            for case in cases_of(name, dtype, cases):
                 why = ""
                 try:
                     found = compare(library, dtype, case, inputs[case.inputs], numpy)
@@ -316,7 +320,7 @@ def main(names: list[str], *, quick: bool = False) -> int:
                 worst[cell] = max(worst.get(cell, 0.0), found)
                 if not found <= TOLERANCES[dtype]:
                     failures.append(f"{name}, {case}, {dtype}: {found:.1e}{why}")
-            missing = {case.row for case in cases} - {
+            missing = {case.row for case in cases_of(name, dtype, cases)} - {
                 row for of, row, kind in worst if (of, kind) == (name, dtype)
             }
             faults += [f"{name}, {row}, {dtype}: not compared" for row in sorted(missing)]

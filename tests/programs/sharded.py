@@ -44,7 +44,8 @@ OTHERS = {
     "eva long": ("eva", {"num_groups": 20, "window": 100}),
     "softmax": ("softmax_attention", {}),
     "eva causal": ("eva", {"window": WINDOW, "is_causal": True}),
-    "adaptive_eva": ("adaptive_eva", {"group_size": 128, "num_exact": 128}),
+    "adaptive_eva causal": ("adaptive_eva", {"group_size": 128, "num_exact": 128, "is_causal": True}),
+    "adaptive_eva exact": ("adaptive_eva", {"group_size": 8, "num_exact": 512}),
 }
 WITH_GRADIENTS = ("rfa", "lara optimal", "eva across")
 EXPLICIT = ("rfa", "lara antithetic", "eva across")
@@ -78,7 +79,7 @@ def main() -> None:
 
     def row(name: str, n: int, kind: AxisType, *, gradient: bool = False) -> dict[str, object]:
         estimator, options = (CASES | OTHERS)[name]
-        options = {**options, **({} if name in ("softmax", "adaptive_eva") else {"rng": 0})}
+        options = {**options, **({} if name == "softmax" or "adaptive" in name else {"rng": 0})}
         if "grid" in options:
             options["grid"] = (n // 16, 16)
         if "key_mask" in options:

@@ -129,6 +129,29 @@ class Dask(Backend):
         )
         return self.cut_tokens_as(found, first)
 
+    def is_sharded(self, x: Array) -> bool:
+        """Tell whether the tokens are in several chunks."""
+        return bool(x.numblocks[-2] > 1)
+
+    def over_shards(
+        self,
+        function: Callable[..., Average],
+        rule: Any,
+        size: int,
+        *arrays: tuple[Array | None, int],
+    ) -> Array:
+        """Return ``function(rule, q, *keys).out``, by a task for each pair of chunks of queries and keys."""
+        (q, _), *keys = arrays
+        lead = _lead(max(x.ndim - trailing for x, trailing in arrays if x is not None))
+        given = [
+            (x, "m", *(f"of {number}" for _ in range(trailing - 1)))
+            for number, (x, trailing) in enumerate(keys)
+        ]
+        chunks, operands = _laid_out(lead, [(q, "n", "d"), *given])
+        names = (*lead, "n")
+        part = _tasks(partial(_of_chunks, function, rule), (*names, "m"), chunks, operands)
+        return _apart(_over_keys(part, q), names, chunks, size).out
+
 
 BACKEND = Dask()
 
@@ -171,16 +194,21 @@ def _attend_chunks(q: Array, sets: Sequence[Keys], scale: float) -> Average:
             continue
         average = partial(_average, rules=[rule], scale=scale)
         part = _tasks(average, (*names, f"m{number}"), chunks, [of_q, *operands])
-        meta = meta_from_array(q, ndim=len(names))
-        # Chunks are tuples (`Average`), which Dask cannot concatenate; the tree merges a few at a time.
-        merged = {"axis": -1, "dtype": q.dtype, "meta": meta, "concatenate": False}
-        parts.append(da.reduction(part, _unchanged, _merged_along, **merged))
+        parts.append(_over_keys(part, q))
     if rules:
         average = partial(_average, rules=rules, scale=scale)
         parts.append(_tasks(average, names, chunks, [of_q, *together]))
     if len(parts) > 1:
         parts = [_tasks(_merged, names, chunks, [(part, names) for part in parts])]
     return _apart(parts[0], names, chunks, sets[0].v.shape[-1])
+
+
+def _over_keys(parts: Averages, like: Array) -> Averages:
+    """Merge averages along their last axis, whose chunks are chunks of keys."""
+    meta = meta_from_array(like, ndim=parts.ndim - 1)
+    # Chunks are tuples (`Average`), which Dask cannot concatenate; the tree merges a few at a time.
+    merged = {"axis": -1, "dtype": like.dtype, "meta": meta, "concatenate": False}
+    return da.reduction(parts, _unchanged, _merged_along, **merged)
 
 
 def _causal(q: Array, sets: Sequence[Keys], scale: float) -> Average:
@@ -283,6 +311,10 @@ def _average(q: Any, *others: Any, rules: Sequence[_Rule], scale: float) -> Aver
     own: Any = library.known_library(q)
     found: Average = own.attend(q, tuple(sets), scale)
     return found
+
+
+def _of_chunks(function: Callable[..., Average], rule: Any, *chunks: Any) -> Average:
+    return function(rule, *map(_chunk, chunks))
 
 
 def _chunk(x: Any) -> Any:

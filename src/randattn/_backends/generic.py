@@ -246,6 +246,24 @@ class Backend(Library):
         """
         return self.as_program(function, rule, *(x for x, _ in arrays))
 
+    def is_sharded(self, x: Array) -> bool:  # noqa: ARG002
+        """Tell whether the tokens (axis -2) are in shards, as `over_shards` takes them: devices or chunks."""
+        return False
+
+    def over_shards(
+        self,
+        function: Callable[..., Average],
+        rule: Any,
+        size: int,  # noqa: ARG002
+        *arrays: tuple[Array | None, int],
+    ) -> Array:
+        """Return ``function(rule, q, *keys).out`` (..., N, size), merged over the shards of the keys.
+
+        No key leaves its shard; each shard has all queries, or a chunk of them. The arrays are q, and others
+        with the tokens of the keys.
+        """
+        return function(rule, *(x for x, _ in arrays)).out
+
     def as_program(self, function: Callable[..., Array], rule: Any, *arrays: Array | None) -> Array:
         """Return ``function(rule, *arrays)``; a library that compiles keeps a program for both.
 

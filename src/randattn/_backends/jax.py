@@ -68,6 +68,21 @@ class Jax(Backend):
         """Return ``function(rule, *arrays)`` by one program: each operation would be a program of its own."""
         return _compiled_function(function, rule, *arrays)
 
+    def is_sharded(self, x: Array) -> bool:
+        """Tell whether the tokens may be cut into one shard for each device of a mesh with one axis."""
+        # With more axes the layout of a traced array is not known: shards might move to other devices.
+        return 1 < jax_mesh.mesh_size(x) == self.lanes_of(x) == jax_mesh.longest_axis(x)
+
+    def over_shards(
+        self,
+        function: Callable[..., Average],
+        rule: Any,
+        size: int,  # noqa: ARG002
+        *arrays: tuple[Array | None, int],
+    ) -> Array:
+        """Return ``function(rule, q, *keys).out``, merged over the devices of the mesh."""
+        return jax_mesh.over_shards(function, rule, *(x for x, _ in arrays))
+
     def constant(self, x: Array) -> Array:
         """Return `x` without gradients."""
         return jax.lax.stop_gradient(x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from randattn._core import average as plain
-from randattn._core.average import Average, Keys
+from randattn._core.average import Average, Keys, finite, nonzero
 from randattn._core.library import Array
 
 from .jax_loops import Rule, Set, together
@@ -21,6 +22,11 @@ def mesh_size(*arrays: Array) -> int:
     """Return the largest number of devices that one of the arrays may be laid over."""
     # In releases of JAX without `jax.typeof` a traced array has no layout to ask for.
     return max(_devices(jax.typeof(x).sharding.mesh) for x in arrays) if hasattr(jax, "typeof") else 1
+
+
+def longest_axis(x: Array) -> int:
+    """Return the number of devices along the longest axis of the array's mesh."""
+    return max(jax.typeof(x).sharding.mesh.axis_sizes)
 
 
 def _devices(mesh: Any) -> int:
@@ -62,6 +68,38 @@ def laid_by_compiler(function: Callable[..., Any], *args: Any, **options: Any) -
     if isinstance(found, tuple):
         layout = (layout, jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), found[1]))
     return jax.sharding.auto_axes(call, out_sharding=layout)(*arrays)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def over_shards(
+    function: Callable[..., Average], rule: Any, q: Array, k: Array, v: Array, mask: Array | None
+) -> Array:
+    """Return ``function(rule, q, k, v, mask).out``, merged over devices with a shard of the keys each."""
+    mesh = jax.typeof(k).sharding.mesh
+    axes = tuple(mesh.axis_names)
+    # Queries that can be cut so have their results along the devices.
+    is_even = q.shape[-2] % mesh.size == 0
+
+    def of_shard(q: Array, *keys: Array | None) -> Array:
+        out, log_norm = function(rule, q, *keys)
+        # One sum over devices, as `merge` has it for two averages: no average travels as it is.
+        top = finite(jax.lax.pmax(jax.lax.stop_gradient(log_norm), axes))
+        weight = jnp.exp(log_norm - top)
+        total = jnp.concat([weight[..., None] * out, weight[..., None]], axis=-1)
+        if is_even:
+            total = jax.lax.psum_scatter(total, axes, scatter_dimension=total.ndim - 2, tiled=True)
+        else:
+            total = jax.lax.psum(total, axes)
+        return total[..., :-1] / nonzero(total[..., -1:])
+
+    def along(x: Array | None, trailing: int) -> Any:
+        return None if x is None else PartitionSpec(*[None] * (x.ndim - trailing), axes)
+
+    rank = max(q.ndim, k.ndim, v.ndim)
+    out = PartitionSpec(*[None] * (rank - 2), axes) if is_even else PartitionSpec()
+    specs = (PartitionSpec(), along(k, 2), along(v, 2), along(mask, 1))
+    program = jax.shard_map(of_shard, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)
+    return program(q, k, v, mask)
 
 
 def _on_mesh(

@@ -143,6 +143,8 @@ def prepare(
     if key_mask is not None:
         key_mask = with_rank(key_mask, rank - 1)
         check_broadcast(_HINTS, q=(q, 2), k=(k, 2), v=(v, 2), key_mask=(key_mask, 1))
+        # Dask would cut the keys at the borders of the mask's chunks too.
+        key_mask = known_library(k).cut_as(key_mask, k)
         # By `where`, not by a product with the mask: NaN under the mask times zero is NaN.
         k, v = hide(k, key_mask), hide(v, key_mask)
     x = Inputs(q, k, v, key_mask, factor, dtype, heads, namespace(q))

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from randattn._backends.dispatch import backend_of, undisturbed
+from randattn._core.average import Average
 from randattn._core.checks import check_flags
 from randattn._core.inputs import Inputs, prepare
 from randattn._core.library import namespace
@@ -164,13 +165,16 @@ def adaptive_eva(
 
 def _estimated(x: Inputs, options: Options) -> Array:
     """Return the results of a call that is not exact attention."""
-    # Any block may choose any key: chunks and shards of tokens are gathered first.
-    given = ((x.q, 2), (x.k, 2), (x.v, 2), (x.key_mask, 1), (x.query_mask, 1))
-    # Heads are ranked among all heads of a sequence.
+    own, given = backend_of(x.q), ((x.q, 2), (x.k, 2), (x.v, 2), (x.key_mask, 1))
+    if own.is_sharded(x.k) and not (options.is_causal or options.exact_heads or is_watched()):
+        rule = (options, x.scale, x.heads, x.k.shape[-2])
+        return own.over_shards(_of_shard, rule, x.v.shape[-1], *given)
+    # A block may choose any key, and heads are ranked among all heads of a sequence: tokens, and with exact
+    # heads also heads, are gathered first.
     heads = axes_of_heads(x) if options.exact_heads else 0
     # A program that is kept for a call of `diagnose` has three more columns, and must serve no other call.
-    rule = (options, x.scale, x.heads, is_watched())
-    return backend_of(x.q).with_whole_tokens(_of_tokens, rule, x.v.shape[-1], heads, *given)
+    whole = (options, x.scale, x.heads, is_watched())
+    return own.with_whole_tokens(_of_tokens, whole, x.v.shape[-1], heads, *given, (x.query_mask, 1))
 
 
 def _of_tokens(
@@ -179,4 +183,16 @@ def _of_tokens(
     """Return the results of whole tokens, which may be chunks of a lazy library."""
     options, scale, heads, _ = rule
     key_mask, query_mask = masks
-    return estimate(Inputs(q, k, v, key_mask, scale, q.dtype, heads, namespace(q), query_mask), options)
+    return estimate(Inputs(q, k, v, key_mask, scale, q.dtype, heads, namespace(q), query_mask), options).out
+
+
+def _of_shard(
+    rule: tuple[Options, float, int | None, int], q: Array, k: Array, v: Array, key_mask: Array | None
+) -> Average:
+    """Return the averages over a shard of the keys, which has its share of the exact keys."""
+    options, scale, heads, tokens = rule
+    n, m = q.shape[-2], k.shape[-2]
+    number = None if options.num_exact is None else -(-options.num_exact * m // tokens)
+    sizes = {"group_size": min(m, options.group_size), "block_size": min(n, options.block_size)}
+    x = Inputs(q, k, v, key_mask, scale, q.dtype, heads, namespace(q))
+    return estimate(x, options._replace(num_exact=number, **sizes), is_part=True)

@@ -58,20 +58,23 @@ class _Tokens(NamedTuple):
         )
 
 
-def estimate(x: Inputs, options: Options) -> Array:
-    """Return the results (..., N, E)."""
+def estimate(x: Inputs, options: Options, *, is_part: bool = False) -> Average:
+    """Return the averages (..., N, E); a part of the keys is no last average, which `diagnose` looks at."""
     xp, lead, own = x.xp, x.lead, backend_of(x.q)
     tokens = _of_heads(x, lead)
     (_, heads, n, _), m = tokens.q.shape, tokens.k.shape[2]
     known = m - n + options.first if options.is_causal else m
     index = index_keys(tokens.k, tokens.v, tokens.mask, options.group_size, known)
+    # The last average of the estimator where nothing is merged with it.
+    is_last = not (is_part or options.is_causal or options.exact_heads)
+    average = watched_average if is_last else attend
     first = None
     if options.is_causal:
-        first = tokens.attend(None, slice(options.first), slice(known), is_causal=True).out
+        first = tokens.attend(None, slice(options.first), slice(known), is_causal=True)
     number = xp.arange(heads, device=placement(x.q))[None, :]
     every = Heads(number, number // (heads // tokens.k.shape[1]), True)
     if not options.exact_heads:
-        found = _blocks(tokens, index, options, every)
+        found = _blocks(tokens, index, options, every, average)
     else:
         order = own.order_of(-_errors(tokens, index, options, every, first), stable=True)
         exact, rest = (
@@ -80,13 +83,24 @@ def estimate(x: Inputs, options: Options) -> Array:
         )
         rest_of_queries = slice(options.first, n)
         exactly = tokens.attend(exact, rest_of_queries, slice(m), is_causal=options.is_causal)
-        found = xp.concat([exactly.out, _blocks(tokens, index, options, rest)], axis=1)
+        found = _joined([exactly, _blocks(tokens, index, options, rest, average)], (1, 1))
         # The order of a permutation is its inverse: it brings the heads back to their places.
         place = own.order_of(order)
-        found = Heads(place, place, False).take(found)
+        found = Average(*(Heads(place, place, False).take(y) for y in found))
     if first is not None:
-        found = xp.concat([first, found], axis=-2)
-    return xp.reshape(found, (*lead, n, found.shape[-1]))
+        found = _joined([first, found], (-2, -1))
+    out, log_norm = found
+    return Average(xp.reshape(out, (*lead, n, out.shape[-1])), xp.reshape(log_norm, (*lead, n)))
+
+
+def _joined(parts: list[Average], axes: tuple[int, int]) -> Average:
+    """Join averages along an axis of `out` and of `log_norm`."""
+    if len(parts) == 1:
+        return parts[0]
+    xp = namespace(parts[0].out)
+    return Average(
+        *(xp.concat(list(y), axis=axis) for y, axis in zip(zip(*parts, strict=True), axes, strict=True))
+    )
 
 
 def _of_heads(x: Inputs, lead: tuple[int, ...]) -> _Tokens:
@@ -108,14 +122,14 @@ def _of_heads(x: Inputs, lead: tuple[int, ...]) -> _Tokens:
     )
 
 
-def _errors(x: _Tokens, index: Index, options: Options, every: Heads, first: Array | None) -> Array:
+def _errors(x: _Tokens, index: Index, options: Options, every: Heads, first: Average | None) -> Array:
     """Return the squared error of each head (B, H G) over that of zero, on one block of queries."""
     xp, own, n, m = namespace(x.q), backend_of(x.q), x.q.shape[2], x.k.shape[2]
     if first is not None:
         # The last queries whose exact results are known, and as many before them, which choose.
         size = max(1, min(_PROBES, options.first // 2))
         queries = slice(options.first - size, options.first)
-        exact = first[:, :, queries, :]
+        exact = first.out[:, :, queries, :]
     else:
         size = min(_PROBES, options.block_size)
         queries = slice((n - size) // 2, (n - size) // 2 + size)
@@ -127,13 +141,12 @@ def _errors(x: _Tokens, index: Index, options: Options, every: Heads, first: Arr
     return xp.where(errors > xp.finfo(errors.dtype).eps, errors, 0.0)
 
 
-def _blocks(x: _Tokens, index: Index, options: Options, heads: Heads) -> Array:
-    """Return the results (B, A, n, E) of the heads, for the queries after the first ones."""
+def _blocks(
+    x: _Tokens, index: Index, options: Options, heads: Heads, average: Callable[..., Average]
+) -> Average:
+    """Return the averages (B, A, n, E) of the heads, for the queries after the first ones."""
     runs = _runs(options, x.q.shape[2], together=backend_of(x.q).compiles_loops)
-    # The last average of the estimator where nothing is merged with it.
-    average = attend if options.is_causal or options.exact_heads else watched_average
-    found = [_run(x, index, options, heads, *run, average).out for run in runs]
-    return namespace(x.q).concat(found, axis=-2) if len(found) > 1 else found[0]
+    return _joined([_run(x, index, options, heads, *run, average) for run in runs], (-2, -1))
 
 
 def _runs(options: Options, n: int, *, together: bool) -> Iterator[tuple[slice, int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
-from functools import partial
+from functools import partial, reduce
 
 import dask
 import dask.array as da
@@ -12,6 +12,9 @@ import pytest
 from dask.callbacks import Callback
 
 from randattn import adaptive_eva, attend, eva, lara, ra, rfa, softmax_attention
+from randattn._core import average
+from randattn._estimators.adaptive_eva import _of_shard
+from randattn._estimators.adaptive_eva_options import resolved
 
 N, D, E, CHUNK = 2000, 8, 5, 250
 
@@ -222,6 +225,38 @@ def test_peak_memory(function, share):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < share * k.nbytes
+
+
+@pytest.mark.parametrize("num_exact", [90, 600])
+@pytest.mark.parametrize("is_masked", [False, True])
+def test_chunks_choose_keys_of_their_own(is_masked, num_exact):
+    """Each has its share of the exact keys, and no task has two chunks of keys; exact with all keys."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((heads, 600, size)) for heads, size in ((4, D), (2, D), (2, E)))
+    keep = np.arange(600) % 7 != 3 if is_masked else np.ones(600, dtype=bool)
+    hidden = [np.where(keep[:, None], x, np.nan) for x in (k, v)]
+    arrays = [
+        da.from_array(x, chunks=(1, size, -1)) for x, size in ((q, 150), (hidden[0], 200), (hidden[1], 200))
+    ]
+    sizes = {"num_exact": num_exact, "group_size": 8, "block_size": 50}
+    masks = {"key_mask": da.from_array(keep, chunks=75), "query_mask": da.ones(600, dtype=bool)}
+    out = adaptive_eva(*arrays, **sizes, **masks, enable_gqa=True)
+    assert out.chunks[-2] == (150,) * 4
+
+    rule = (resolved(150, 200, 1, exact_heads=0, is_causal=False, **sizes), D**-0.5, 2, 600)
+    found = []
+    for rows in range(0, 600, 150):
+        queries, parts = q.reshape(2, 2, 600, D)[:, :, rows : rows + 150], []
+        for keys in (slice(0, 200), slice(200, 400), slice(400, 600)):
+            k_part, v_part = (np.where(keep[keys, None], x[:, None, keys], 0) for x in (k, v))
+            parts.append(_of_shard(rule, queries, k_part, v_part, keep[None, None, keys]))
+        found.append(reduce(average.merge, parts).out.reshape(4, 150, E))
+    np.testing.assert_allclose(out.compute(), np.concatenate(found, axis=1), rtol=1e-9, atol=1e-12)
+    if num_exact == 600:
+        exact = softmax_attention(
+            q, k, v, key_mask=keep, query_mask=np.ones(600, dtype=bool), enable_gqa=True
+        )
+        np.testing.assert_allclose(out.compute(), exact, rtol=1e-9, atol=1e-12)
 
 
 def test_no_steps_of_adaptive_eva():
