@@ -30,6 +30,7 @@ _COLOURS = {
     "lara weighting=balance": "#56B4E9",
     "lara weighting=optimal": "#0072B2",
     "eva window=64": "#009E73",
+    "adaptive_eva": "#D55E00",
     "ra": "#CC79A7",
     "softmax_attention": "#000000",
 }

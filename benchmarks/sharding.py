@@ -105,7 +105,8 @@ def operations(label: str, at: Layout) -> float:
     if label == "adaptive_eva":
         from randattn import adaptive_eva, multiply_adds
 
-        return at.heads * multiply_adds(adaptive_eva, at.tokens, at.tokens // at.devices, d, e)
+        keys = at.tokens // at.devices
+        return at.heads * multiply_adds(adaptive_eva, at.tokens, keys, d, e, num_exact=max(128, keys // 8))
     if label == "rfa":
         return at.heads * 2 * n * c * (d + e)
     if label.startswith("lara"):
