@@ -104,13 +104,17 @@ def measure_trained(name: str, output: Path | None, *, long: bool, steps: bool) 
 @click.option("--tokens", type=int, multiple=True, default=(2048, 8192), show_default=True)
 @_OUTPUT
 def measure_perplexity(output: Path | None, tokens: tuple[int, ...]) -> None:
-    """Measure the perplexity of a language model with its attention replaced in all layers."""
-    from . import trained
+    """Measure the perplexity of a language model with its attention replaced in all layers; draw it."""
+    from . import layers, trained
+    from .plots_trained import draw_perplexity
 
     about = machine.describe()
-    found = list(trained.perplexities(_say, tokens))
-    _console().print(trained.table(found), "")
-    trained.write((output or rows.RESULTS / "trained") / "perplexity.json", about, found)
+    found, errors = list(trained.perplexities(_say, tokens)), list(layers.layer_errors(_say, max(tokens)))
+    _console().print(trained.table(found), trained.table(errors), "")
+    folder = output or rows.RESULTS / "trained"
+    trained.write(folder / "perplexity.json", about, found)
+    trained.write(folder / "layers.json", about, errors)
+    click.echo(f"drew {draw_perplexity(found, errors, output or rows.PLOTS).name}")
 
 
 @app.command(name="streaming")

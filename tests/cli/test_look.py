@@ -12,6 +12,7 @@ import pytest
 from matplotlib.image import imread
 
 import randattn
+import randattn.data
 from randattn._estimators.registry import ESTIMATORS
 from randattn._study import diagnose as library
 from randattn.cli.diagnose import plot as own
@@ -89,6 +90,17 @@ def test_sample_by_default(command: Any) -> None:
     assert "rfa would be worse than mean(V) here" in result.out
     assert "use softmax_attention" in result.out
     assert "adaptive_eva errs by " in result.out
+
+
+def test_a_language_model_is_diagnosed_causally(command: Any, tmp_path: Path) -> None:
+    result = command(
+        "--sample", "language-model", "--estimator", "adaptive_eva", "--json", "--output", tmp_path
+    )
+    (look,) = result.report["looks"]
+    q, k, v, scale = randattn.data.read_sample("language-model")
+    q, k, v = (x.astype(np.float32) for x in (q, k, v))
+    expected = randattn.diagnose(randattn.adaptive_eva, q, k, v, scale=scale, is_causal=True, num_exact=64)
+    assert look["relative_error"] == pytest.approx(expected.relative_error)
 
 
 def test_picture_and_numbers_are_written(command: Any, inputs: Path, tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ from randattn._estimators import registry
 from randattn.cli import app, libraries
 from randattn.cli.compare import measure
 from randattn.cli.compare.plan import Config
-from randattn.cli.files import read_sample
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -358,20 +357,3 @@ def test_the_json_is_the_report(command: Any, inputs: Path, tmp_path: Path) -> N
     assert result.out == (tmp_path / "new" / "out" / "report.json").read_text()
     assert sorted(path.name for path in (tmp_path / "new" / "out").iterdir()) == ["report.json", "report.png"]
     assert (tmp_path / "new" / "out" / "report.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_the_sample_is_real_and_small() -> None:
-    sample = read_sample()
-    assert sample.q.shape == sample.k.shape == sample.v.shape == (6, 1, 512, 32)
-    assert sample.scale == pytest.approx(32**-0.5)
-    out = randattn.softmax_attention(sample.q, sample.k, sample.v, scale=sample.scale)
-    # Far from uniform, as Gaussian arrays of this size are not.
-    assert 0.6 < layer_error(np.broadcast_to(sample.v.mean(-2, keepdims=True), out.shape), out) < 0.9
-
-
-def test_without_input_the_sample_is_measured(command: Any) -> None:
-    report = command("--json", "--backend", "numpy", "--estimator", "eva", "--seeds", 1).report
-    assert report["input"] == "embedded sample"
-    assert report["shapes"]["q"] == [6, 1, 512, 32]
-    assert 0.7 < report["mean_v_error"] < 0.8
-    assert report["rows"][0]["relative_error"] < report["mean_v_error"]

@@ -10,7 +10,13 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-WANTED = ("randattn/py.typed", "randattn/data/attention_inputs.npz", "/licenses/LICENSE", "randattn/cli/")
+WANTED = (
+    "randattn/py.typed",
+    "randattn/data/attention_inputs.npz",
+    "randattn/data/language_model_inputs.npz",
+    "/licenses/LICENSE",
+    "randattn/cli/",
+)
 
 
 def run(*command: str, where: Path = ROOT) -> str:

@@ -56,6 +56,9 @@ class Estimator:
         True if the function takes ``is_causal=True``.
     step : callable or None
         The function for the tokens that follow a causal call; None for an estimator without one.
+    causal : callable or None
+        Function of the count and the number of tokens; it returns the options of a causal call that stand for
+        the count. None where the count has its keyword there too.
     across : mapping
         Options that the function needs where N is not M.
     landmarks : callable or None
@@ -73,6 +76,7 @@ class Estimator:
     is_linear: bool = True
     is_causal: bool = False
     step: Callable[..., Any] | None = None
+    causal: Callable[[int, int], Mapping[str, Any]] | None = None
     across: Mapping[str, Any] = field(default_factory=dict)
     landmarks: Callable[[Inputs, Mapping[str, Any], bool], tuple[Array, Array]] | None = None
 
@@ -96,6 +100,12 @@ class Estimator:
         """Return the keywords of the function, with their defaults."""
         found = inspect.signature(self.function).parameters.values()
         return {one.name: one.default for one in found if one.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+def _groups_of_windows(count: int, tokens: int) -> dict[str, int]:
+    """Return causal EVA's options for about so many groups: a power of two, which divides the window."""
+    size = 1 << (max(1, tokens // count).bit_length() - 1)
+    return {"group_size": size, "window": max(64, size)}
 
 
 _ROWS = (
@@ -133,6 +143,7 @@ _ROWS = (
         counts_tokens=True,
         is_causal=True,
         step=eva_step,
+        causal=_groups_of_windows,
         # A query of another sequence has no window among the keys.
         across={"window": 0},
         landmarks=eva_landmarks,

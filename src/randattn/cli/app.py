@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from randattn._estimators.registry import by_label
+from randattn.data import SAMPLES
 
 from .compare.measure import Advance, measure
 from .compare.plan import FULL, QUICK
@@ -22,7 +23,7 @@ from .compare.table import print_tables
 from .diagnose.look import labels, look
 from .diagnose.table import print_looks
 from .errors import Refused
-from .files import check_output, read_inputs, read_sample, write_report
+from .files import Arrays, check_output, read_inputs, read_sample, write_report
 from .libraries import CHECKS, NAMES, ArrayLibrary, Unusable, installed, open_library
 
 # Exit status of a program that an interrupt ended: 128 + SIGINT, as shells report it.
@@ -35,7 +36,13 @@ _INPUT = click.option(
     type=Path,
     metavar="FILE",
     help="A .npz or .safetensors file with q (..., N, D), k (..., M, D), v (..., M, E) and optionally scale. "
-    "Default: the embedded sample, the attention inputs of a small sentence encoder.",
+    "Default: an embedded sample.",
+)
+_SAMPLE = click.option(
+    "--sample",
+    type=click.Choice(list(SAMPLES)),
+    help="The embedded sample without --input: the attention inputs of a small sentence encoder, or of a "
+    "causal language model. Default: encoder.",
 )
 
 
@@ -68,6 +75,15 @@ def app(context: click.Context) -> None:
         context.exit(2)
 
 
+def _read(path: Path | None, sample: str | None) -> Arrays:
+    """Read the caller's file, or an embedded sample."""
+    if path is None:
+        return read_sample(sample or "encoder")
+    if sample is not None:
+        raise Refused("--sample: expected no --input with it")
+    return read_inputs(path)
+
+
 @app.command()
 @click.option(
     "--backend",
@@ -81,6 +97,7 @@ def app(context: click.Context) -> None:
 )
 @_estimators("measure", list(by_label()))
 @_INPUT
+@_SAMPLE
 @click.option(
     "--seeds",
     type=click.IntRange(min=1),
@@ -95,6 +112,7 @@ def compare(
     names: tuple[str, ...],
     estimators: tuple[str, ...],
     path: Path | None,
+    sample: str | None,
     seeds: int | None,
     output: Path | None,
     as_json: bool,
@@ -113,7 +131,7 @@ def compare(
     """
     start = time.perf_counter()
     plan = QUICK if quick else FULL
-    inputs = read_sample() if path is None else read_inputs(path)
+    inputs = _read(path, sample)
     if output is not None:
         check_output(output)
     libraries = _open_libraries(names)
@@ -139,6 +157,7 @@ def compare(
 
 @app.command()
 @_INPUT
+@_SAMPLE
 @_estimators("diagnose", labels())
 @click.option(
     "--samples",
@@ -161,6 +180,7 @@ def compare(
 def diagnose(
     *,
     path: Path | None,
+    sample: str | None,
     estimators: tuple[str, ...],
     samples: int | None,
     seed: int,
@@ -175,7 +195,7 @@ def diagnose(
     self-normalized weights, and the largest weight. All figures are those of randattn.diagnose on these
     inputs, on NumPy in float32.
     """
-    inputs = read_sample() if path is None else read_inputs(path)
+    inputs = _read(path, sample)
     if output is not None:
         check_output(output)
     with _progress() as advance:

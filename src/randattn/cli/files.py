@@ -9,7 +9,7 @@ import tempfile
 import zipfile
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,14 @@ class _Unfit(Exception):  # noqa: N818  (a file's fault)
 
 @dataclass(frozen=True)
 class Arrays:
-    """The inputs of attention: q (..., N, D), k (..., M, D), v (..., M, E) in float32, and the scale."""
+    """The inputs of attention: q (..., N, D), k (..., M, D), v (..., M, E) in float32, scale, causality."""
 
     name: str
     q: np.ndarray
     k: np.ndarray
     v: np.ndarray
     scale: float
+    is_causal: bool = False
 
     def one_head(self, length: int) -> Arrays:
         """Return the first head, with its tokens repeated or cut to a length."""
@@ -43,13 +44,15 @@ class Arrays:
             tokens: np.ndarray = x.reshape(-1, *x.shape[-2:])[0]
             return np.take(tokens, np.arange(length), axis=0, mode="wrap")
 
-        return Arrays(self.name, repeated(self.q), repeated(self.k), repeated(self.v), self.scale)
+        return replace(self, q=repeated(self.q), k=repeated(self.k), v=repeated(self.v))
 
 
-def read_sample() -> Arrays:
-    """Return the embedded sample."""
-    q, k, v, scale = data.read_sample()
-    return _checked("embedded sample", {"q": q, "k": k, "v": v, "scale": np.asarray(scale)})
+def read_sample(name: str = "encoder") -> Arrays:
+    """Return an embedded sample."""
+    q, k, v, scale = data.read_sample(name)
+    label = "embedded sample" if name == "encoder" else "embedded sample of a causal language model"
+    found = _checked(label, {"q": q, "k": k, "v": v, "scale": np.asarray(scale)})
+    return replace(found, is_causal=name == "language-model")
 
 
 def read_inputs(path: Path) -> Arrays:
@@ -152,8 +155,8 @@ def _checked(name: str, arrays: Mapping[str, np.ndarray]) -> Arrays:
         np.broadcast_shapes(q[:-2], k[:-2], v[:-2])
     except ValueError:
         raise _Unfit(f"leading axes of q, k, v: expected some that broadcast, got {q}, {k}, {v}") from None
-    single = {which: _single(which, arrays[which]) for which in _AXES}
-    return Arrays(name, **single, scale=_scale(arrays.get("scale"), q[-1]))
+    single = [_single(which, arrays[which]) for which in _AXES]
+    return Arrays(name, single[0], single[1], single[2], _scale(arrays.get("scale"), q[-1]))
 
 
 def _single(which: str, x: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ from randattn.cli.errors import Refused
 from randattn.cli.files import Arrays
 from randattn.cli.libraries import ArrayLibrary, open_library
 
-from .plan import EXACT, Config, Plan
+from .plan import EXACT, Config, Plan, usable
 
 Call = Callable[[], Array]
 Advance = Callable[[int, int, str], None]
@@ -112,6 +112,7 @@ def measure(
     """
     load = os.getloadavg()[0] / (os.cpu_count() or 1) if hasattr(os, "getloadavg") else None
     exact, mean_v_error = truth(inputs)
+    estimators = usable(estimators, inputs)
     configs = plan.configs(estimators, inputs.k.shape[-2])
     # Without draws, all seeds give one result: the others would be calls, and programs of JAX, for nothing.
     numbers = {config: range(seeds if config.is_random else 1) for config in configs}
@@ -153,15 +154,19 @@ def truth(inputs: Arrays) -> tuple[np.ndarray, float]:
     """Return exact attention in float64, and the relative error of the trivial answer mean(V)."""
     # Estimators are measured in float32: inputs that overflow there have no error that means anything.
     arrays = (inputs.q, inputs.k, inputs.v)
+    options: dict[str, Any] = {"scale": inputs.scale, "is_causal": inputs.is_causal}
     with np.errstate(all="ignore"):
-        is_finite = np.isfinite(softmax_attention(*arrays, scale=inputs.scale)).all()
+        is_finite = np.isfinite(softmax_attention(*arrays, **options)).all()
     if not is_finite:
         raise Refused(f"{inputs.name}: exact attention overflows in float32")
     q, k, v = (x.astype(np.float64) for x in arrays)
-    exact = softmax_attention(q, k, v, scale=inputs.scale)
+    exact = softmax_attention(q, k, v, **options)
     if not _layer_norms(exact).all():
         raise Refused(f"{inputs.name}: exact attention is zero in a layer, where no relative error exists")
-    return exact, _relative_error(np.mean(v, axis=-2, keepdims=True), exact)
+    mean = np.mean(v, axis=-2, keepdims=True)
+    if inputs.is_causal:
+        mean = np.cumsum(v, axis=-2) / np.arange(1, v.shape[-2] + 1)[:, None]
+    return exact, _relative_error(mean, exact)
 
 
 def _layer_norms(x: np.ndarray) -> np.ndarray:
@@ -212,8 +217,7 @@ def _finite(x: Any) -> float | None:
 
 def _call(inputs: Arrays, library: ArrayLibrary, config: Config, seed: int) -> Call:
     """Return a function that calls the estimator on these inputs and waits for the device."""
-    is_self = inputs.q.shape[-2] == inputs.k.shape[-2]
-    function = library.compiled(config.bind(inputs.scale, seed, is_self=is_self))
+    function = library.compiled(config.bind(inputs, seed))
     arrays = [library.asarray(x) for x in (inputs.q, inputs.k, inputs.v)]
 
     def call() -> Array:

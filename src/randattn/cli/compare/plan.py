@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from randattn._estimators.registry import Estimator, by_label
+from randattn.cli.errors import Refused
+from randattn.cli.files import Arrays
 
 
-def options_of(row: Estimator, samples: int | None, seed: int, *, is_self: bool) -> dict[str, Any]:
-    """Return the options of a call with a number of samples and a seed; `is_self` is True where N = M."""
+def options_of(row: Estimator, samples: int | None, seed: int, inputs: Arrays) -> dict[str, Any]:
+    """Return the options of a call on the inputs with a number of samples and a seed."""
     options: dict[str, Any] = {} if row.count is None else {row.count: samples}
+    n, m = inputs.q.shape[-2], inputs.k.shape[-2]
+    if inputs.is_causal:
+        options = dict(row.causal(samples, n)) if row.causal is not None and samples else options
+        options["is_causal"] = True
+    elif n != m:
+        options |= row.across
     if row.draws != "never":
         options["rng"] = seed
-    return options if is_self else {**options, **row.across}
+    return options
+
+
+def usable(estimators: Sequence[str], inputs: Arrays) -> list[str]:
+    """Return the estimators that can be called on the inputs: for causal ones, those with a causal form."""
+    found = [label for label in estimators if by_label()[label].is_causal or not inputs.is_causal]
+    if not found:
+        raise Refused(f"{inputs.name}: is causal, and {', '.join(estimators)} has no causal form")
+    return found
 
 
 class Config(NamedTuple):
@@ -31,10 +47,10 @@ class Config(NamedTuple):
         """Tell whether the result depends on the seed."""
         return by_label()[self.estimator].draws != "never"
 
-    def bind(self, scale: float, seed: int, *, is_self: bool) -> Callable[..., Any]:
-        """Return the estimator as a function of q, k and v alone; `is_self` is True where N = M."""
+    def bind(self, inputs: Arrays, seed: int) -> Callable[..., Any]:
+        """Return the estimator as a function of arrays q, k and v alone, as the inputs need it."""
         row = by_label()[self.estimator]
-        keywords = {"scale": scale, **options_of(row, self.samples, seed, is_self=is_self)}
+        keywords = {"scale": inputs.scale, **options_of(row, self.samples, seed, inputs)}
         return lambda q, k, v: row.function(q, k, v, **keywords)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from randattn import Diagnosis, diagnose
 from randattn._estimators.registry import by_label
 from randattn.cli.compare.measure import Advance, truth
-from randattn.cli.compare.plan import options_of
+from randattn.cli.compare.plan import options_of, usable
 from randattn.cli.files import Arrays
 
 # Quantiles over queries, as figures of a report.
@@ -128,14 +128,14 @@ def look(
     """
     # `truth` refuses inputs for which exact attention overflows or is zero: no error would be finite.
     truth(inputs)
-    arrays = (inputs.q, inputs.k, inputs.v)
+    arrays, estimators = (inputs.q, inputs.k, inputs.v), usable(estimators, inputs)
     found: dict[str, Diagnosis] = {}
     looks = []
     for number, name in enumerate(estimators):
         advance(number, len(estimators), name)
         row = by_label()[name]
         count = row.default if samples is None else samples
-        options = options_of(row, count, seed, is_self=inputs.q.shape[-2] == inputs.k.shape[-2])
+        options = options_of(row, count, seed, inputs)
         # An estimator may overflow on such inputs: the figure says so, NumPy's warnings would only repeat it.
         with np.errstate(all="ignore"):
             found[name] = diagnose(
@@ -181,6 +181,8 @@ def _exact(inputs: Arrays) -> np.ndarray:
     """Return the exact attention matrix of the first head."""
     q, k = (x.reshape(-1, *x.shape[-2:])[0].astype(np.float64) for x in (inputs.q, inputs.k))
     logits = inputs.scale * q @ k.T
+    if inputs.is_causal:
+        logits = np.where(np.tri(*logits.shape, dtype=np.bool_), logits, -np.inf)
     weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
     rows: np.ndarray = weights / weights.sum(axis=-1, keepdims=True)
     return rows
