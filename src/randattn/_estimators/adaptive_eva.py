@@ -63,16 +63,16 @@ def adaptive_eva(
     v : array, shape (..., M, E)
         Values.
     num_exact : int, optional
-        Number of keys that a block of queries computes exactly: by default an eighth of the keys, in a causal
-        call a 16th of the keys before the block, and at least 128.
+        Number of keys that a block of queries computes exactly: by default a sixth of the keys and at
+        least 128, in a causal call a 16th of the keys before the block and at least 512.
     group_size : int, optional
-        Consecutive keys of a group, by default 32.
+        Consecutive keys of a group, by default 64.
     block_size : int, optional
-        Queries that choose keys together, by default 128. In a causal call, which is exact within a block,
-        a 16th of the keys and at least 512.
+        Queries that choose keys together, by default 384. In a causal call, which is exact within a block, an
+        eighth of the keys and at least 512.
     exact_heads : int, optional
         Number of heads (axis -3 of `q`) that are computed exactly: those that err most on a block of the
-        queries. By default a third of the heads of a causal call, rounded down, and none of another.
+        queries. By default a quarter of the heads of a causal call, rounded down, and none of another.
     is_causal : bool, default False
         Query n of the N sees the keys up to M - N + n: the queries are the last N of M tokens. Requires N <=
         M. No later token changes a result or a gradient.
@@ -123,9 +123,10 @@ def adaptive_eva(
     A block chooses the keys with the largest share of the weight of one of its *choosers*, the means of up
     to 16 runs of its queries. In a causal call the queries before the block choose: by later queries a token
     to come would change earlier results. A head whose queries look keys up one by one (copying, retrieval) is
-    not served by the choice of other queries. Such heads are found by their error on the last queries of the
-    first quarter of the keys, at most 2,048, which are exact for all heads; from there on the heads with the
-    largest errors stay exact. Keys and heads are chosen without gradients.
+    not served by the choice of other queries. Such heads are found by their error on 64 queries: at the end
+    of the first quarter of the keys, at most 2,048, which are exact for all heads, and again at each block
+    that has twice as many keys before it. From there on the heads with the largest errors are exact. Keys and
+    heads are chosen without gradients.
 
     The result is exact where all keys are computed exactly, or where every group is one key. Errors, times
     and the perplexity of a language model are in docs/adaptive.md.
@@ -192,7 +193,7 @@ def _of_shard(
     """Return the averages over a shard of the keys, which has its share of the exact keys."""
     options, scale, heads, tokens = rule
     n, m = q.shape[-2], k.shape[-2]
-    number = None if options.num_exact is None else -(-options.num_exact * m // tokens)
+    number = -(-options.exact_of(tokens) * m // tokens)
     sizes = {"group_size": min(m, options.group_size), "block_size": min(n, options.block_size)}
     x = Inputs(q, k, v, key_mask, scale, q.dtype, heads, namespace(q))
     return estimate(x, options._replace(num_exact=number, **sizes), is_part=True)

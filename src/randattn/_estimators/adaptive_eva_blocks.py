@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     Array = Any
 
 # Queries by whose error heads are ranked.
-_PROBES = 128
+_PROBES = 64
 
 
 class _Tokens(NamedTuple):
@@ -73,24 +73,46 @@ def estimate(x: Inputs, options: Options, *, is_part: bool = False) -> Average:
         first = tokens.attend(None, slice(options.first), slice(known), is_causal=True)
     number = xp.arange(heads, device=placement(x.q))[None, :]
     every = Heads(number, number // (heads // tokens.k.shape[1]), True)
-    if not options.exact_heads:
-        found = _blocks(tokens, index, options, every, average)
-    else:
-        order = own.order_of(-_errors(tokens, index, options, every, first), stable=True)
-        exact, rest = (
-            Heads(part, part // (heads // tokens.k.shape[1]), False)
-            for part in (order[:, : options.exact_heads], order[:, options.exact_heads :])
-        )
-        rest_of_queries = slice(options.first, n)
-        exactly = tokens.attend(exact, rest_of_queries, slice(m), is_causal=options.is_causal)
-        found = _joined([exactly, _blocks(tokens, index, options, rest, average)], (1, 1))
-        # The order of a permutation is its inverse: it brings the heads back to their places.
-        place = own.order_of(order)
-        found = Average(*(Heads(place, place, False).take(y) for y in found))
-    if first is not None:
-        found = _joined([first, found], (-2, -1))
-    out, log_norm = found
+    parts = [] if first is None else [first]
+    for queries in _segments(options, n, m):
+        if options.exact_heads:
+            errors = _errors(tokens, index, options, every, queries.start, first)
+            parts.append(
+                _with_exact_heads(tokens, index, options, own.order_of(-errors, stable=True), queries)
+            )
+        else:
+            parts.append(_blocks(tokens, index, options, every, queries, average))
+    out, log_norm = _joined(parts, (-2, -1))
     return Average(xp.reshape(out, (*lead, n, out.shape[-1])), xp.reshape(log_norm, (*lead, n)))
+
+
+def _segments(options: Options, n: int, m: int) -> Iterator[slice]:
+    """Yield the queries after the first ones, in segments for which the heads are ranked anew.
+
+    A causal call ranks at each doubling of the keys: a head may begin to look keys up late in a text.
+    """
+    start = options.first
+    if options.is_causal and options.exact_heads:
+        for later in range(start + options.block_size, n, options.block_size):
+            if m - n + later >= 2 * (m - n + start):
+                yield slice(start, later)
+                start = later
+    yield slice(start, n)
+
+
+def _with_exact_heads(x: _Tokens, index: Index, options: Options, order: Array, queries: slice) -> Average:
+    """Return the averages of a segment, of which the first heads in an order (B, H G) are exact."""
+    per_key, (n, m) = x.q.shape[1] // x.k.shape[1], (x.q.shape[2], x.k.shape[2])
+    exact, rest = (
+        Heads(part, part // per_key, False)
+        for part in (order[:, : options.exact_heads], order[:, options.exact_heads :])
+    )
+    keys = slice(m - n + queries.stop if options.is_causal else m)
+    exactly = x.attend(exact, queries, keys, is_causal=options.is_causal)
+    found = _joined([exactly, _blocks(x, index, options, rest, queries, attend)], (1, 1))
+    # The order of a permutation is its inverse: it brings the heads back to their places.
+    place = backend_of(x.q).order_of(order)
+    return Average(*(Heads(place, place, False).take(y) for y in found))
 
 
 def _joined(parts: list[Average], axes: tuple[int, int]) -> Average:
@@ -122,18 +144,24 @@ def _of_heads(x: Inputs, lead: tuple[int, ...]) -> _Tokens:
     )
 
 
-def _errors(x: _Tokens, index: Index, options: Options, every: Heads, first: Average | None) -> Array:
-    """Return the squared error of each head (B, H G) over that of zero, on one block of queries."""
+def _errors(
+    x: _Tokens, index: Index, options: Options, every: Heads, start: int, first: Average | None
+) -> Array:
+    """Return the squared error of each head (B, H G) over that of zero, on one block of queries.
+
+    In a causal call these are the last queries before `start`, and as many before them choose.
+    """
     xp, own, n, m = namespace(x.q), backend_of(x.q), x.q.shape[2], x.k.shape[2]
-    if first is not None:
-        # The last queries whose exact results are known, and as many before them, which choose.
-        size = max(1, min(_PROBES, options.first // 2))
-        queries = slice(options.first - size, options.first)
+    size = min(_PROBES, options.block_size)
+    stop = (n - size) // 2 + size
+    if options.is_causal:
+        size, stop = max(1, min(_PROBES, options.first // 2)), start
+    queries = slice(stop - size, stop)
+    if first is not None and start == options.first:
         exact = first.out[:, :, queries, :]
     else:
-        size = min(_PROBES, options.block_size)
-        queries = slice((n - size) // 2, (n - size) // 2 + size)
-        exact = x.attend(every, queries, slice(m), is_causal=False).out
+        keys = slice(m - n + stop if options.is_causal else m)
+        exact = x.attend(every, queries, keys, is_causal=options.is_causal).out
     found = _run(x, index, options, every, queries, size, attend).out
     errors, whole = (own.constant(xp.sum(y**2, axis=(-2, -1))) for y in (found - exact, exact))
     errors = errors / xp.where(whole == 0, 1.0, whole)
@@ -142,20 +170,25 @@ def _errors(x: _Tokens, index: Index, options: Options, every: Heads, first: Ave
 
 
 def _blocks(
-    x: _Tokens, index: Index, options: Options, heads: Heads, average: Callable[..., Average]
+    x: _Tokens,
+    index: Index,
+    options: Options,
+    heads: Heads,
+    queries: slice,
+    average: Callable[..., Average],
 ) -> Average:
-    """Return the averages (B, A, n, E) of the heads, for the queries after the first ones."""
-    runs = _runs(options, x.q.shape[2], together=backend_of(x.q).compiles_loops)
+    """Return the averages (B, A, n, E) of the heads for a segment of the queries."""
+    runs = _runs(options, queries, together=backend_of(x.q).compiles_loops)
     return _joined([_run(x, index, options, heads, *run, average) for run in runs], (-2, -1))
 
 
-def _runs(options: Options, n: int, *, together: bool) -> Iterator[tuple[slice, int]]:
+def _runs(options: Options, queries: slice, *, together: bool) -> Iterator[tuple[slice, int]]:
     """Yield runs of blocks, by their queries and the queries of a block, that are computed together.
 
     The blocks of a causal run see the keys up to the last of them, masked: `together` makes one program of
     all blocks, and otherwise each block is a run of its own, without masks.
     """
-    size, start = options.block_size, options.first
+    size, start, n = options.block_size, queries.start, queries.stop
     whole = n - (n - start) % size
     step = size if options.is_causal and not together else max(size, whole - start)
     for first in range(start, whole, step):

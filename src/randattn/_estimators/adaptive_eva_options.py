@@ -14,18 +14,19 @@ from randattn._core.tracing import plain
 if TYPE_CHECKING:
     from randattn._core.inputs import Inputs
 
-# A block computes one key of so many exactly, and at least `_LEAST_EXACT` keys. Fewer are enough in a causal
-# call, where the heads that err most are exact.
-_EXACT_SHARE, _CAUSAL_EXACT_SHARE, _LEAST_EXACT = 8, 16, 128
-# Keys of a group. With 16 the error was 4% smaller, for twice as many groups in the average
+# A block computes one key of so many exactly, and at least so many keys: of a call without causality, and of
+# the keys before a block of a causal call, where the heads that err most are exact.
+_EXACT_SHARE, _LEAST_EXACT = 6, 128
+_CAUSAL_EXACT_SHARE, _CAUSAL_LEAST_EXACT = 16, 512
+# Keys of a group. With 32 the error was smaller by a fiftieth, for twice as many groups in the average
 # (docs/notes/adaptive_eva.md has the measurements behind all of these numbers).
-_GROUP_SIZE = 32
+_GROUP_SIZE = 64
 # Queries of a block: of a call without causality, and the least of a causal call, whose blocks are an eighth
-# of the keys. Longer blocks have fewer choices and more pairs in the exact square of each block.
-_BLOCK, _CAUSAL_BLOCK, _BLOCKS = 128, 512, 8
-# One head of so many is exact in a causal call. With a third, the perplexity of a language model rose by less
-# than a percent, with two ninths by 7%.
-_HEADS_SHARE = 3
+# of the keys. Longer blocks have fewer choices, and in a causal call more pairs in the square of each block.
+_BLOCK, _CAUSAL_BLOCK, _BLOCKS = 384, 512, 8
+# One head of so many is exact in a causal call. Three of nine instead of two gain a half of a percent of a
+# language model's perplexity, for a tenth of exact attention's time.
+_HEADS_SHARE = 4
 # The last keys before a causal block, which it computes exactly.
 _RECENT = 64
 # Queries that a causal call computes exactly first: to the end of the first quarter of the keys, at most to
@@ -65,8 +66,10 @@ class Options(NamedTuple):
 
     def exact_of(self, keys: int) -> int:
         """Return the number of exact keys of a block that may see so many."""
-        share = -(-keys // (_CAUSAL_EXACT_SHARE if self.is_causal else _EXACT_SHARE))
-        number = max(_LEAST_EXACT, share) if self.num_exact is None else self.num_exact
+        share, least = _EXACT_SHARE, _LEAST_EXACT
+        if self.is_causal:
+            share, least = _CAUSAL_EXACT_SHARE, _CAUSAL_LEAST_EXACT
+        number = max(least, -(-keys // share)) if self.num_exact is None else self.num_exact
         return min(keys, max(self.recent, number))
 
 
