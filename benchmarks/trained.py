@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 # The options of adaptive_eva were chosen on the first of these layers of the language reference.
 TUNED, HELD_OUT = (3, 7, 12, 18, 20, 25), (1, 5, 10, 15, 22, 28)
-# Of longer inputs the first layers alone: the model was trained on 8,192 tokens.
+# Of longer inputs the first layers alone: each layer takes 12 seconds of exact attention.
 EARLY = (2, 5, 8)
 # Tokens of a text that the model reads at once: as many as it was trained on, and more.
 _CAPTURED = (8192, 32768)
@@ -45,8 +45,10 @@ class Case(NamedTuple):
     is_causal: bool = True
     last: int | None = None  # queries; None for all
     before: bool = False  # over the keys before these queries alone
+    errors_of: int | None = None  # the last queries, whose error is given; None for all
     heads: int | None = None  # query heads, each with its key head repeated; None for all, grouped
     layers: tuple[int, ...] = (*TUNED, *HELD_OUT)
+    is_scaled: bool = True  # rotary frequencies of inputs that are longer than the model's training
     is_step: bool = False
     # For each call: without options a call of few keys would be exact attention.
     options: tuple[dict[str, int], ...] = ({},)
@@ -69,19 +71,28 @@ class Case(NamedTuple):
 
 
 _WITHOUT: tuple[dict[str, int], ...] = ({}, {"exact_heads": 0})
+_LONG: dict[str, Any] = {"heads": 4, "layers": EARLY, "texts": ("language reference",)}
+_UNSCALED = ", rotary frequencies as trained"
 CASES = (
     Case("last 1,024 queries over 7,168 keys", 8192, is_causal=False, last=1024, before=True),
     Case("causal, last 1,024 of 8,192 tokens", 8192, last=1024, options=_WITHOUT),
     Case("causal, 2,048 tokens", 2048, options=({"num_exact": 128},)),
     Case("causal, 4,096 tokens", 4096, options=({"num_exact": 256},)),
     Case("causal, 8,192 tokens", 8192, options=_WITHOUT),
-    Case(
-        "causal, 32,768 tokens",
-        32768,
-        heads=4,
-        layers=EARLY,
-        texts=("language reference",),
-        options=_WITHOUT,
+    *(
+        Case(
+            f"causal, 32,768 tokens{kind}; error of the last 1,024",
+            32768,
+            errors_of=1024,
+            is_scaled=not kind,
+            options=_WITHOUT,
+            **_LONG,
+        )
+        for kind in ("", _UNSCALED)
+    ),
+    *(
+        Case(f"16,384 tokens{kind}", 16384, is_causal=False, is_scaled=not kind, **_LONG)
+        for kind in ("", _UNSCALED)
     ),
     Case("a step over 8,192 tokens", 8192, is_step=True, options=({}, {"num_exact": 512})),
     Case(
@@ -92,7 +103,6 @@ CASES = (
         texts=("language reference",),
         options=({}, {"num_exact": 2048}),
     ),
-    Case("16,384 tokens", 16384, is_causal=False, heads=4, layers=EARLY, texts=("language reference",)),
 )
 
 
@@ -133,20 +143,21 @@ def measure(library: str, say: Say, *, long: bool, steps: bool) -> Iterator[Row]
             for case in cases
             if steps or (case.is_causal and case.last is None and case.tokens <= 8192)
         ]
-    layers: dict[tuple[int, str], set[int]] = {}
+    layers: dict[tuple[int, bool, str], set[int]] = {}
     for case in cases:
         for name in case.texts:
-            layers.setdefault((case.captured, name), set()).update(case.layers)
+            layers.setdefault((case.captured, case.is_scaled, name), set()).update(case.layers)
     captured = {}
-    for (tokens, name), wanted in layers.items():
+    for (tokens, is_scaled, name), wanted in layers.items():
         say(f"capture {tokens} tokens of the {name}")
-        captured[tokens, name] = model.capture(model.tokens(texts()[name], tokens), wanted)
+        inputs = model.capture(model.tokens(texts()[name], tokens), wanted, is_scaled=is_scaled)
+        captured[tokens, is_scaled, name] = inputs
     del model
     for case in cases:
-        inputs = [captured[case.captured, name] for name in case.texts]
+        of_case = [captured[case.captured, case.is_scaled, name] for name in case.texts]
         for options in case.options:
             say(f"{library}: {case.name} {options}")
-            yield (_row_of_steps if case.is_step else _row)(library, own, case, options, inputs)
+            yield (_row_of_steps if case.is_step else _row)(library, own, case, options, of_case)
 
 
 def _row(library: str, own: Any, case: Case, options: dict[str, Any], captured: list[Any]) -> Row:
@@ -160,7 +171,8 @@ def _row(library: str, own: Any, case: Case, options: dict[str, Any], captured: 
             start = time.perf_counter()
             own.wait(out := call())
             first = time.perf_counter() - start if math.isnan(first) else first
-            errors.append(_error(np.asarray(out), np.asarray(exact())))
+            last = slice(None if case.errors_of is None else -case.errors_of, None)
+            errors.append(_error(*(np.asarray(x)[..., last, :] for x in (out, exact()))))
     ratios, seconds = [], []
     for _ in range(_PAIRS):
         at = [time.perf_counter()]

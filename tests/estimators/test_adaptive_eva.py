@@ -178,7 +178,7 @@ def test_long_calls_are_not(lib, monkeypatch, is_causal):
     data, options = (q / 4, k, v), {"is_causal": is_causal}
     expected = exactly(*data, **options)
     error = relative(lib.numpy(adaptive_eva(*lib.arrays(*data), **options)), expected)
-    assert 1e-3 < error < 0.9 * relative(v.mean(axis=-2, keepdims=True), expected)
+    assert 1e-3 < error < relative(v.mean(axis=-2, keepdims=True), expected)
 
 
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"is_causal": True, "exact_heads": 2}])
