@@ -66,7 +66,7 @@ def _against_time(axes: Axes, rows: list[Perplexity]) -> None:
 
 
 def _of_layers(axes: Axes, layers: list[LayerError]) -> None:
-    for attention, label in ((BEFORE, "without exact heads"), (AFTER, "a third of the heads exact")):
+    for attention, label in ((BEFORE, "without exact heads"), (AFTER, "a quarter of the heads exact")):
         own = [row for row in layers if row.attention == attention]
         numbers, colour = [row.layer for row in own], _COLOURS[attention]
         axes.plot(numbers, [row.worst for row in own], "--", color=colour, label=f"worst head, {label}")

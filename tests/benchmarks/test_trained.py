@@ -58,16 +58,18 @@ def test_kept_keys():
 
 def test_figures_of_the_documentation():
     """Errors of at most 0.07, faster than exact attention, and a perplexity near that of exact attention."""
-    # The aims are 0.65, 0.65 and 0.5.
-    for library, most in (("torch", 0.7), ("jax", 0.65), ("numpy", 0.5)):
+    for library, most in (("torch", 0.65), ("jax", 0.65), ("numpy", 0.5)):
         rows = json.loads((COMMITTED / f"{library}-cpu.json").read_text())["rows"]
         (row,) = (one for one in rows if one["case"] == "causal, 8,192 tokens" and not one["options"])
-        assert row["error"] < 0.07
+        assert row["error"] < 0.05
         assert row["time"] < most
+    rows = json.loads((COMMITTED / "torch-cpu.json").read_text())["rows"]
+    (row,) = (one for one in rows if one["case"] == "last 1,024 queries over 7,168 keys")
+    assert row["error"] < 0.07
+    assert row["time"] < 0.5
     rows = json.loads((COMMITTED / "perplexity.json").read_text())["rows"]
     found = [
         one["over_exact"] for one in rows if one["tokens"] == 8192 and one["attention"] == "adaptive_eva"
     ]
     assert len(found) == 2
-    # The aim is 2%.
-    assert np.max(found) < 0.025
+    assert np.max(found) < 0.02
