@@ -30,7 +30,7 @@ def test_a_version_is_written(tmp_path):
     assert '__version__ = "0.2.0"' in (tmp_path / "src" / "randattn" / "__init__.py").read_text()
     assert (tmp_path / "CITATION.cff").read_text().endswith("\nversion: 0.2.0\ndate-released: 2026-12-01\n")
     lines = (tmp_path / "CHANGELOG.md").read_text().split("\n\n")
-    assert lines[1:4] == ["## [Unreleased]", "## [0.2.0] - 2026-12-01", "- One.\n## [0.0.1] - 2020-01-01\n"]
+    assert lines[1:4] == ["## [Unreleased]", "## [0.2.0] - 2026-12-01", "- One."]
 
 
 @pytest.mark.parametrize(
