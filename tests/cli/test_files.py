@@ -193,7 +193,7 @@ def test_other_arrays(
 ) -> None:
     changed = {name: x for name, x in {**arrays, **change}.items() if x is not None}
     line = refuse(WRITERS[suffix](changed), f"inputs{suffix}")
-    assert line.endswith(f"expected the arrays q, k, v and optionally scale, got {got}\n")
+    assert line.endswith(f"expected the arrays q, k, v and optionally scale, is_causal, key_mask, got {got}\n")
 
 
 def test_no_arrays(refuse: Callable[..., str], suffix: str) -> None:
@@ -242,7 +242,7 @@ def test_scale(refuse: Callable[..., str], arrays: Arrays, suffix: str, scale: A
         ((0, 6, 8), (6, 8), (6, 8), "q: expected shape (..., N, D)"),
         ((6, 8), (6, 4), (6, 8), "k: expected the 8 features of q"),
         ((6, 8), (6, 8), (5, 8), "v: expected the 6 tokens of k"),
-        ((4, 6, 8), (2, 6, 8), (2, 6, 8), "leading axes of q, k, v: expected some that broadcast"),
+        ((3, 6, 8), (2, 6, 8), (2, 6, 8), "leading axes of q, k, v: expected some that broadcast"),
     ],
 )
 def test_shapes(refuse: Callable[..., str], suffix: str, q: Any, k: Any, v: Any, said: str) -> None:

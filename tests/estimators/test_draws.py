@@ -1,7 +1,5 @@
 """Randomness: one int seed, one answer; native generators; the caller's own noise."""
 
-from functools import partial
-
 import numpy as np
 import pytest
 
@@ -70,16 +68,6 @@ def test_no_two_heads_share_their_draws(lib):
     out = lib.numpy(rfa(*lib.arrays(q, k, v), num_samples=4, rng=0))
     assert np.max(np.abs(out[0] - out[1])) > 1e-3
     assert np.max(np.abs(out[1] - out[2])) > 1e-3
-
-
-def test_no_two_sequences_share_their_draws_where_a_mask_alone_makes_them(lib):
-    q, k, v = inputs(lead=())
-    mask = lib.asarray(np.ones((2, N), dtype=bool))
-    for options in ({"key_mask": mask}, {"query_mask": mask}):
-        for estimator in (partial(lara, num_landmarks=3), partial(eva, num_groups=3, window=2)):
-            out = lib.numpy(estimator(*lib.arrays(q, k, v), rng=0, **options))
-            assert out.shape == (2, N, D)
-            assert np.max(np.abs(out[0] - out[1])) > 1e-6
 
 
 @pytest.mark.parametrize("draws", ["iid", "orthogonal"])

@@ -82,12 +82,49 @@ def test_key_masks(lib, estimator):
     arrays = lib.arrays(*inputs())
     for mask, kind, texts in (
         (lib.asarray(np.ones(M)), TypeError, ("boolean", "float64")),
-        (lib.asarray(np.ones(M - 1, dtype=bool)), ValueError, ("(..., 5)", "(4,)")),
-        (lib.asarray(np.ones((3, M), dtype=bool)), ValueError, ("leading axes", "(3,)")),
+        (lib.asarray(np.ones(M - 1, dtype=bool)), ValueError, ("(5,) or (2 or 1, 5)", "(4,)")),
+        (lib.asarray(np.ones((3, M), dtype=bool)), ValueError, ("(5,) or (2 or 1, 5)", "(3, 5)")),
         ([True] * M, TypeError, ("expected an array", "list")),
     ):
         with refuses(kind, "key_mask", *texts):
             estimator(*arrays, key_mask=mask)
+
+
+def test_a_mask_has_the_axes_of_the_keys(lib, estimator):
+    """Axes matched from the right would take a batch for heads where there are as many, or widen the result."""
+    arrays = [np.stack([x, x]) for x in inputs()]
+    expected = "(5,) or (2 or 1, 2 or 1, 5)"
+    for shape, remedy in (
+        ((2, M), "pass key_mask[:, None, :] for a mask of the batch"),
+        ((2, 1, 1, M), "pass key_mask[..., 0, :] for a mask of logits"),
+        ((1, 2, 2, M), ""),
+        ((4, 1, M), ""),
+        ((), ""),
+    ):
+        with refuses(ValueError, "key_mask", expected, str(shape), remedy):
+            estimator(*lib.arrays(*arrays), key_mask=lib.asarray(np.ones(shape, dtype=bool)))
+        if len(shape) > 1:
+            mask = lib.asarray(np.ones((*shape[:-1], N), dtype=bool))
+            with refuses(ValueError, "query_mask", "(6,) or (2 or 1, 2 or 1, 6)"):
+                estimator(*lib.arrays(*arrays), query_mask=mask)
+    keep = np.arange(M) > 1
+    plain = lib.numpy(_out(estimator(*lib.arrays(*arrays), key_mask=lib.asarray(keep))))
+    for shape in ((2, 2), (2, 1), (1, 2), (1, 1)):
+        mask = lib.asarray(np.broadcast_to(keep, (*shape, M)).copy())
+        lib.close(_out(estimator(*lib.arrays(*arrays), key_mask=mask)), plain, rtol=1e-12)
+
+
+def test_a_mask_of_shared_keys_may_be_for_each_sequence(lib):
+    q, k, v = inputs()
+    mask = np.arange(M) < np.asarray([[2], [4]])
+    out = lib.numpy(softmax_attention(*lib.arrays(q, k[0], v[0]), key_mask=lib.asarray(mask)))
+    for number, of_sequence in enumerate(mask):
+        arrays = lib.arrays(q[number], *(x[0][of_sequence] for x in (k, v)))
+        lib.close(out[number], lib.numpy(softmax_attention(*arrays)), rtol=1e-12)
+
+
+def _out(found):
+    return found if hasattr(found, "shape") else found.out
 
 
 def test_grouped_queries(lib, estimator):
@@ -104,7 +141,7 @@ def test_grouped_queries(lib, estimator):
 def test_query_masks(lib):
     arrays = lib.arrays(*inputs())
     for function, options in ((lara, {}), (eva, {"window": 0})):
-        with refuses(ValueError, "query_mask", "(..., 6)", "(5,)"):
+        with refuses(ValueError, "query_mask", "(6,) or (2 or 1, 6)", "(5,)"):
             function(*arrays, query_mask=lib.asarray(np.ones(M, dtype=bool)), **options)
         with refuses(TypeError, "query_mask", "boolean"):
             function(*arrays, query_mask=lib.asarray(np.ones(N)), **options)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from randattn import attend, eva, lara, ra, rfa, softmax_attention
+from randattn import adaptive_eva, attend, eva, lara, ra, rfa, softmax_attention
 from tests.helpers.refusals import ESTIMATOR_FUNCTIONS, D, N, inputs, refuses
 
 
@@ -234,3 +234,29 @@ def test_flags(lib):
 def test_tuples_count_on_grids_alone(lib):
     with refuses(TypeError, "num_samples", "integer", "tuple"):
         rfa(*lib.arrays(*inputs()), num_samples=(2, 2), rng=0)
+
+
+@pytest.mark.parametrize(
+    ("function", "options", "name", "need"),
+    [
+        (rfa, {"draws": "orthogonal", "noise": True}, "draws", "rng"),
+        (lara, {"alpha": 2.0, "weighting": "balance"}, "alpha", "weighting='optimal'"),
+        (lara, {"normalize": "landmarks", "weighting": "biased"}, "normalize", "weighting='optimal'"),
+        (lara, {"antithetic": True}, "antithetic", "rng or noise"),
+        (lara, {"noise_scale": 0.5}, "noise_scale", "rng or noise"),
+        (lara, {"grid": (3, 2), "landmarks": True}, "grid", "landmarks=None"),
+        (lara, {"window": 4}, "window", "is_causal=True"),
+        (eva, {"noise_scale": 0.5}, "noise_scale", "rng or noise"),
+        (eva, {"window": 0, "disjoint": False}, "disjoint", "a window"),
+        (adaptive_eva, {"max_tokens": 9}, "max_tokens", "return_state=True"),
+    ],
+)
+def test_an_option_without_effect(lib, function, options, name, need):
+    q, k, v = lib.arrays(*inputs(m=N))
+    given = {
+        "noise": lambda: lib.asarray(np.zeros((4, D))),
+        "landmarks": lambda: (lib.asarray(np.zeros((2, 4, D))), lib.asarray(np.zeros((2, 4, D)))),
+    }
+    made = {key: given[key]() if key in given else value for key, value in options.items()}
+    with refuses(ValueError, name, need):
+        function(q, k, v, **made)

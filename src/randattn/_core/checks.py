@@ -6,6 +6,7 @@ import math
 import numbers
 import operator
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 from .describe import shown
@@ -133,13 +134,36 @@ def check_broadcast(hints: Mapping[str, str] = _NO_HINTS, /, **arrays: tuple[Arr
             ) from None
 
 
-def check_mask(name: str, mask: Any, like: Array, length: int) -> None:
-    """Raise unless `mask` is a boolean array (..., length) of the library and the device of `like`."""
-    check_like(name, mask, like)
+def check_mask(name: str, mask: Any, tokens: Array, lead: Sequence[int]) -> None:
+    """Raise unless `mask` is boolean, and is (M,) or has the axes of `tokens` (..., M, D) without the last.
+
+    Axes are not matched from the right: the mask (B, M) of a batch would be one of heads where B = H.
+    `lead` has the leading axes of the result, which the mask may have where `tokens` is shared.
+    """
+    check_like(name, mask, tokens)
     if not namespace(mask).isdtype(mask.dtype, "bool"):
         raise TypeError(f"{name}: expected a boolean array (True = attend), got dtype {mask.dtype}")
-    if mask.ndim < 1 or mask.shape[-1] != length:
-        raise ValueError(f"{name}: expected shape (..., {length}), got {tuple(mask.shape)}")
+    *axes, length = tokens.shape[:-1]
+    shape = tuple(mask.shape)
+    allowed = zip_longest(reversed(lead), reversed(axes))
+    if (
+        shape[-1:] == (length,)
+        and len(shape) - 1 in (0, len(axes), len(lead))
+        and all(
+            size == 1 or size in sizes for size, sizes in zip(reversed(shape[:-1]), allowed, strict=False)
+        )
+    ):
+        return
+    expected = f"({length},)"
+    if axes:
+        sizes = [str(size) if size == 1 else f"{size} or 1" for size in axes]
+        expected += f" or ({', '.join(sizes)}, {length})"
+    remedy = ""
+    if len(shape) == 2 and len(axes) == 2 and shape[-1] == length:
+        remedy = f": pass {name}[:, None, :] for a mask of the batch"
+    elif len(shape) == len(axes) + 2 and shape[-2] == 1:
+        remedy = f": pass {name}[..., 0, :] for a mask of logits"
+    raise ValueError(f"{name}: expected shape {expected}, got {shape}{remedy}")
 
 
 def as_scale(scale: Any, features: int) -> float:
@@ -193,6 +217,13 @@ def resolve_count(name: str, value: Any, default: int, **given: tuple[Array | No
             size: int = array.shape[axis]
             return size
     return default
+
+
+def check_effect(need: str, *, is_met: bool, **options: bool) -> None:
+    """Raise for an option that is given and would have no effect without `need`."""
+    for name, is_given in options.items():
+        if is_given and not is_met:
+            raise ValueError(f"{name}: expected {need} with it, or it has no effect")
 
 
 def check_option(name: str, value: Any, options: Sequence[str]) -> None:

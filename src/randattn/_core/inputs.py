@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,9 +19,12 @@ from .checks import (
     check_floating,
     check_like,
     check_mask,
+    check_option,
 )
 from .library import Array, Namespace, is_known, known_library, namespace, placement
 
+# Whether the layout was warned of in this process: a model would warn in each of its layers.
+_is_warned: list[bool] = []
 # Added to the error of leading axes that do not broadcast, by the array that does not fit.
 _HINTS = {"k": " (enable_gqa=True shares key heads among queries)"}
 
@@ -44,6 +48,7 @@ class Inputs:
     heads: int | None  # the number of key heads, where the head axis is split
     xp: Namespace  # of the arrays; looked up once a call
     query_mask: Array | None = None
+    tokens_first: bool = False  # the layout of the caller's arrays and of the result
 
     @property
     def device(self) -> Any:
@@ -57,10 +62,7 @@ class Inputs:
     @property
     def lead(self) -> tuple[int, ...]:
         """Return the leading axes of the result."""
-        shapes = [x.shape[:-2] for x in (self.q, self.k, self.v)]
-        if self.key_mask is not None:
-            shapes.append(self.key_mask.shape[:-1])
-        return broadcast_shapes(*shapes)
+        return broadcast_shapes(*(x.shape[:-2] for x in (self.q, self.k, self.v)))
 
     @property
     def key_bias(self) -> Array | None:
@@ -70,7 +72,12 @@ class Inputs:
     def finish(self, out: Array) -> Array:
         """Return the result as the caller expects it: zeros for padding, one head axis, the inputs' dtype."""
         out = hide(out, self.query_mask)
-        return self.xp.astype(self.merge_heads(out, 2), self.dtype, copy=False)
+        out = self.in_layout(self.merge_heads(out, 2), 2)
+        return self.xp.astype(out, self.dtype, copy=False)
+
+    def in_layout(self, x: Array, trailing: int) -> Array:
+        """Return a result (..., H, N, ...) in the caller's layout; `trailing` counts the axes from N on."""
+        return swapped(x, x.ndim - trailing - 1) if self.tokens_first else x
 
     def merge_heads(self, x: Array, trailing: int) -> Array:
         """Merge the two axes of split heads into one axis."""
@@ -92,13 +99,6 @@ class Inputs:
             x = _split_heads(name, x, trailing, self.heads)
         return with_rank(x, self.q.ndim - 2 + trailing)
 
-    def match_mask(self, name: str, mask: Array, length: int) -> Array:
-        """Bring a boolean array (..., length) to the rank and the split heads of the inputs."""
-        check_mask(name, mask, self.q, length)
-        mask = self.with_heads(name, mask, 1)
-        check_broadcast(q=(self.q, 2), k=(self.k, 2), v=(self.v, 2), **{name: (mask, 1)})
-        return mask
-
 
 def prepare(
     q: Array,
@@ -108,6 +108,7 @@ def prepare(
     scale: float | None,
     key_mask: Array | None,
     enable_gqa: bool,
+    layout: str = "heads_first",
     query_mask: Array | None = None,
     is_self: bool = True,
     also: Sequence[tuple[Any, int]] = (),
@@ -120,15 +121,21 @@ def prepare(
     """
     check_flags(enable_gqa=enable_gqa)
     check_arrays(q=q, k=k, v=v)
+    is_turned = is_tokens_first(layout)
+    if is_turned:
+        q, k, v, key_mask, query_mask = heads_first(q, k, v, key_mask, query_mask)
     check_attention_shapes(q, k, v)
+    if not is_turned:
+        _warn_of_layout(q, k)
     # Symbolic numbers of features would double the time to compile, and no model changes them.
     library.compiler.specialize(q.shape[-1], v.shape[-1])
     heads = _key_heads(q, k, v) if enable_gqa else None
     if heads is None:
         check_broadcast(_HINTS, q=(q, 2), k=(k, 2), v=(v, 2))
     factor = as_scale(scale, q.shape[-1])
-    if key_mask is not None:
-        check_mask("key_mask", key_mask, q, k.shape[-2])
+    for name, mask, x in (("key_mask", key_mask, k), ("query_mask", query_mask, q)):
+        if mask is not None:
+            check_mask(name, mask, x, _lead(q, k, v, enable_gqa=enable_gqa))
 
     dtype = q.dtype
     q, k, v = (working_precision(x) for x in (q, k, v))
@@ -142,14 +149,13 @@ def prepare(
     q, k, v = (with_rank(x, rank) for x in (q, k, v))
     if key_mask is not None:
         key_mask = with_rank(key_mask, rank - 1)
-        check_broadcast(_HINTS, q=(q, 2), k=(k, 2), v=(v, 2), key_mask=(key_mask, 1))
         # Dask would cut the keys at the borders of the mask's chunks too.
         key_mask = known_library(k).cut_as(key_mask, k)
         # By `where`, not by a product with the mask: NaN under the mask times zero is NaN.
         k, v = hide(k, key_mask), hide(v, key_mask)
-    x = Inputs(q, k, v, key_mask, factor, dtype, heads, namespace(q))
+    x = Inputs(q, k, v, key_mask, factor, dtype, heads, namespace(q), tokens_first=is_turned)
     if query_mask is not None:
-        query_mask = x.match_mask("query_mask", query_mask, q.shape[-2])
+        query_mask = x.with_heads("query_mask", query_mask, 1)
     elif key_mask is not None and is_self and q.shape[-2] == k.shape[-2]:
         query_mask = key_mask
     if query_mask is None:
@@ -173,6 +179,52 @@ def log_mask(mask: Array | None, like: Array) -> Array | None:
         return None
     xp = namespace(like)
     return xp.where(mask, xp.zeros_like(mask, dtype=like.dtype), -math.inf)
+
+
+def swapped(x: Array, axis: int) -> Array:
+    """Return `x` with an axis and the next one swapped."""
+    axes = list(range(x.ndim))
+    axes[axis], axes[axis + 1] = axis + 1, axis
+    return namespace(x).permute_dims(x, tuple(axes))
+
+
+def is_tokens_first(layout: Any) -> bool:
+    """Tell whether arrays are (..., N, H, D); raise for a layout that is not known."""
+    check_option("layout", layout, ("heads_first", "tokens_first"))
+    return bool(layout == "tokens_first")
+
+
+def heads_first(q: Array, k: Array, v: Array, key_mask: Any, query_mask: Any) -> tuple[Any, ...]:
+    """Return arrays (..., N, H, D) and masks (..., N), or (..., N, H), in the other layout."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim < 3:
+            raise ValueError(f"{name}: expected shape (..., tokens, heads, features), got {tuple(x.shape)}")
+    masks = (_mask_heads_first(mask, x) for mask, x in ((key_mask, k), (query_mask, q)))
+    return *(swapped(x, x.ndim - 3) for x in (q, k, v)), *masks
+
+
+def _mask_heads_first(mask: Any, tokens: Array) -> Any:
+    axes = getattr(mask, "ndim", 0)
+    if axes == tokens.ndim - 1:
+        return swapped(mask, axes - 2)
+    return mask[..., None, :] if 1 < axes == tokens.ndim - 2 else mask
+
+
+def _warn_of_layout(q: Array, k: Array) -> None:
+    """Warn, once, of arrays (B, N, H, D) whose heads would be taken for tokens and their tokens for heads."""
+    # Asked first: a compiled call would guard the list, and compile again after a warning.
+    if library.compiler.is_tracing() or _is_warned or q.ndim < 4:
+        return
+    heads, tokens = q.shape[-3:-1]
+    if not is_known(heads, tokens, k.shape[-2]) or max(tokens, k.shape[-2]) >= heads:
+        return
+    _is_warned.append(True)
+    warnings.warn(
+        f"q: {heads} heads of {tokens} tokens in shape {tuple(q.shape)}, which is read as (..., H, N, D): "
+        'pass layout="tokens_first" for (..., N, H, D)',
+        # The caller of the public function, which is wrapped twice.
+        stacklevel=6,
+    )
 
 
 def with_rank(x: Array, rank: int) -> Array:
@@ -218,6 +270,13 @@ def working_precision(x: Array) -> Array:
     """Return `x` in float32 where it is in half precision: sums of exponentials need the bits."""
     xp = namespace(x)
     return xp.astype(x, xp.float32) if xp.finfo(x.dtype).bits < 32 else x
+
+
+def _lead(q: Array, k: Array, v: Array, *, enable_gqa: bool) -> tuple[int, ...]:
+    """Return the leading axes of the result, of which grouped queries have as many heads as `q`."""
+    heads = int(enable_gqa)
+    outer = broadcast_shapes(*(x.shape[: x.ndim - 2 - heads] for x in (q, k, v)))
+    return (*outer, *q.shape[q.ndim - 2 - heads : q.ndim - 2])
 
 
 def _key_heads(q: Array, k: Array, v: Array) -> int | None:

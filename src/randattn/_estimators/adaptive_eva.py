@@ -46,6 +46,7 @@ def adaptive_eva(
     key_mask: Array | None = None,
     query_mask: Array | None = None,
     enable_gqa: bool = False,
+    layout: str = "heads_first",
 ) -> Any:
     r"""Attend exactly to the keys that matter to each block of queries, and to the others by groups.
 
@@ -82,15 +83,18 @@ def adaptive_eva(
         With ``return_state=True``: number of tokens that the state has places for, by default M.
     scale : float, optional
         Factor of the logits, by default ``D ** -0.5``.
-    key_mask : boolean array, shape (..., M), optional
-        True = attend. Masked keys and values are never read, even where they hold NaN. Padding may move the
-        borders of the groups and has no other effect.
-    query_mask : boolean array, shape (..., N), optional
+    key_mask : boolean array, shape (M,) or (..., M), optional
+        True = attend. Axes before M are those of `k`, each of its size or 1. Masked keys and values are never
+        read, even where they hold NaN. Padding may move the borders of the groups and has no other effect.
+    query_mask : boolean array, shape (N,) or (..., N), optional
         False = padding: the output row is zero, whatever the query holds, and no gradient passes through it.
         Where N = M the default is `key_mask`, as in self-attention. Pass a mask of True for N queries of
-        another sequence.
+        another sequence. Axes before N are those of `q`, each of its size or 1.
     enable_gqa : bool, default False
         Allow `q` a multiple of the heads (axis -3) of `k` and `v`.
+    layout : {"heads_first", "tokens_first"}, default "heads_first"
+        Axes of `q`, `k`, `v` and the result: (..., H, N, D), or (..., N, H, D). Masks of tokens-first arrays
+        may leave the axis of heads out. Other arguments are heads first.
 
     Returns
     -------
@@ -146,7 +150,8 @@ def adaptive_eva(
     >>> np.allclose(adaptive_eva(q, k, v, num_exact=36), softmax_attention(q, k, v))
     True
     """
-    x = prepare(q, k, v, scale=scale, key_mask=key_mask, query_mask=query_mask, enable_gqa=enable_gqa)
+    masks: dict[str, Any] = {"key_mask": key_mask, "query_mask": query_mask}
+    x = prepare(q, k, v, scale=scale, enable_gqa=enable_gqa, layout=layout, **masks)
     check_flags(return_state=return_state, is_causal=is_causal)
     if return_state and not is_causal:
         raise ValueError("return_state: expected is_causal=True with it")

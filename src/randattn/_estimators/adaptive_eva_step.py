@@ -49,6 +49,7 @@ def adaptive_eva_step(
     num_exact: int | None = None,
     key_mask: Array | None = None,
     enable_gqa: bool = False,
+    layout: str = "heads_first",
 ) -> tuple[Array, AdaptiveEVAState]:
     r"""Continue causal `adaptive_eva` with the next tokens.
 
@@ -69,10 +70,13 @@ def adaptive_eva_step(
     num_exact : int, optional
         Number of keys in groups that a query computes exactly, rounded up to whole groups; the query heads
         that share a key head share them. By default an eighth of the places of the state, and at least 128.
-    key_mask : boolean array, shape (..., T), optional
-        True = attend, in this step and in later ones.
+    key_mask : boolean array, shape (T,) or (..., T), optional
+        True = attend, in this step and in later ones. Axes before T are those of `k`, each of its size or 1.
     enable_gqa : bool, default False
         Allow `q` a multiple of the heads (axis -3) of `k` and `v`.
+    layout : {"heads_first", "tokens_first"}, default "heads_first"
+        Axes of `q`, `k`, `v` and the result: (..., H, T, D), or (..., T, H, D). Masks of tokens-first arrays
+        may leave the axis of heads out. Other arguments are heads first.
 
     Returns
     -------
@@ -126,7 +130,7 @@ def adaptive_eva_step(
     True
     """
     also = [(getattr(state, "tokens", None), 2)]
-    x = prepare(q, k, v, scale=1.0, key_mask=key_mask, enable_gqa=enable_gqa, also=also)
+    x = prepare(q, k, v, scale=1.0, key_mask=key_mask, enable_gqa=enable_gqa, layout=layout, also=also)
     check_causal(x, is_causal=True)
     refuse_lazy(x)
     d, e = x.q.shape[-1], x.v.shape[-1]

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from randattn._backends.dispatch import attend, backend_of, undisturbed
 from randattn._core.average import Average, Keys
-from randattn._core.checks import as_real, broadcast_shapes, check_flags, check_option
+from randattn._core.checks import as_real, broadcast_shapes, check_effect, check_flags, check_option
 from randattn._core.draws import normal_draws
 from randattn._core.inputs import Inputs, check_causal, prepare, with_rank
 from randattn._core.library import Array, namespace
@@ -62,6 +62,7 @@ def eva(
     return_state: bool = False,
     max_tokens: int | None = None,
     enable_gqa: bool = False,
+    layout: str = "heads_first",
 ) -> Any:
     r"""Attend to a window of keys exactly, and to each group of other keys by one control variate (EVA).
 
@@ -102,17 +103,18 @@ def eva(
         frequency is the mean of its proposal: a deterministic form, for inference.
     noise : array, shape (..., C, D), optional
         The standard normal draws, in place of `rng`; the array broadcasts.
-    query_mask : boolean array, shape (..., N), optional
+    query_mask : boolean array, shape (N,) or (..., N), optional
         False = padding: the output row is zero, whatever the query holds, no gradient passes through it, and
         no landmark includes it. Where N = M the default is `key_mask`, as in self-attention. Pass a mask of
-        True for N queries of another sequence.
+        True for N queries of another sequence. Axes before N are those of `q`, each of its size or 1.
     grid : tuple of int, optional
         One, two or three sizes of the grid on which the tokens lie in row-major order. Requires N = M.
     scale : float, optional
         Factor of the logits, by default ``D ** -0.5``.
-    key_mask : boolean array, shape (..., M), optional
-        True = attend. Masked keys and values are never read, even where they hold NaN. A group of padding
-        alone has no weight. Padding may move the borders of the groups and has no other effect.
+    key_mask : boolean array, shape (M,) or (..., M), optional
+        True = attend. Axes before M are those of `k`, each of its size or 1. Masked keys and values are never
+        read, even where they hold NaN. A group of padding alone has no weight. Padding may move the borders
+        of the groups and has no other effect.
     is_causal : bool, default False
         Query n sees the keys of its window up to n exactly, and the groups that end before its window begins.
         Requires N = M and a `group_size` that divides `window`; the default is `window`.
@@ -123,6 +125,9 @@ def eva(
         ``return_state=True``, room is kept.
     enable_gqa : bool, default False
         Allow `q` a multiple of the heads (axis -3) of `k` and `v`.
+    layout : {"heads_first", "tokens_first"}, default "heads_first"
+        Axes of `q`, `k`, `v` and the result: (..., H, N, D), or (..., N, H, D). Masks of tokens-first arrays
+        may leave the axis of heads out. Other arguments are heads first.
 
     Returns
     -------
@@ -178,11 +183,13 @@ def eva(
         raise NotImplementedError("window_bias: expected None with return_state=True: eva_step has no bias")
     if is_causal and not disjoint:
         raise ValueError("is_causal: expected disjoint=True")
+    has_draws = rng is not None or noise is not None
+    check_effect("rng or noise", is_met=has_draws, noise_scale=noise_scale != 1)
     masks: dict[str, Any] = {"key_mask": key_mask, "query_mask": query_mask}
     also = [*pooling_ranks(landmarks, noise), (window_bias, 2)]
-    x = prepare(q, k, v, scale=scale, enable_gqa=enable_gqa, also=also, **masks)
+    x = prepare(q, k, v, scale=scale, enable_gqa=enable_gqa, layout=layout, also=also, **masks)
     check_causal(x, is_causal)
-    layout = eva_layout(
+    blocks = eva_layout(
         x.q.shape[-2],
         x.k.shape[-2],
         grid=grid,
@@ -192,16 +199,17 @@ def eva(
         is_causal=is_causal,
         like=(landmarks, noise),
     )
-    pair_bias = bias_of_window(x, window_bias, layout.window, is_causal=is_causal)
-    count = groups_to_draw(max_tokens, x.q.shape[-2], layout, is_causal=is_causal)
+    check_effect("a window", is_met=blocks.window is not None, disjoint=not disjoint)
+    pair_bias = bias_of_window(x, window_bias, blocks.window, is_causal=is_causal)
+    count = groups_to_draw(max_tokens, x.q.shape[-2], blocks, is_causal=is_causal)
 
-    split = _split(x, layout, is_causal=is_causal, disjoint=disjoint)
+    split = _split(x, blocks, is_causal=is_causal, disjoint=disjoint)
     # kt_c, the mean key of each group, and log |P_c|; the groups are merged from the pieces that windows cut.
     (kt, log_size), of_keys = union(pool(x.k, split.atoms, x.key_mask), split.parts)
     if landmarks is None:
-        qt, _ = pool(x.q, blocks_of_queries(x, layout.groups), x.query_mask)
+        qt, _ = pool(x.q, blocks_of_queries(x, blocks.groups), x.query_mask)
     else:
-        qt, kt = given_landmarks(x, landmarks, layout.groups.index.shape[0])
+        qt, kt = given_landmarks(x, landmarks, blocks.groups.index.shape[0])
     # Equation: w_c ~ N((qt_c + kt_c)/2, I). The root of the scale goes to both means, not to the noise.
     w = x.root * (qt + kt) / 2
     lead = w.shape[:-2] if pair_bias is None else broadcast_shapes(w.shape[:-2], pair_bias.shape[:-3])
@@ -214,16 +222,16 @@ def eva(
     # Equation: beta_c = f(w_c) over P_c. The rests of groups that windows cut take the same frequency.
     (beta, _), of_values = union(_control_variates(x, w, split), split.parts)
     groups = Keys(kt, beta, _weight(log_size, group_weight))
-    if layout.window is None:
+    if blocks.window is None:
         return x.finish(final_average(x.q, groups, scale=x.scale))
     rests = []
     if split.rest is not None:
         given = kt if landmarks is not None else None
         rests = [_rests(of_values, of_keys, split.rest, given, group_weight)]
-    out = x.finish(_by_windows(x, layout, split, groups, rests, pair_bias, is_causal=is_causal))
+    out = x.finish(_by_windows(x, blocks, split, groups, rests, pair_bias, is_causal=is_causal))
     if not return_state:
         return out
-    (window,), (size,) = layout.window, layout.sizes
+    (window,), (size,) = blocks.window, blocks.sizes
     return out, state_after(x, window, size, groups, eps, count, by_size=group_weight == "size")
 
 

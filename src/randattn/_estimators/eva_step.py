@@ -71,6 +71,7 @@ def eva_step(
     *,
     key_mask: Array | None = None,
     enable_gqa: bool = False,
+    layout: str = "heads_first",
 ) -> tuple[Array, EVAState]:
     """Continue causal `eva` with the next tokens.
 
@@ -84,10 +85,13 @@ def eva_step(
         Values of these tokens.
     state : EVAState
         State after all earlier tokens, from `eva` with ``return_state=True`` or from this function.
-    key_mask : boolean array, shape (..., T), optional
-        True = attend, in this step and in later ones.
+    key_mask : boolean array, shape (T,) or (..., T), optional
+        True = attend, in this step and in later ones. Axes before T are those of `k`, each of its size or 1.
     enable_gqa : bool, default False
         Allow `q` a multiple of the heads (axis -3) of `k` and `v`.
+    layout : {"heads_first", "tokens_first"}, default "heads_first"
+        Axes of `q`, `k`, `v` and the result: (..., H, T, D), or (..., T, H, D). Masks of tokens-first arrays
+        may leave the axis of heads out. Other arguments are heads first.
 
     Returns
     -------
@@ -120,7 +124,7 @@ def eva_step(
     True
     """
     also = [(getattr(state, "beta", None), 2)]
-    x = prepare(q, k, v, scale=1.0, key_mask=key_mask, enable_gqa=enable_gqa, also=also)
+    x = prepare(q, k, v, scale=1.0, key_mask=key_mask, enable_gqa=enable_gqa, layout=layout, also=also)
     check_causal(x, is_causal=True)
     # The state carries the scale, as an array: `prepare` gets the factor one.
     sizes = _sizes(x.q.shape[-1], x.v.shape[-1])

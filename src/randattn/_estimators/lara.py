@@ -11,7 +11,7 @@ from typing import Any
 
 from randattn._backends.dispatch import attend, undisturbed
 from randattn._core.average import Keys, finite
-from randattn._core.checks import as_count, as_real, broadcast_shapes, check_flags, check_option
+from randattn._core.checks import as_count, as_real, broadcast_shapes, check_effect, check_flags, check_option
 from randattn._core.describe import shown
 from randattn._core.draws import normal_draws
 from randattn._core.inputs import Inputs, check_causal, log_mask, prepare
@@ -49,6 +49,7 @@ def lara(
     key_mask: Array | None = None,
     is_causal: bool = False,
     enable_gqa: bool = False,
+    layout: str = "heads_first",
 ) -> Array:
     r"""Attend by linear randomized attention (LARA): multiple importance sampling in linear time, consistent.
 
@@ -91,25 +92,29 @@ def lara(
         frequency is the mean of its proposal: a deterministic form, for inference.
     noise : array, shape (..., C, D), optional
         The standard normal draws, in place of `rng`; the array broadcasts.
-    query_mask : boolean array, shape (..., N), optional
+    query_mask : boolean array, shape (N,) or (..., N), optional
         False = padding: the output row is zero, whatever the query holds, no gradient passes through it, and
         no landmark includes it. Where N = M the default is `key_mask`, as in self-attention. Pass a mask of
-        True for N queries of another sequence.
+        True for N queries of another sequence. Axes before N are those of `q`, each of its size or 1.
     grid : tuple of int, optional
         One, two or three sizes of the grid on which the tokens lie in row-major order. Requires N = M.
     window : int, optional
         With ``is_causal=True``: tokens of the window that a query sees exactly, by default 64.
     scale : float, optional
         Factor of the logits, by default ``D ** -0.5``.
-    key_mask : boolean array, shape (..., M), optional
-        True = attend. Masked keys and values are never read, even where they hold NaN. A landmark of padding
-        alone has no weight. Padding may move the borders of the segments and has no other effect.
+    key_mask : boolean array, shape (M,) or (..., M), optional
+        True = attend. Axes before M are those of `k`, each of its size or 1. Masked keys and values are never
+        read, even where they hold NaN. A landmark of padding alone has no weight. Padding may move the
+        borders of the segments and has no other effect.
     is_causal : bool, default False
         Query n sees the keys of its window up to n exactly. The proposals whose segments end before the
         window begins, and draws from N(0, I), estimate the keys before the window. Requires N = M and the
         weighting "optimal" or "balance".
     enable_gqa : bool, default False
         Allow `q` a multiple of the heads (axis -3) of `k` and `v`.
+    layout : {"heads_first", "tokens_first"}, default "heads_first"
+        Axes of `q`, `k`, `v` and the result: (..., H, N, D), or (..., N, H, D). Masks of tokens-first arrays
+        may leave the axis of heads out. Other arguments are heads first.
 
     Returns
     -------
@@ -161,14 +166,19 @@ def lara(
     """
     check_option("weighting", weighting, ("optimal", "balance", "biased"))
     check_flags(mix_keys=mix_keys, antithetic=antithetic, is_causal=is_causal)
+    alpha, noise_scale = as_real("alpha", alpha), as_real("noise_scale", noise_scale)
+    is_optimal, is_near = weighting == "optimal", normalize is not None
+    check_effect("weighting='optimal'", is_met=is_optimal, alpha=alpha != 1, normalize=is_near)
     if normalize is None:
         normalize = "landmarks" if is_causal else "queries"
     check_option("normalize", normalize, ("queries", "landmarks"))
     _check_causal_options(is_causal, window, weighting, normalize, grid)
-    alpha, noise_scale = as_real("alpha", alpha), as_real("noise_scale", noise_scale)
+    has_draws = rng is not None or noise is not None
+    check_effect("rng or noise", is_met=has_draws, antithetic=antithetic, noise_scale=noise_scale != 1)
+    check_effect("landmarks=None", is_met=landmarks is None, grid=grid is not None)
     masks: dict[str, Any] = {"key_mask": key_mask, "query_mask": query_mask}
     also = pooling_ranks(landmarks, noise)
-    x = prepare(q, k, v, scale=scale, enable_gqa=enable_gqa, also=also, **masks)
+    x = prepare(q, k, v, scale=scale, enable_gqa=enable_gqa, layout=layout, also=also, **masks)
     check_causal(x, is_causal)
     qt, kt, there = landmarks_of(x, num_landmarks, landmarks, noise, grid)
     qt, kt = x.root * qt, x.root * kt

@@ -27,6 +27,7 @@ def attend(
     query_mask: Array | None = None,
     is_causal: bool = False,
     enable_gqa: bool = False,
+    layout: str = "heads_first",
 ) -> Average:
     r"""Average the values with weights ``exp(q . k + bias)``: the primitive of every estimator.
 
@@ -49,15 +50,20 @@ def attend(
         Bias that is added to all logits of a key, in nats. ``-inf`` removes the key.
     pair_bias : array, shape (..., N, M), optional
         Bias that is added to the logit of a query and a key, in nats. Either axis may have length one.
-    key_mask : boolean array, shape (..., M), optional
-        True = attend. Masked keys and values are never read, even where they hold NaN.
-    query_mask : boolean array, shape (..., N), optional
+    key_mask : boolean array, shape (M,) or (..., M), optional
+        True = attend. Axes before M are those of `k`, each of its size or 1. Masked keys and values are never
+        read, even where they hold NaN.
+    query_mask : boolean array, shape (N,) or (..., N), optional
         False = padding: the row is zero with the norm -inf, whatever the query holds, and no gradient passes
         through it. The default is never `key_mask`: these keys may be a part of those that the queries see.
+        Axes before N are those of `q`, each of its size or 1.
     is_causal : bool, default False
         Query n sees the keys up to n. Requires N = M.
     enable_gqa : bool, default False
         Allow `q` a multiple of the heads (axis -3) of `k` and `v`.
+    layout : {"heads_first", "tokens_first"}, default "heads_first"
+        Axes of `q`, `k`, `v`, `out` and `log_norm`: (..., H, N, D), or (..., N, H, D). Masks of tokens-first
+        arrays may leave the axis of heads out. Biases are heads first.
 
     Returns
     -------
@@ -90,7 +96,7 @@ def attend(
     array([3.])
     """
     masks: dict[str, Any] = {"key_mask": key_mask, "query_mask": query_mask}
-    x = prepare(q, k, v, scale=1.0, is_self=False, enable_gqa=enable_gqa, **masks)
+    x = prepare(q, k, v, scale=1.0, is_self=False, enable_gqa=enable_gqa, layout=layout, **masks)
     check_causal(x, is_causal)
     xp, (n, m) = x.xp, (x.q.shape[-2], x.k.shape[-2])
     given = {"q": (x.q, 2), "k": (x.k, 2), "v": (x.v, 2)}
@@ -119,7 +125,7 @@ def attend(
     if x.query_mask is not None:
         # `finish` sets rows of padding to zero. Their norm must vanish too, or they would weigh in `merge`.
         log_norm = xp.where(x.query_mask, log_norm, -math.inf)
-    return Average(x.finish(out), x.merge_heads(log_norm, 1))
+    return Average(x.finish(out), x.in_layout(x.merge_heads(log_norm, 1), 1))
 
 
 def merge(a: tuple[Array, Array], b: tuple[Array, Array], /) -> Average:

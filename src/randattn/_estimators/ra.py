@@ -29,6 +29,7 @@ def ra(
     query_mask: Array | None = None,
     is_causal: bool = False,
     enable_gqa: bool = False,
+    layout: str = "heads_first",
 ) -> Array:
     r"""Attend by randomized attention (RA), without bias, at quadratic cost.
 
@@ -52,17 +53,20 @@ def ra(
         the distribution function of the softmax.
     scale : float, optional
         Factor of the logits, by default ``D ** -0.5``.
-    key_mask : boolean array, shape (..., M), optional
-        True = attend. Masked keys and values are never read, even where they hold NaN. Padding leaves the
-        other outputs unchanged up to rounding.
-    query_mask : boolean array, shape (..., N), optional
+    key_mask : boolean array, shape (M,) or (..., M), optional
+        True = attend. Axes before M are those of `k`, each of its size or 1. Masked keys and values are never
+        read, even where they hold NaN. Padding leaves the other outputs unchanged up to rounding.
+    query_mask : boolean array, shape (N,) or (..., N), optional
         False = padding: the output row is zero, whatever the query holds, and no gradient passes through it.
         Where N = M the default is `key_mask`, as in self-attention. Pass a mask of True for N queries of
-        another sequence.
+        another sequence. Axes before N are those of `q`, each of its size or 1.
     is_causal : bool, default False
         Not supported: each draw comes from a softmax over all keys.
     enable_gqa : bool, default False
         Allow `q` a multiple of the heads (axis -3) of `k` and `v`.
+    layout : {"heads_first", "tokens_first"}, default "heads_first"
+        Axes of `q`, `k`, `v` and the result: (..., H, N, D), or (..., N, H, D). Masks of tokens-first arrays
+        may leave the axis of heads out. Other arguments are heads first.
 
     Returns
     -------
@@ -107,7 +111,7 @@ def ra(
     refuse_causal("ra", is_causal)
     masks: dict[str, Any] = {"key_mask": key_mask, "query_mask": query_mask}
     also = [(noise, 3), (components, 2)]
-    x = prepare(q, k, v, scale=scale, enable_gqa=enable_gqa, also=also, **masks)
+    x = prepare(q, k, v, scale=scale, enable_gqa=enable_gqa, layout=layout, also=also, **masks)
     count = resolve_count("num_samples", num_samples, 1, noise=(noise, -3), components=(components, -2))
     n, d = x.q.shape[-2:]
     if (noise is None) != (components is None):

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from randattn._backends.dispatch import attend, undisturbed
 from randattn._core import block_sizes
 from randattn._core.average import Average, Keys, finite, nonzero, past
-from randattn._core.checks import check_flags, check_option, resolve_count
+from randattn._core.checks import check_effect, check_flags, check_option, resolve_count
 from randattn._core.draws import no_draws, normal_draws
 from randattn._core.inputs import Inputs, check_causal, dot, prepare, with_rank
 from randattn._core.library import Array, namespace, placement
@@ -62,6 +62,7 @@ def rfa(
     is_causal: bool = False,
     return_state: bool = False,
     enable_gqa: bool = False,
+    layout: str = "heads_first",
 ) -> Any:
     r"""Attend by random features (RFA, Performer): linear time, consistent.
 
@@ -95,13 +96,13 @@ def rfa(
         The frequencies, standard normal draws, in place of `rng`; the leading axes broadcast.
     scale : float, optional
         Factor of the logits, by default ``D ** -0.5``.
-    key_mask : boolean array, shape (..., M), optional
-        True = attend. Masked keys and values are never read, even where they hold NaN. Padding leaves the
-        other outputs unchanged up to rounding.
-    query_mask : boolean array, shape (..., N), optional
+    key_mask : boolean array, shape (M,) or (..., M), optional
+        True = attend. Axes before M are those of `k`, each of its size or 1. Masked keys and values are never
+        read, even where they hold NaN. Padding leaves the other outputs unchanged up to rounding.
+    query_mask : boolean array, shape (N,) or (..., N), optional
         False = padding: the output row is zero, whatever the query holds, and no gradient passes through it.
         Where N = M the default is `key_mask`, as in self-attention. Pass a mask of True for N queries of
-        another sequence.
+        another sequence. Axes before N are those of `q`, each of its size or 1.
     is_causal : bool, default False
         Query n sees the keys up to n. Requires N = M and positive features. Within a block of 64 tokens the
         kernel of a pair has a least value in float32, 87 nats below the bound that the norms of query and key
@@ -111,6 +112,9 @@ def rfa(
         With ``is_causal=True``: also return the state after the last token, for `rfa_step`.
     enable_gqa : bool, default False
         Allow `q` a multiple of the heads (axis -3) of `k` and `v`.
+    layout : {"heads_first", "tokens_first"}, default "heads_first"
+        Axes of `q`, `k`, `v` and the result: (..., H, N, D), or (..., N, H, D). Masks of tokens-first arrays
+        may leave the axis of heads out. Other arguments are heads first.
 
     Returns
     -------
@@ -172,8 +176,9 @@ def rfa(
     check_option("features", features, ("positive", "optimal", "trigonometric"))
     check_option("draws", draws, ("iid", "orthogonal", "simplex", "antithetic", "qmc"))
     check_flags(return_state=return_state, precondition=precondition)
+    check_effect("rng, not noise,", is_met=noise is None, draws=draws != "iid")
     masks: dict[str, Any] = {"key_mask": key_mask, "query_mask": query_mask}
-    x = prepare(q, k, v, scale=scale, enable_gqa=enable_gqa, also=[(noise, 2)], **masks)
+    x = prepare(q, k, v, scale=scale, enable_gqa=enable_gqa, layout=layout, also=[(noise, 2)], **masks)
     check_causal(x, is_causal)
     if return_state and not is_causal:
         raise ValueError("return_state: expected is_causal=True with it")
@@ -217,6 +222,7 @@ def rfa_step(
     *,
     key_mask: Array | None = None,
     enable_gqa: bool = False,
+    layout: str = "heads_first",
 ) -> tuple[Array, RFAState]:
     """Continue causal `rfa` with the next tokens.
 
@@ -230,10 +236,13 @@ def rfa_step(
         Values of these tokens.
     state : RFAState
         State after all earlier tokens, from `rfa` with ``return_state=True`` or from this function.
-    key_mask : boolean array, shape (..., T), optional
-        True = attend, in this step and in later ones.
+    key_mask : boolean array, shape (T,) or (..., T), optional
+        True = attend, in this step and in later ones. Axes before T are those of `k`, each of its size or 1.
     enable_gqa : bool, default False
         Allow `q` a multiple of the heads (axis -3) of `k` and `v`.
+    layout : {"heads_first", "tokens_first"}, default "heads_first"
+        Axes of `q`, `k`, `v` and the result: (..., H, T, D), or (..., T, H, D). Masks of tokens-first arrays
+        may leave the axis of heads out. Other arguments are heads first.
 
     Returns
     -------
@@ -264,7 +273,7 @@ def rfa_step(
     True
     """
     also = [(getattr(state, "out", None), 2)]
-    x = prepare(q, k, v, scale=1.0, key_mask=key_mask, enable_gqa=enable_gqa, also=also)
+    x = prepare(q, k, v, scale=1.0, key_mask=key_mask, enable_gqa=enable_gqa, layout=layout, also=also)
     check_causal(x, is_causal=True)
     sizes = {
         "frequencies": (None, x.q.shape[-1]),

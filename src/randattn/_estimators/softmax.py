@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from randattn._backends.dispatch import undisturbed
 from randattn._core.average import Keys
 from randattn._core.inputs import Inputs, check_last, prepare
@@ -22,6 +24,7 @@ def softmax_attention(
     query_mask: Array | None = None,
     is_causal: bool = False,
     enable_gqa: bool = False,
+    layout: str = "heads_first",
 ) -> Array:
     r"""Compute exact softmax attention in blocks, without all N x M logits in memory.
 
@@ -35,17 +38,21 @@ def softmax_attention(
         Values.
     scale : float, optional
         Factor of the logits, by default ``D ** -0.5``.
-    key_mask : boolean array, shape (..., M), optional
-        True = attend. Masked keys and values are never read, even where they hold NaN.
-    query_mask : boolean array, shape (..., N), optional
+    key_mask : boolean array, shape (M,) or (..., M), optional
+        True = attend. Axes before M are those of `k`, each of its size or 1. Masked keys and values are never
+        read, even where they hold NaN.
+    query_mask : boolean array, shape (N,) or (..., N), optional
         False = padding: the output row is zero, whatever the query holds, and no gradient passes through it.
         Where N = M the default is `key_mask`, as in self-attention. Pass a mask of True for N queries of
-        another sequence.
+        another sequence. Axes before N are those of `q`, each of its size or 1.
     is_causal : bool, default False
         Query n of the N sees the keys up to M - N + n: the queries are the last N of M tokens. Requires N <=
         M.
     enable_gqa : bool, default False
         Allow `q` a multiple of the heads (axis -3) of `k` and `v`.
+    layout : {"heads_first", "tokens_first"}, default "heads_first"
+        Axes of `q`, `k`, `v` and the result: (..., H, N, D), or (..., N, H, D). Masks of tokens-first arrays
+        may leave the axis of heads out. Other arguments are heads first.
 
     Returns
     -------
@@ -75,7 +82,8 @@ def softmax_attention(
     >>> softmax_attention(q, k, v).shape
     (2, 5, 4)
     """
-    x = prepare(q, k, v, scale=scale, key_mask=key_mask, query_mask=query_mask, enable_gqa=enable_gqa)
+    masks: dict[str, Any] = {"key_mask": key_mask, "query_mask": query_mask}
+    x = prepare(q, k, v, scale=scale, enable_gqa=enable_gqa, layout=layout, **masks)
     check_last(x, is_causal)
     return x.finish(exact_attention(x, is_causal=is_causal))
 

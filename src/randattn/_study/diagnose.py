@@ -15,7 +15,17 @@ from randattn._core.checks import as_count, broadcast_shapes, check_arrays
 from randattn._core.describe import shown
 from randattn._core.draws import spawned
 from randattn._core.indexing import slices
-from randattn._core.inputs import Inputs, check_causal, dot, hide, prepare, with_rank, working_precision
+from randattn._core.inputs import (
+    Inputs,
+    check_causal,
+    dot,
+    heads_first,
+    hide,
+    is_tokens_first,
+    prepare,
+    with_rank,
+    working_precision,
+)
 from randattn._core.library import Array, is_array
 from randattn._estimators.final_average import parted, watched
 from randattn._estimators.registry import row_of
@@ -123,7 +133,8 @@ def diagnose(
         time. The default is all queries, up to 2**24 pairs of a query and a key over all heads, or else 64
         queries without rows.
     **options
-        Options of the estimator. Replicates draw from seeds or keys that are made of `rng`.
+        Options of the estimator. Replicates draw from seeds or keys that are made of `rng`. With
+        ``layout="tokens_first"`` the arrays of the result are heads first all the same.
 
     Returns
     -------
@@ -162,6 +173,10 @@ def diagnose(
     while isinstance(estimator, functools.partial) and not estimator.args:
         options = {**estimator.keywords, **options}
         estimator = estimator.func
+    if is_tokens_first(options.pop("layout", "heads_first")):
+        masks = {name: options.get(name) for name in ("key_mask", "query_mask")}
+        q, k, v, *turned = heads_first(q, k, v, **masks)
+        options |= zip(masks, turned, strict=True)
     if not callable(estimator):
         raise TypeError(f"estimator: expected a function of q, k and v, got {shown(estimator)}")
     check_arrays(q=q, k=k, v=v)

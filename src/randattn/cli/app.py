@@ -14,6 +14,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+import randattn
 from randattn._estimators.registry import by_label
 from randattn.data import SAMPLES
 
@@ -67,6 +68,7 @@ def _json(name: str) -> Callable[..., Any]:
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]}, invoke_without_command=True)
+@click.version_option(randattn.__version__, prog_name="randattn")
 @click.pass_context
 def app(context: click.Context) -> None:
     """Compare and diagnose randomized attention on any array library."""

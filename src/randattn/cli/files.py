@@ -20,6 +20,7 @@ from randattn import data
 from .errors import Refused
 
 _AXES = {"q": "N, D", "k": "M, D", "v": "M, E"}
+_MORE = ("scale", "is_causal", "key_mask")
 
 
 class _Unfit(Exception):  # noqa: N818  (a file's fault)
@@ -28,7 +29,10 @@ class _Unfit(Exception):  # noqa: N818  (a file's fault)
 
 @dataclass(frozen=True)
 class Arrays:
-    """The inputs of attention: q (..., N, D), k (..., M, D), v (..., M, E) in float32, scale, causality."""
+    """The inputs of attention in float32: q (..., N, D), k (..., M, D), v (..., M, E) and more.
+
+    Key heads that query heads share are repeated. `key_mask` has the axes of `k` without the last.
+    """
 
     name: str
     q: np.ndarray
@@ -36,15 +40,22 @@ class Arrays:
     v: np.ndarray
     scale: float
     is_causal: bool = False
+    key_mask: np.ndarray | None = None
+
+    @property
+    def mask(self) -> dict[str, Any]:
+        """Return the key mask as an option of a call, or none."""
+        return {} if self.key_mask is None else {"key_mask": self.key_mask}
 
     def one_head(self, length: int) -> Arrays:
-        """Return the first head, with its tokens repeated or cut to a length."""
+        """Return the first head, with its tokens repeated or cut to a length, and no padding."""
 
         def repeated(x: np.ndarray) -> np.ndarray:
             tokens: np.ndarray = x.reshape(-1, *x.shape[-2:])[0]
             return np.take(tokens, np.arange(length), axis=0, mode="wrap")
 
-        return replace(self, q=repeated(self.q), k=repeated(self.k), v=repeated(self.v))
+        parts: dict[str, Any] = {name: repeated(getattr(self, name)) for name in _AXES}
+        return replace(self, **parts, key_mask=None)
 
 
 def read_sample(name: str = "encoder") -> Arrays:
@@ -123,6 +134,8 @@ def _read_safetensors(content: bytes) -> dict[str, np.ndarray]:
 
 def _from_safetensors(name: str, tensor: Mapping[str, Any]) -> np.ndarray:
     dtype, shape = tensor["dtype"], tensor["shape"]
+    if dtype == "BOOL":
+        return np.frombuffer(tensor["data"], dtype=np.bool_).reshape(shape)
     if dtype == "BF16":
         # NumPy has no bfloat16; its bits are the upper half of a float32.
         upper = np.frombuffer(tensor["data"], dtype="<u2").astype(np.uint32)
@@ -133,15 +146,16 @@ def _from_safetensors(name: str, tensor: Mapping[str, Any]) -> np.ndarray:
 
 
 def _check_names(names: Iterable[str]) -> None:
-    got = sorted(names)
-    if got not in (sorted(_AXES), sorted((*_AXES, "scale"))):
-        raise _Unfit(f"expected the arrays q, k, v and optionally scale, got {', '.join(got) or 'none'}")
+    got = set(names)
+    if not set(_AXES) <= got <= {*_AXES, *_MORE}:
+        expected = f"q, k, v and optionally {', '.join(_MORE)}"
+        raise _Unfit(f"expected the arrays {expected}, got {', '.join(sorted(got)) or 'none'}")
 
 
 def _checked(name: str, arrays: Mapping[str, np.ndarray]) -> Arrays:
-    for which, x in arrays.items():
-        if not np.issubdtype(x.dtype, np.floating):
-            raise _Unfit(f"{which}: expected a real floating dtype, got {x.dtype}")
+    for which in (*_AXES, "scale"):
+        if which in arrays and not np.issubdtype(arrays[which].dtype, np.floating):
+            raise _Unfit(f"{which}: expected a real floating dtype, got {arrays[which].dtype}")
     for which, axes in _AXES.items():
         shape = arrays[which].shape
         if len(shape) < 2 or 0 in shape:
@@ -151,12 +165,44 @@ def _checked(name: str, arrays: Mapping[str, np.ndarray]) -> Arrays:
         raise _Unfit(f"k: expected the {q[-1]} features of q on its last axis, got shape {k}")
     if v[-2] != k[-2]:
         raise _Unfit(f"v: expected the {k[-2]} tokens of k on its axis -2, got shape {v}")
+    parts: dict[str, Any] = {which: _single(which, arrays[which]) for which in _AXES}
+    # Grouped heads: each key head is repeated for the query heads that share it.
+    groups = (
+        q[-3] // k[-3] if min(len(q), len(k), len(v)) > 2 and k[-3] == v[-3] > 1 and not q[-3] % k[-3] else 1
+    )
+    parts |= {which: np.repeat(parts[which], groups, axis=-3) for which in "kv" if groups > 1}
     try:
-        np.broadcast_shapes(q[:-2], k[:-2], v[:-2])
+        np.broadcast_shapes(*(x.shape[:-2] for x in parts.values()))
     except ValueError:
         raise _Unfit(f"leading axes of q, k, v: expected some that broadcast, got {q}, {k}, {v}") from None
-    single = [_single(which, arrays[which]) for which in _AXES]
-    return Arrays(name, single[0], single[1], single[2], _scale(arrays.get("scale"), q[-1]))
+    is_causal = _is_causal(arrays.get("is_causal"), q[-2], k[-2])
+    mask = _mask(arrays.get("key_mask"), k, groups)
+    return Arrays(name, **parts, scale=_scale(arrays.get("scale"), q[-1]), is_causal=is_causal, key_mask=mask)
+
+
+def _is_causal(flag: np.ndarray | None, n: int, m: int) -> bool:
+    if flag is None:
+        return False
+    if flag.dtype != np.bool_ or flag.size != 1:
+        raise _Unfit(f"is_causal: expected one boolean, got {flag.dtype} of shape {flag.shape}")
+    if flag.item() and n != m:
+        raise _Unfit(f"is_causal: expected as many keys as queries ({n}), got {m}")
+    return bool(flag.item())
+
+
+def _mask(mask: np.ndarray | None, k: tuple[int, ...], groups: int) -> np.ndarray | None:
+    if mask is None:
+        return None
+    axes = (*k[:-2], k[-2])
+    fits = mask.shape[-1:] == axes[-1:] and mask.ndim in (1, len(axes))
+    fits = fits and all(size in (1, axis) for size, axis in zip(mask.shape, axes[-mask.ndim :], strict=True))
+    if mask.dtype != np.bool_ or not fits:
+        expected = f"booleans of shape ({k[-2]},), or of the {len(axes)} axes of k without its features"
+        raise _Unfit(f"key_mask: expected {expected}, got {mask.dtype} of shape {mask.shape}")
+    if not mask.any(axis=-1).all():
+        raise _Unfit("key_mask: masks all keys of a sequence")
+    heads = mask.shape[-2] if mask.ndim > 1 else 1
+    return np.repeat(mask, groups, axis=-2) if heads > 1 else mask
 
 
 def _single(which: str, x: np.ndarray) -> np.ndarray:

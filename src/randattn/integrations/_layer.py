@@ -13,6 +13,9 @@ from randattn._estimators.registry import ESTIMATORS
 
 from ._layout import estimate
 
+# Options of lara and eva that change their draws alone.
+_OF_DRAWS = ("antithetic", "noise_scale")
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -94,14 +97,17 @@ def attended(
             options = {"rng": draw(), **options}
         elif row.draws == "always":
             options = {"rng": 0, **options}
+        else:
+            # Options of the draws, for training: an estimator refuses them where it draws nothing.
+            options = {name: value for name, value in options.items() if name not in _OF_DRAWS}
     if layer.query_landmark is not None and row.landmarks is not None:
         # Unscaled: `landmarks` are in the units of q and k.
         means = prepare(q, k, k, scale=None, is_self=False, enable_gqa=False, **masks)
         qt, kt = row.landmarks(means, options, layer.is_causal)
         qt, kt = (namespace(q).astype(y, q.dtype, copy=False) for y in (qt, kt))
         options["landmarks"] = (layer.query_landmark(qt), layer.key_landmark(kt))
-        # The landmarks have the number in their shape.
-        for name in ("num_landmarks", "num_groups"):
+        # The landmarks have the number in their shape, and lara has no other use of the grid.
+        for name in ("num_landmarks", "num_groups", *(("grid",) if row.label == "lara" else ())):
             options.pop(name, None)
     if window_bias is not None:
         options["window_bias"] = window_bias

@@ -41,6 +41,8 @@ def estimate(
     for name in ours:
         if options.get(name) is not None:
             raise TypeError(f"{name}: expected of the call, not among the estimator's options")
+    if options.get("layout") is not None:
+        raise TypeError("layout: expected none among the estimator's options: that of the framework is known")
     has_query_mask = options.get("query_mask") is not None or ours.get("query_mask") is not None
     if n == m and not has_query_mask and ours.get("key_mask") is not None:
         # Estimators take the key mask for the queries where N = M. A framework that masks keys alone expects

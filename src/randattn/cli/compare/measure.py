@@ -154,7 +154,7 @@ def truth(inputs: Arrays) -> tuple[np.ndarray, float]:
     """Return exact attention in float64, and the relative error of the trivial answer mean(V)."""
     # Estimators are measured in float32: inputs that overflow there have no error that means anything.
     arrays = (inputs.q, inputs.k, inputs.v)
-    options: dict[str, Any] = {"scale": inputs.scale, "is_causal": inputs.is_causal}
+    options: dict[str, Any] = {"scale": inputs.scale, "is_causal": inputs.is_causal, **inputs.mask}
     with np.errstate(all="ignore"):
         is_finite = np.isfinite(softmax_attention(*arrays, **options)).all()
     if not is_finite:
@@ -163,9 +163,8 @@ def truth(inputs: Arrays) -> tuple[np.ndarray, float]:
     exact = softmax_attention(q, k, v, **options)
     if not _layer_norms(exact).all():
         raise Refused(f"{inputs.name}: exact attention is zero in a layer, where no relative error exists")
-    mean = np.mean(v, axis=-2, keepdims=True)
-    if inputs.is_causal:
-        mean = np.cumsum(v, axis=-2) / np.arange(1, v.shape[-2] + 1)[:, None]
+    # Attention with equal logits: the mean of the keys that a query may see, and zeros for padded queries.
+    mean = softmax_attention(np.zeros_like(q), k, v, **options)
     return exact, _relative_error(mean, exact)
 
 
@@ -218,7 +217,7 @@ def _finite(x: Any) -> float | None:
 def _call(inputs: Arrays, library: ArrayLibrary, config: Config, seed: int) -> Call:
     """Return a function that calls the estimator on these inputs and waits for the device."""
     function = library.compiled(config.bind(inputs, seed))
-    arrays = [library.asarray(x) for x in (inputs.q, inputs.k, inputs.v)]
+    arrays = [library.asarray(x) for x in (inputs.q, inputs.k, inputs.v, *inputs.mask.values())]
 
     def call() -> Array:
         out = function(*arrays)

@@ -48,10 +48,11 @@ class Config(NamedTuple):
         return by_label()[self.estimator].draws != "never"
 
     def bind(self, inputs: Arrays, seed: int) -> Callable[..., Any]:
-        """Return the estimator as a function of arrays q, k and v alone, as the inputs need it."""
+        """Return the estimator as a function of q, k and v, and of the key mask if there is one."""
         row = by_label()[self.estimator]
         keywords = {"scale": inputs.scale, **options_of(row, self.samples, seed, inputs)}
-        return lambda q, k, v: row.function(q, k, v, **keywords)
+        names = tuple(inputs.mask)
+        return lambda q, k, v, *mask: row.function(q, k, v, **dict(zip(names, mask, strict=True)), **keywords)
 
 
 EXACT = Config("softmax", None)

@@ -139,7 +139,7 @@ def look(
         # An estimator may overflow on such inputs: the figure says so, NumPy's warnings would only repeat it.
         with np.errstate(all="ignore"):
             found[name] = diagnose(
-                row.function, *arrays, scale=inputs.scale, num_replicates=replicates, **options
+                row.function, *arrays, scale=inputs.scale, num_replicates=replicates, **inputs.mask, **options
             )
         looks.append(_look(name, count or 0, found[name]))
     advance(len(estimators), len(estimators), "")
@@ -183,6 +183,8 @@ def _exact(inputs: Arrays) -> np.ndarray:
     logits = inputs.scale * q @ k.T
     if inputs.is_causal:
         logits = np.where(np.tri(*logits.shape, dtype=np.bool_), logits, -np.inf)
+    if inputs.key_mask is not None:
+        logits = np.where(inputs.key_mask.reshape(-1, logits.shape[-1])[0], logits, -np.inf)
     weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
     rows: np.ndarray = weights / weights.sum(axis=-1, keepdims=True)
     return rows
