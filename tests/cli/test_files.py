@@ -193,7 +193,9 @@ def test_other_arrays(
 ) -> None:
     changed = {name: x for name, x in {**arrays, **change}.items() if x is not None}
     line = refuse(WRITERS[suffix](changed), f"inputs{suffix}")
-    assert line.endswith(f"expected the arrays q, k, v and optionally scale, is_causal, key_mask, got {got}\n")
+    assert line.endswith(
+        f"expected the arrays q, k, v and optionally scale, is_causal, key_mask, got {got}\n"
+    )
 
 
 def test_no_arrays(refuse: Callable[..., str], suffix: str) -> None:

@@ -68,8 +68,8 @@ def test_rfa_error_falls_as_one_over_the_root_of_samples(lib, features, draws):
     assert slope(errors_against_samples(lib, estimate, COUNTS, q, k, v)) == pytest.approx(-0.5, abs=0.08)
 
 
-@pytest.mark.parametrize("weighting", ["balance", "optimal"])
-def test_lara_error_falls_as_one_over_the_root_of_samples(lib, weighting):
+@pytest.mark.parametrize("options", [{"weighting": "balance"}, {"weighting": "optimal", "alpha": 0.1}])
+def test_lara_error_falls_as_one_over_the_root_of_samples(lib, options):
     """More draws from the same eight proposals."""
     q, k, v = inputs(24, 8, norm=0.4)
     means = [x.reshape(8, 3, 8).mean(axis=1) for x in (q, k)]
@@ -77,7 +77,7 @@ def test_lara_error_falls_as_one_over_the_root_of_samples(lib, weighting):
     def estimate(*arrays_and_count):
         *arrays, count = arrays_and_count
         landmarks = tuple(lib.asarray(np.tile(mean, (count // 8, 1))) for mean in means)
-        return lara(*arrays, landmarks=landmarks, weighting=weighting, alpha=0.1, rng=3)
+        return lara(*arrays, landmarks=landmarks, rng=3, **options)
 
     assert slope(errors_against_samples(lib, estimate, COUNTS, q, k, v)) == pytest.approx(-0.5, abs=0.08)
 

@@ -111,12 +111,14 @@ def prepare(
     layout: str = "heads_first",
     query_mask: Array | None = None,
     is_self: bool = True,
+    is_whole: bool = True,
     also: Sequence[tuple[Any, int]] = (),
 ) -> Inputs:
     """Check the arguments that every estimator has, and set padded keys and queries to zero.
 
     With `is_self` and as many keys as queries, the key mask is the query mask too, unless there is a
-    `query_mask`. `also` has further arrays, each with the number of its trailing axes: the rank of the inputs
+    `query_mask`. `is_whole` is False where the tokens are a part of a sequence, and may be fewer than the heads.
+    `also` has further arrays, each with the number of its trailing axes: the rank of the inputs
     has room for their leading axes.
     """
     check_flags(enable_gqa=enable_gqa)
@@ -125,7 +127,7 @@ def prepare(
     if is_turned:
         q, k, v, key_mask, query_mask = heads_first(q, k, v, key_mask, query_mask)
     check_attention_shapes(q, k, v)
-    if not is_turned:
+    if is_whole and not is_turned:
         _warn_of_layout(q, k)
     # Symbolic numbers of features would double the time to compile, and no model changes them.
     library.compiler.specialize(q.shape[-1], v.shape[-1])

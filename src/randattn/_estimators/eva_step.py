@@ -124,7 +124,8 @@ def eva_step(
     True
     """
     also = [(getattr(state, "beta", None), 2)]
-    x = prepare(q, k, v, scale=1.0, key_mask=key_mask, enable_gqa=enable_gqa, layout=layout, also=also)
+    given: dict[str, Any] = {"key_mask": key_mask, "enable_gqa": enable_gqa, "layout": layout}
+    x = prepare(q, k, v, scale=1.0, is_whole=False, also=also, **given)
     check_causal(x, is_causal=True)
     # The state carries the scale, as an array: `prepare` gets the factor one.
     sizes = _sizes(x.q.shape[-1], x.v.shape[-1])

@@ -96,7 +96,8 @@ def attend(
     array([3.])
     """
     masks: dict[str, Any] = {"key_mask": key_mask, "query_mask": query_mask}
-    x = prepare(q, k, v, scale=1.0, is_self=False, enable_gqa=enable_gqa, layout=layout, **masks)
+    masks |= {"enable_gqa": enable_gqa, "layout": layout}
+    x = prepare(q, k, v, scale=1.0, is_self=False, is_whole=False, **masks)
     check_causal(x, is_causal)
     xp, (n, m) = x.xp, (x.q.shape[-2], x.k.shape[-2])
     given = {"q": (x.q, 2), "k": (x.k, 2), "v": (x.v, 2)}

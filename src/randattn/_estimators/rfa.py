@@ -273,7 +273,8 @@ def rfa_step(
     True
     """
     also = [(getattr(state, "out", None), 2)]
-    x = prepare(q, k, v, scale=1.0, key_mask=key_mask, enable_gqa=enable_gqa, layout=layout, also=also)
+    given: dict[str, Any] = {"key_mask": key_mask, "enable_gqa": enable_gqa, "layout": layout}
+    x = prepare(q, k, v, scale=1.0, is_whole=False, also=also, **given)
     check_causal(x, is_causal=True)
     sizes = {
         "frequencies": (None, x.q.shape[-1]),
