@@ -16,7 +16,7 @@ from .adaptive_eva_options import axes_of_heads, lead_of_keys, most_choosers, nu
 from .final_average import watched_average
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from randattn._core.inputs import Inputs
 
@@ -74,30 +74,30 @@ def estimate(x: Inputs, options: Options, *, is_part: bool = False) -> Average:
     number = xp.arange(heads, device=placement(x.q))[None, :]
     every = Heads(number, number // (heads // tokens.k.shape[1]), True)
     parts = [] if first is None else [first]
-    for queries in _segments(options, n, m):
-        if options.exact_heads:
-            errors = _errors(tokens, index, options, every, queries.start, first)
-            parts.append(
-                _with_exact_heads(tokens, index, options, own.order_of(-errors, stable=True), queries)
-            )
-        else:
-            parts.append(_blocks(tokens, index, options, every, queries, average))
+    if options.exact_heads:
+        segments = _segments(options, n, m)
+        orders = _orders(tokens, index, options, every, segments, first)
+        for queries, order in zip(segments, orders, strict=True):
+            parts.append(_with_exact_heads(tokens, index, options, order, queries))
+    else:
+        parts.append(_blocks(tokens, index, options, every, slice(options.first, n), average))
     out, log_norm = _joined(parts, (-2, -1))
     return Average(xp.reshape(out, (*lead, n, out.shape[-1])), xp.reshape(log_norm, (*lead, n)))
 
 
-def _segments(options: Options, n: int, m: int) -> Iterator[slice]:
-    """Yield the queries after the first ones, in segments for which the heads are ranked anew.
+def _segments(options: Options, n: int, m: int) -> list[slice]:
+    """Return the queries after the first ones, in one or two segments for which the heads are ranked.
 
-    A causal call ranks at each doubling of the keys: a head may begin to look keys up late in a text.
+    A causal call ranks again at the first block with half of the keys before it, if these are twice as many as
+    at the first ranking: a head may begin to look keys up late in a text. Each ranking takes JAX a second to
+    compile.
     """
     start = options.first
-    if options.is_causal and options.exact_heads:
+    if options.is_causal:
         for later in range(start + options.block_size, n, options.block_size):
-            if m - n + later >= 2 * (m - n + start):
-                yield slice(start, later)
-                start = later
-    yield slice(start, n)
+            if m - n + later >= max(m / 2, 2 * (m - n + start)):
+                return [slice(start, later), slice(later, n)]
+    return [slice(start, n)]
 
 
 def _with_exact_heads(x: _Tokens, index: Index, options: Options, order: Array, queries: slice) -> Average:
@@ -144,25 +144,37 @@ def _of_heads(x: Inputs, lead: tuple[int, ...]) -> _Tokens:
     )
 
 
-def _errors(
-    x: _Tokens, index: Index, options: Options, every: Heads, start: int, first: Average | None
-) -> Array:
-    """Return the squared error of each head (B, H G) over that of zero, on one block of queries.
+def _orders(
+    x: _Tokens, index: Index, options: Options, every: Heads, segments: list[slice], first: Average | None
+) -> list[Array]:
+    """Return the heads (B, H G) for each segment, by their error on one block of queries: the largest first.
 
-    In a causal call these are the last queries before `start`, and as many before them choose.
+    In a causal call these are the last queries before the segment, and as many before them choose.
     """
-    xp, own, n, m = namespace(x.q), backend_of(x.q), x.q.shape[2], x.k.shape[2]
+    own, n, m = backend_of(x.q), x.q.shape[2], x.k.shape[2]
     size = min(_PROBES, options.block_size)
-    stop = (n - size) // 2 + size
+    starts = [(n - size) // 2]
     if options.is_causal:
-        size, stop = max(1, min(_PROBES, options.first // 2)), start
-    queries = slice(stop - size, stop)
-    if first is not None and start == options.first:
-        exact = first.out[:, :, queries, :]
-    else:
-        keys = slice(m - n + stop if options.is_causal else m)
-        exact = x.attend(every, queries, keys, is_causal=options.is_causal).out
-    found = _run(x, index, options, every, queries, size, attend).out
+        size = max(1, min(_PROBES, options.first // 2))
+        starts = [queries.start - size for queries in segments]
+    runs = [starts] if own.compiles_loops else [[start] for start in starts]
+    found = _joined([_run(x, index, options, every, run, size, attend) for run in runs], (-2, -1)).out
+    orders = []
+    for number, start in enumerate(starts):
+        queries = slice(start, start + size)
+        if queries.stop <= options.first and first is not None:
+            exact = first.out[:, :, queries, :]
+        else:
+            keys = slice(m - n + queries.stop if options.is_causal else m)
+            exact = x.attend(every, queries, keys, is_causal=options.is_causal).out
+        errors = _errors(found[:, :, number * size : (number + 1) * size, :], exact)
+        orders.append(own.order_of(-errors, stable=True))
+    return orders
+
+
+def _errors(found: Array, exact: Array) -> Array:
+    """Return the squared error of each head (B, H G), over that of zero."""
+    xp, own = namespace(exact), backend_of(exact)
     errors, whole = (own.constant(xp.sum(y**2, axis=(-2, -1))) for y in (found - exact, exact))
     errors = errors / xp.where(whole == 0, 1.0, whole)
     # Rounding is no error: by it heads would have another order on each library.
@@ -182,8 +194,8 @@ def _blocks(
     return _joined([_run(x, index, options, heads, *run, average) for run in runs], (-2, -1))
 
 
-def _runs(options: Options, queries: slice, *, together: bool) -> Iterator[tuple[slice, int]]:
-    """Yield runs of blocks, by their queries and the queries of a block, that are computed together.
+def _runs(options: Options, queries: slice, *, together: bool) -> Iterator[tuple[range, int]]:
+    """Yield runs of blocks that are computed together: the first query of each block, and its queries.
 
     The blocks of a causal run see the keys up to the last of them, masked: `together` makes one program of
     all blocks, and otherwise each block is a run of its own, without masks.
@@ -192,9 +204,9 @@ def _runs(options: Options, queries: slice, *, together: bool) -> Iterator[tuple
     whole = n - (n - start) % size
     step = size if options.is_causal and not together else max(size, whole - start)
     for first in range(start, whole, step):
-        yield slice(first, first + step), size
+        yield range(first, first + step, size), size
     if whole < n:
-        yield slice(whole, n), n - whole
+        yield range(whole, n, n - whole), n - whole
 
 
 def _run(
@@ -202,18 +214,18 @@ def _run(
     index: Index,
     options: Options,
     heads: Heads,
-    queries: slice,
+    first: Sequence[int],
     size: int,
     average: Callable[..., Average],
 ) -> Average:
-    """Return the averages (B, A, n, E) of a run of blocks of `size` queries, by `attend` or wider."""
+    """Return the averages (B, A, n, E) of a run of blocks of `size` queries, each from its `first` query on."""
     xp, own, (batch, all_heads, _, d) = namespace(x.q), backend_of(x.q), x.q.shape
-    choosing, starts = _choosing(x, options, queries, size)
-    q, blocks = heads.take(x.q[:, :, queries, :]), choosing.shape[2]
+    choosing, starts = _choosing(x, options, first, size)
+    q, blocks = heads.take(_of_blocks(x.q, first, size)), choosing.shape[2]
     count, keys = q.shape[1], starts[-1]
     arrays = [(xp.reshape(q, (batch, count, blocks, size * d)), -2), (choosing, -2)]
     if len(set(starts)) > 1:
-        start = starts[0] + size * xp.arange(blocks, device=placement(q))
+        start = xp.asarray(starts, device=placement(q))
         arrays.append((xp.reshape(start, (1, 1, blocks, 1)), -2))
 
     def of_blocks(q: Array, choosing: Array, start: Array | None = None) -> Array:
@@ -231,35 +243,43 @@ def _run(
     both = own.by_rows(of_blocks, rows, *arrays)
     both = xp.reshape(both, (batch, count, blocks * size, both.shape[-1] // size))
     found = Average(both[..., :-1], both[..., -1])
-    return merge(found, _squares(x, heads, queries, blocks)) if options.is_causal else found
+    return merge(found, _squares(x, heads, first, size)) if options.is_causal else found
 
 
-def _choosing(x: _Tokens, options: Options, queries: slice, size: int) -> tuple[Array, list[int]]:
+def _choosing(x: _Tokens, options: Options, first: Sequence[int], size: int) -> tuple[Array, list[int]]:
     """Return the choosers (B, H G, b, c D) of blocks, and the number of keys that each may choose from."""
     xp, (batch, heads, n, d), m = namespace(x.q), x.q.shape, x.k.shape[2]
-    first = range(queries.start, queries.stop, size)
     if options.is_causal:
         # As many queries before each block choose for it. Runs of theirs have one length.
-        width = min(size, options.first, queries.start)
+        width = min(size, options.first, first[0])
         width -= width % most_choosers(width)
         own = xp.concat([x.q[:, :, start - width : start, :] for start in first], axis=2)
         starts = [m - n + start for start in first]
     else:
-        own, width, starts = x.q[:, :, queries, :], size, [m] * len(first)
+        own, width, starts = _of_blocks(x.q, first, size), size, [m] * len(first)
     own = xp.reshape(own, (batch, heads, len(first), width, d))
     return choosers(own, number_of_choosers(width)), starts
 
 
-def _squares(x: _Tokens, heads: Heads, queries: slice, blocks: int) -> Average:
+def _of_blocks(y: Array, first: Sequence[int], size: int) -> Array:
+    """Return the tokens (B, H, b size, ...) of blocks, each from its `first` token on, on axis 2."""
+    stops = [start + size for start in first]
+    if stops[:-1] == list(first[1:]):
+        return y[:, :, first[0] : stops[-1], ...]
+    return namespace(y).concat([y[:, :, start : start + size, ...] for start in first], axis=2)
+
+
+def _squares(x: _Tokens, heads: Heads, first: Sequence[int], size: int) -> Average:
     """Return the averages over the keys of each block itself, up to each query: (B, A, n, E)."""
     xp, before = namespace(x.q), x.k.shape[2] - x.q.shape[2]
-    keys = slice(before + queries.start, before + queries.stop)
-    parts = (heads.take(x.q[:, :, queries, :]), *(heads.take_keys(y[:, :, keys, :]) for y in (x.k, x.v)))
+    of_keys = [before + start for start in first]
+    own = (heads.take_keys(_of_blocks(y, of_keys, size)) for y in (x.k, x.v))
+    parts = (heads.take(_of_blocks(x.q, first, size)), *own)
     batch, count, n, _ = parts[0].shape
-    shape = (batch, count * blocks, n // blocks)
+    shape = (batch, count * len(first), size)
     q, k, v = (xp.reshape(y, (*shape, y.shape[-1])) for y in parts)
     bias = None
     if x.mask is not None:
-        bias = log_mask(xp.reshape(heads.take_keys(x.mask[:, :, keys]), shape), q)
+        bias = log_mask(xp.reshape(heads.take_keys(_of_blocks(x.mask, of_keys, size)), shape), q)
     out, log_norm = attend(q, Keys(k, v, bias, is_causal=True))
     return Average(xp.reshape(out, (batch, count, n, v.shape[-1])), xp.reshape(log_norm, (batch, count, n)))
