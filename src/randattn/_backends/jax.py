@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import os
 from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -19,7 +22,29 @@ from .generic import Backend
 # An eager call is one program; in a caller's `jit` it is a part of the caller's program. Static arguments are
 # compared by equality: a pair weight with a new function in each call would compile a program in each call.
 _compiled = jax.jit(jax_loops.blocks, static_argnames=("rules", "scale", "limits"))
-_compiled_function = jax.jit(lambda function, rule, *arrays: function(rule, *arrays), static_argnums=(0, 1))
+_as_function = partial(
+    jax.jit, lambda function, rule, *arrays: function(rule, *arrays), static_argnums=(0, 1)
+)
+_compiled_function = _as_function()
+# LLVM's last passes are a quarter of the time to compile, and gain no time of products.
+_QUICKLY = {"xla_backend_optimization_level": 1}
+
+
+@lru_cache
+def _quickly_compiled_function() -> Any:
+    """Return `_compiled_function` with less optimization, where JAX takes options and the caller has none."""
+    knows = "compiler_options" in inspect.signature(jax.jit).parameters
+    if not knows or any(name in os.environ.get("XLA_FLAGS", "") for name in _QUICKLY):
+        return _compiled_function
+    return _as_function(compiler_options=_QUICKLY)
+
+
+def _on_a_cpu(arrays: tuple[Array | None, ...]) -> bool:
+    """Tell whether no array is traced, since a program within another has its options, and all are on CPUs."""
+    given = [x for x in arrays if x is not None]
+    return not any(isinstance(x, jax.core.Tracer) for x in given) and all(
+        device.platform == "cpu" for x in given for device in x.devices()
+    )
 
 
 class Jax(Backend):
@@ -66,7 +91,8 @@ class Jax(Backend):
 
     def as_program(self, function: Callable[..., Array], rule: Any, *arrays: Array | None) -> Array:
         """Return ``function(rule, *arrays)`` by one program: each operation would be a program of its own."""
-        return _compiled_function(function, rule, *arrays)
+        compiled = _quickly_compiled_function() if _on_a_cpu(arrays) else _compiled_function
+        return compiled(function, rule, *arrays)
 
     def is_sharded(self, x: Array) -> bool:
         """Tell whether the tokens may be cut into one shard for each device of a mesh with one axis."""

@@ -117,9 +117,9 @@ def prepare(
     """Check the arguments that every estimator has, and set padded keys and queries to zero.
 
     With `is_self` and as many keys as queries, the key mask is the query mask too, unless there is a
-    `query_mask`. `is_whole` is False where the tokens are a part of a sequence, and may be fewer than the heads.
-    `also` has further arrays, each with the number of its trailing axes: the rank of the inputs
-    has room for their leading axes.
+    `query_mask`. `is_whole` is False for a part of a sequence, whose tokens may be fewer than the heads.
+    `also` has further arrays, each with the number of its trailing axes: the rank of the inputs has room for
+    their leading axes.
     """
     check_flags(enable_gqa=enable_gqa)
     check_arrays(q=q, k=k, v=v)
@@ -218,7 +218,8 @@ def _warn_of_layout(q: Array, k: Array) -> None:
     if library.compiler.is_tracing() or _is_warned or q.ndim < 4:
         return
     heads, tokens = q.shape[-3:-1]
-    if not is_known(heads, tokens, k.shape[-2]) or max(tokens, k.shape[-2]) >= heads:
+    # One token is a prompt of one, or a step.
+    if not is_known(heads, tokens, k.shape[-2]) or tokens == 1 or max(tokens, k.shape[-2]) >= heads:
         return
     _is_warned.append(True)
     warnings.warn(

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from randattn._backends.dispatch import attend, backend_of
 from randattn._core import block_sizes
-from randattn._core.average import Average, Keys, merge
+from randattn._core.average import Average, Keys
 from randattn._core.inputs import log_mask
 from randattn._core.library import hint, namespace, placement
 
-from .adaptive_eva_keys import Heads, Index, attend_adaptively, choosers, index_keys
+from .adaptive_eva_keys import Choice, Heads, Index, attend_adaptively, choosers, index_keys
 from .adaptive_eva_options import axes_of_heads, lead_of_keys, most_choosers, number_of_choosers
 from .final_average import watched_average
 
@@ -60,7 +60,7 @@ class _Tokens(NamedTuple):
 
 def estimate(x: Inputs, options: Options, *, is_part: bool = False) -> Average:
     """Return the averages (..., N, E); a part of the keys is no last average, which `diagnose` looks at."""
-    xp, lead, own = x.xp, x.lead, backend_of(x.q)
+    xp, lead = x.xp, x.lead
     tokens = _of_heads(x, lead)
     (_, heads, n, _), m = tokens.q.shape, tokens.k.shape[2]
     known = m - n + options.first if options.is_causal else m
@@ -88,9 +88,9 @@ def estimate(x: Inputs, options: Options, *, is_part: bool = False) -> Average:
 def _segments(options: Options, n: int, m: int) -> list[slice]:
     """Return the queries after the first ones, in one or two segments for which the heads are ranked.
 
-    A causal call ranks again at the first block with half of the keys before it, if these are twice as many as
-    at the first ranking: a head may begin to look keys up late in a text. Each ranking takes JAX a second to
-    compile.
+    A causal call ranks again at the first block with half of the keys before it, if these are twice as many
+    as at the first ranking: a head may begin to look keys up late in a text. Each ranking takes JAX a second
+    to compile.
     """
     start = options.first
     if options.is_causal:
@@ -218,32 +218,36 @@ def _run(
     size: int,
     average: Callable[..., Average],
 ) -> Average:
-    """Return the averages (B, A, n, E) of a run of blocks of `size` queries, each from its `first` query on."""
+    """Return the averages (B, A, n, E) of blocks of `size` queries, each from its `first` query on."""
     xp, own, (batch, all_heads, _, d) = namespace(x.q), backend_of(x.q), x.q.shape
     choosing, starts = _choosing(x, options, first, size)
     q, blocks = heads.take(_of_blocks(x.q, first, size)), choosing.shape[2]
     count, keys = q.shape[1], starts[-1]
-    arrays = [(xp.reshape(q, (batch, count, blocks, size * d)), -2), (choosing, -2)]
+    arrays = [q, *(_own_tokens(x, heads, first, size) if options.is_causal else ())]
+    widths = [y.shape[-1] for y in arrays]
+    flat = [xp.reshape(y, (batch, count, blocks, size * y.shape[-1])) for y in arrays]
+    more = [choosing]
     if len(set(starts)) > 1:
-        start = xp.asarray(starts, device=placement(q))
-        arrays.append((xp.reshape(start, (1, 1, blocks, 1)), -2))
+        more.append(xp.reshape(xp.asarray(starts, device=placement(q)), (1, 1, blocks, 1)))
 
-    def of_blocks(q: Array, choosing: Array, start: Array | None = None) -> Array:
-        q = xp.reshape(q, (batch, count, q.shape[2], size, d))
-        start = None if start is None else xp.reshape(start, (-1,))
-        exact = options.exact_of(keys)
-        out, log_norm = attend_adaptively(
-            index, heads, q, choosing, start, keys, exact, options.recent, average
+    def of_blocks(*parts: Array) -> Array:
+        done = parts[0].shape[2]
+        shape = (batch, count, done, size)
+        q, *of_block = (
+            xp.reshape(y, (*shape, width)) for y, width in zip(parts[: len(widths)], widths, strict=True)
         )
+        choosing, start = (*parts[len(widths) :], None)[:2]
+        start = None if start is None else xp.reshape(start, (-1,))
+        plan = Choice(keys, options.exact_of(keys), options.recent, choosing, start)
+        out, log_norm = attend_adaptively(index, heads, q, plan, of_block, average)
         both = xp.concat([out, log_norm[..., None]], axis=-1)
         return xp.reshape(both, (*both.shape[:3], size * both.shape[-1]))
 
     scores = hint(batch * all_heads * (choosing.shape[-1] // d) * keys)
     rows = 1 if options.is_causal else max(1, block_sizes.CHOICE_NUMBERS // scores)
-    both = own.by_rows(of_blocks, rows, *arrays)
+    both = own.by_rows(of_blocks, rows, *((y, -2) for y in (*flat, *more)))
     both = xp.reshape(both, (batch, count, blocks * size, both.shape[-1] // size))
-    found = Average(both[..., :-1], both[..., -1])
-    return merge(found, _squares(x, heads, first, size)) if options.is_causal else found
+    return Average(both[..., :-1], both[..., -1])
 
 
 def _choosing(x: _Tokens, options: Options, first: Sequence[int], size: int) -> tuple[Array, list[int]]:
@@ -269,17 +273,10 @@ def _of_blocks(y: Array, first: Sequence[int], size: int) -> Array:
     return namespace(y).concat([y[:, :, start : start + size, ...] for start in first], axis=2)
 
 
-def _squares(x: _Tokens, heads: Heads, first: Sequence[int], size: int) -> Average:
-    """Return the averages over the keys of each block itself, up to each query: (B, A, n, E)."""
-    xp, before = namespace(x.q), x.k.shape[2] - x.q.shape[2]
-    of_keys = [before + start for start in first]
-    own = (heads.take_keys(_of_blocks(y, of_keys, size)) for y in (x.k, x.v))
-    parts = (heads.take(_of_blocks(x.q, first, size)), *own)
-    batch, count, n, _ = parts[0].shape
-    shape = (batch, count * len(first), size)
-    q, k, v = (xp.reshape(y, (*shape, y.shape[-1])) for y in parts)
-    bias = None
-    if x.mask is not None:
-        bias = log_mask(xp.reshape(heads.take_keys(_of_blocks(x.mask, of_keys, size)), shape), q)
-    out, log_norm = attend(q, Keys(k, v, bias, is_causal=True))
-    return Average(xp.reshape(out, (batch, count, n, v.shape[-1])), xp.reshape(log_norm, (batch, count, n)))
+def _own_tokens(x: _Tokens, heads: Heads, first: Sequence[int], size: int) -> list[Array]:
+    """Return the blocks' own keys, values and, as one feature, the bias of a mask: (B, A, b size, .)."""
+    of_keys = [x.k.shape[2] - x.q.shape[2] + start for start in first]
+    arrays = [x.k, x.v]
+    if (bias := log_mask(x.mask, x.q)) is not None:
+        arrays.append(bias[..., None])
+    return [heads.take_keys(_of_blocks(y, of_keys, size)) for y in arrays]

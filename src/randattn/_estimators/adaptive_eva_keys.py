@@ -18,7 +18,7 @@ from randattn._core.inputs import with_rank
 from randattn._core.library import namespace, placement
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     Array = Any
 
@@ -116,28 +116,45 @@ def choosers(q: Array, count: int) -> Array:
     return xp.reshape(xp.mean(xp.reshape(q, (*lead, count, n // count, d)), axis=-2), (*lead, count * d))
 
 
+class Choice(NamedTuple):
+    """The keys before blocks of queries that may be chosen, and by whom.
+
+    Attributes
+    ----------
+    keys, num_exact, recent : int
+        Number of keys to choose from, of exact keys, and of the last keys, which are exact.
+    choosers : array, shape (B, H G, b, c D)
+        The choosers of each block.
+    start : array of int, shape (b,), or None
+        Number of keys before each block, which attends to none beyond; None for all of them.
+    """
+
+    keys: int
+    num_exact: int
+    recent: int
+    choosers: Array
+    start: Array | None
+
+
 def attend_adaptively(
     x: Index,
     heads: Heads,
     q: Array,
-    choosing: Array,
-    start: Array | None,
-    keys: int,
-    num_exact: int,
-    recent: int,
+    choice: Choice,
+    own_tokens: Sequence[Array],
     average: Callable[..., Average],
 ) -> Average:
-    """Average the first `keys` keys for blocks of queries (B, A, b, n, D): (B, A, b, n, E).
+    """Average the keys before blocks of queries (B, A, b, n, D), and the blocks' own tokens: (B, A, b, n, E).
 
-    `choosing` (B, H G, b, c D) has the choosers of each block, and `start` (b,) the number of keys before it:
-    the block attends to none beyond. None stands for all keys. The last `recent` keys are exact. `average` is
-    `attend`, or has more columns of values.
+    `own_tokens` has keys, values and perhaps a bias of each block (B, A, b, n, .): a query sees those up to
+    itself. `average` is `attend`, or has more columns of values.
     """
     xp, own, (batch, count, blocks, n, d) = namespace(q), backend_of(q), q.shape
+    keys, recent, start = choice.keys, choice.recent, choice.start
     size, values = x.group_size, x.tokens.shape[-1] - d - 1
     # Keys after the last whole group are recent, so that a causal block does not need a part of a group.
     groups = keys // size if recent else -(-keys // size)
-    slots = _chosen(x, heads, choosing, start, keys, num_exact, recent)
+    slots = _chosen(x, heads, choice)
     number = xp.astype(heads.of_keys, slots.dtype)[..., None, None] * (x.tokens.shape[1] // x.weight.shape[1])
     in_table = xp.reshape(slots + number, (batch, count * blocks, slots.shape[-1]))
     tokens = rows(x.tokens, in_table)
@@ -160,9 +177,11 @@ def attend_adaptively(
     means = xp.reshape(left / sizes[..., None], (batch, count * blocks, groups, x.tokens.shape[-1]))
     tokens = xp.concat([tokens, means], axis=-2)
     bias = xp.reshape(bias, tokens.shape[:-1])
-    out, log_norm = average(
-        xp.reshape(q, (batch, count * blocks, n, d)), Keys(tokens[..., :d], tokens[..., d : d + values], bias)
-    )
+    sets = [Keys(tokens[..., :d], tokens[..., d : d + values], bias)]
+    if own_tokens:
+        k, v, *rest = (xp.reshape(y, (batch, count * blocks, n, y.shape[-1])) for y in own_tokens)
+        sets.append(Keys(k, v, rest[0][..., 0] if rest else None, is_causal=True))
+    out, log_norm = average(xp.reshape(q, (batch, count * blocks, n, d)), *sets)
     shape = (batch, count, blocks, n)
     return Average(xp.reshape(out, (*shape, out.shape[-1])), xp.reshape(log_norm, shape))
 
@@ -171,10 +190,9 @@ def _log(keep: Array, sizes: Array) -> Array:
     return namespace(sizes).where(keep, namespace(sizes).log(sizes), -math.inf)
 
 
-def _chosen(
-    x: Index, heads: Heads, choosing: Array, start: Array | None, keys: int, num_exact: int, recent: int
-) -> Array:
+def _chosen(x: Index, heads: Heads, choice: Choice) -> Array:
     """Return the keys (B, A, b, num_exact) that each block computes exactly, in ascending order."""
+    keys, num_exact, recent, choosing, start = choice
     xp, own = namespace(choosing), backend_of(choosing)
     (batch, all_heads, blocks, width), d = choosing.shape, x.k.shape[-1]
     of_heads = xp.reshape(choosing, (x.k.shape[0], -1, d))
