@@ -70,13 +70,6 @@ def test_no_two_heads_share_their_draws(lib):
     assert np.max(np.abs(out[1] - out[2])) > 1e-3
 
 
-@pytest.mark.parametrize("draws", ["iid", "orthogonal"])
-def test_noise_is_the_frequencies_whatever_the_draws(lib, draws):
-    arrays = lib.arrays(*inputs())
-    noise = lib.asarray(philox(1, (2, 2, 6, D)))
-    lib.close(rfa(*arrays, noise=noise, draws=draws), lib.numpy(rfa(*arrays, noise=noise)))
-
-
 def test_noise_broadcasts(lib):
     arrays = lib.arrays(*inputs())
     noise = philox(2, (6, D))

@@ -27,6 +27,8 @@ def turned(*arrays):
 
 @pytest.mark.parametrize("name", beyond(ESTIMATORS, sorted(set(ESTIMATORS) - VARIANTS), "jax", "dask"))
 def test_every_estimator(lib, name):
+    if lib.name == "dask" and name.startswith("adaptive_eva"):
+        pytest.skip("chunks choose keys of their own, and chunks of the other layout are other tokens")
     data = inputs()
     keep = np.random.default_rng(1).random((B, H, N)) < 0.8
     for mask, theirs in (

@@ -46,14 +46,15 @@ def calls(draw, square=False):
         function = partial(ra, num_samples=min(count, 3), rng=rng or 0)
     elif name == "lara":
         weighting = draw(st.sampled_from(["optimal", "balance", "biased"]))
+        normalize = draw(st.sampled_from(["queries", "landmarks"])) if weighting == "optimal" else None
         function = partial(lara, num_landmarks=count, weighting=weighting, rng=rng, grid=grid,
-            normalize=draw(st.sampled_from(["queries", "landmarks"])), mix_keys=draw(st.booleans()),
-            antithetic=draw(st.booleans()))  # fmt: skip
+            normalize=normalize, mix_keys=draw(st.booleans()),
+            antithetic=rng is not None and draw(st.booleans()))  # fmt: skip
     else:
         groups = draw(st.sampled_from(["num_groups", "group_size"]))
         window = draw(st.integers(0, 15)) if n == m else 0
         function = partial(eva, **{groups: count}, window=window, rng=rng, grid=grid,
-            group_weight=draw(st.sampled_from(["size", "unit"])), disjoint=draw(st.booleans()))  # fmt: skip
+            group_weight=draw(st.sampled_from(["size", "unit"])), disjoint=window == 0 or draw(st.booleans()))  # fmt: skip
     return function, (lead, n, m, d, e)
 
 

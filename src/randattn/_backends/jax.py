@@ -40,7 +40,7 @@ def _quickly_compiled_function() -> Any:
 
 
 def _on_a_cpu(arrays: tuple[Array | None, ...]) -> bool:
-    """Tell whether no array is traced, since a program within another has its options, and all are on CPUs."""
+    """Tell whether no array is traced, as a program within another has its options, and all are on CPUs."""
     given = [x for x in arrays if x is not None]
     return not any(isinstance(x, jax.core.Tracer) for x in given) and all(
         device.platform == "cpu" for x in given for device in x.devices()

@@ -150,7 +150,7 @@ def adaptive_eva(
     >>> np.allclose(adaptive_eva(q, k, v, num_exact=36), softmax_attention(q, k, v))
     True
     """
-    masks: dict[str, Any] = {"key_mask": key_mask, "query_mask": query_mask}
+    masks: dict[str, Any] = {"key_mask": key_mask, "query_mask": query_mask, "is_whole": not return_state}
     x = prepare(q, k, v, scale=scale, enable_gqa=enable_gqa, layout=layout, **masks)
     check_flags(return_state=return_state, is_causal=is_causal)
     if return_state and not is_causal:

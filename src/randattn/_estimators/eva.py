@@ -185,7 +185,7 @@ def eva(
         raise ValueError("is_causal: expected disjoint=True")
     has_draws = rng is not None or noise is not None
     check_effect("rng or noise", is_met=has_draws, noise_scale=noise_scale != 1)
-    masks: dict[str, Any] = {"key_mask": key_mask, "query_mask": query_mask}
+    masks: dict[str, Any] = {"key_mask": key_mask, "query_mask": query_mask, "is_whole": not return_state}
     also = [*pooling_ranks(landmarks, noise), (window_bias, 2)]
     x = prepare(q, k, v, scale=scale, enable_gqa=enable_gqa, layout=layout, also=also, **masks)
     check_causal(x, is_causal)

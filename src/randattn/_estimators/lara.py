@@ -175,7 +175,6 @@ def lara(
     _check_causal_options(is_causal, window, weighting, normalize, grid)
     has_draws = rng is not None or noise is not None
     check_effect("rng or noise", is_met=has_draws, antithetic=antithetic, noise_scale=noise_scale != 1)
-    check_effect("landmarks=None", is_met=landmarks is None, grid=grid is not None)
     masks: dict[str, Any] = {"key_mask": key_mask, "query_mask": query_mask}
     also = pooling_ranks(landmarks, noise)
     x = prepare(q, k, v, scale=scale, enable_gqa=enable_gqa, layout=layout, also=also, **masks)

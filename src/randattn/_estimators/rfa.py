@@ -177,7 +177,7 @@ def rfa(
     check_option("draws", draws, ("iid", "orthogonal", "simplex", "antithetic", "qmc"))
     check_flags(return_state=return_state, precondition=precondition)
     check_effect("rng, not noise,", is_met=noise is None, draws=draws != "iid")
-    masks: dict[str, Any] = {"key_mask": key_mask, "query_mask": query_mask}
+    masks: dict[str, Any] = {"key_mask": key_mask, "query_mask": query_mask, "is_whole": not return_state}
     x = prepare(q, k, v, scale=scale, enable_gqa=enable_gqa, layout=layout, also=[(noise, 2)], **masks)
     check_causal(x, is_causal)
     if return_state and not is_causal:

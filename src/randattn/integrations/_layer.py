@@ -106,8 +106,8 @@ def attended(
         qt, kt = row.landmarks(means, options, layer.is_causal)
         qt, kt = (namespace(q).astype(y, q.dtype, copy=False) for y in (qt, kt))
         options["landmarks"] = (layer.query_landmark(qt), layer.key_landmark(kt))
-        # The landmarks have the number in their shape, and lara has no other use of the grid.
-        for name in ("num_landmarks", "num_groups", *(("grid",) if row.label == "lara" else ())):
+        # The landmarks have the number in their shape.
+        for name in ("num_landmarks", "num_groups"):
             options.pop(name, None)
     if window_bias is not None:
         options["window_bias"] = window_bias
