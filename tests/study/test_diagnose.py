@@ -1,6 +1,7 @@
 """`diagnose`: weights, rows, standard errors and entropies against the definitions, and what it advises."""
 
 import threading
+from dataclasses import replace
 from functools import partial
 from importlib.resources import files
 
@@ -11,6 +12,7 @@ from randattn import Diagnosis, adaptive_eva, diagnose, eva, lara, ra, rfa, soft
 from randattn._core import block_sizes
 from randattn._estimators import final_average
 from randattn._study import diagnose as study
+from randattn._study.advice import recommendation
 from tests.helpers import reference
 
 RNG = np.random.Generator(np.random.Philox(20221))
@@ -247,7 +249,11 @@ def test_advice(lib, monkeypatch):
     good = diagnose(adaptive_eva, *arrays, scale=scale)
     assert good.relative_error == pytest.approx(found.alternative_error, rel=1e-3)
     assert "use" not in good.recommendation
+    # A call that errs by half is no advice, though it is better than both.
+    bad = replace(found, relative_error=1.5, mean_error=0.9, alternative_error=0.5)
+    assert recommendation(bad, 4097, is_exact=False).endswith(": use softmax_attention.")
     monkeypatch.undo()
+    assert recommendation(bad, 4096, is_exact=False).endswith("; adaptive_eva pays from 4,096 tokens on.")
     assert diagnose(softmax_attention, *arrays, scale=scale).recommendation == "softmax_attention is exact."
     # Where nothing that was measured is better, exact attention is.
     worse = diagnose(lambda q, k, v: -v, *arrays)

@@ -15,6 +15,8 @@ from randattn._estimators.registry import Estimator
 if TYPE_CHECKING:
     from .diagnose import Diagnosis
 
+# The largest relative error of a call that is advised: with a larger one a model's results are not its own.
+_MOST_ERROR = 0.2
 # Options that the better call takes over; all others belong to the estimator that is diagnosed.
 _SHARED = ("scale", "key_mask", "query_mask", "enable_gqa")
 
@@ -33,8 +35,8 @@ def beside(
     return name, functools.partial(adaptive_eva, **own, **shared)
 
 
-def recommendation(found: Diagnosis, *, is_exact: bool) -> str:
-    """Return one sentence of advice."""
+def recommendation(found: Diagnosis, keys: int, *, is_exact: bool) -> str:
+    """Return one sentence of advice for calls with so many keys."""
     name, error, mean_error = found.estimator, found.relative_error, found.mean_error
     if is_exact:
         return "softmax_attention is exact."
@@ -43,18 +45,21 @@ def recommendation(found: Diagnosis, *, is_exact: bool) -> str:
             f"{name} has no error relative to exact attention here: "
             "an output is not finite, or exact attention is zero in a layer."
         )
-    # The other call must beat mean(V), and have half the error of an estimator that beats mean(V) too.
+    # The other call must be good by itself, beat mean(V), and have half the error of an estimator that beats
+    # mean(V) too.
     is_worse = error >= mean_error > 0
-    use, other = "use softmax_attention", found.alternative_error
-    if other is not None and other < min(mean_error, error / (1 if is_worse else 2)):
-        use = f"use {found.alternative}, which errs by {other:.2g}"
+    use, other, is_better = "use softmax_attention", found.alternative_error, False
+    if keys <= block_sizes.ADAPTIVE_KEYS:
+        use += f"; adaptive_eva pays from {block_sizes.ADAPTIVE_KEYS:,} tokens on"
+    elif other is not None and other < min(_MOST_ERROR, mean_error, error / (1 if is_worse else 2)):
+        use, is_better = f"use {found.alternative}, which errs by {other:.2g}", True
     if is_worse:
         says = (
             f"{name} would be worse than mean(V) here (relative error {error:.2g} against {mean_error:.2g})"
         )
         return f"{says}: {use}."
     says = f"{name} errs by {error:.2g} here, where mean(V) errs by {mean_error:.2g}"
-    if use != "use softmax_attention":
+    if is_better:
         return f"{says}: {use}."
     if found.relative_standard_error is not None:
         # Mean square error = variance of the draws + square of the bias.

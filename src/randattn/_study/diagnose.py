@@ -242,7 +242,9 @@ def _diagnosed(
         alternative_error=None if better is None else exact.relative(exact.square(better[1](q, k, v))),
         recommendation="",
     )
-    return replace(found, recommendation=recommendation(found, is_exact=row is not None and row.is_exact))
+    return replace(
+        found, recommendation=recommendation(found, k.shape[-2], is_exact=row is not None and row.is_exact)
+    )
 
 
 def _index(queries: Sequence[int] | None, n: int, pairs: int) -> tuple[int, ...]:
