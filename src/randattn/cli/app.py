@@ -36,8 +36,8 @@ _INPUT = click.option(
     "path",
     type=Path,
     metavar="FILE",
-    help="A .npz or .safetensors file with q (..., N, D), k (..., M, D), v (..., M, E) and optionally scale. "
-    "Default: an embedded sample.",
+    help="A .npz or .safetensors file with q (..., N, D), k (..., M, D), v (..., M, E) and optionally scale, "
+    "is_causal and key_mask, as randattn.integrations.capture writes it. Default: an embedded sample.",
 )
 _SAMPLE = click.option(
     "--sample",
