@@ -128,9 +128,9 @@ def adaptive_eva(
     to 16 runs of its queries. In a causal call the queries before the block choose: by later queries a token
     to come would change earlier results. A head whose queries look keys up one by one (copying, retrieval) is
     not served by the choice of other queries. Such heads are found by their error on 64 queries: at the end
-    of the first quarter of the keys, at most 2,048, which are exact for all heads, and again at each block
-    that has twice as many keys before it. From there on the heads with the largest errors are exact. Keys and
-    heads are chosen without gradients.
+    of the first quarter of the keys, at most 2,048, which are exact for all heads, and again at half of the
+    keys. From there on the heads with the largest errors are exact. Keys and heads are chosen without
+    gradients.
 
     The result is exact where all keys are computed exactly, or where every group is one key. Errors, times
     and the perplexity of a language model are in docs/adaptive.md.
