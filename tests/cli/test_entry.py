@@ -136,3 +136,13 @@ def test_a_reader_who_has_read_enough(inputs: Path) -> None:
     os.close(writing)
     assert done.returncode == 1
     assert done.stderr == ""
+
+
+def test_an_encoding_without_block_elements(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bars of `diagnose` in Windows' code page."""
+    monkeypatch.setenv("PYTHONIOENCODING", "cp1252")
+    result = python("-m", "randattn", "diagnose", "--estimator", "rfa", capture_output=True)
+    assert result.returncode == 0
+    (row,) = (line for line in result.stdout.splitlines() if line.startswith("rfa "))
+    assert set(row.rstrip()[-10:]) <= set(" .:-=+*#@|")
+    assert "@" in row
