@@ -144,5 +144,5 @@ def test_an_encoding_without_block_elements(monkeypatch: pytest.MonkeyPatch) -> 
     result = python("-m", "randattn", "diagnose", "--estimator", "rfa", capture_output=True)
     assert result.returncode == 0
     (row,) = (line for line in result.stdout.splitlines() if line.startswith("rfa  "))
-    assert set(row.rstrip()[-10:]) <= set(" .:-=+*#@|")
     assert "@" in row
+    assert result.stdout.isascii()
