@@ -15,7 +15,7 @@ import randattn
 from randattn._estimators import registry
 from randattn.cli import app, libraries
 from randattn.cli.compare import measure
-from randattn.cli.compare.plan import Config
+from randattn.cli.compare.plan import EXACT, Config
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -108,8 +108,23 @@ def test_calls_are_timed_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
         return Config(name, None), run
 
     calls = dict([call("a", 1.0, 9.0, 2.0), call("b", 3.0, 3.0, 4.0)])
-    assert measure._race(calls, rounds=3, seconds=8.0) == {Config("a", None): 2.0, Config("b", None): 3.0}
+    times, spread = measure._rounds(calls, rounds=3, seconds=8.0)
+    assert times == {Config("a", None): [1.0, 9.0, 2.0], Config("b", None): [3.0, 3.0, 4.0]}
+    assert spread == pytest.approx(np.mean([4.0 / 2, 0.5 / 3]))
     assert order == ["a", "b", "a", "b", "a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("spreads", "seconds", "is_disturbed"),
+    [([0.1], 1.0, False), ([0.9, 0.1], 2.0, False), ([0.4, 0.9], 1.0, True)],
+)
+def test_a_disturbed_race_is_run_once_more(
+    monkeypatch: pytest.MonkeyPatch, spreads: list[float], seconds: float, is_disturbed: bool
+) -> None:
+    races = iter([({EXACT: [float(number)]}, spread) for number, spread in enumerate(spreads, start=1)])
+    monkeypatch.setattr(measure, "_rounds", lambda *_: next(races))
+    assert measure._race({}, 3, 1.0) == ({EXACT: seconds}, is_disturbed)
+    assert next(races, None) is None
 
 
 @pytest.mark.parametrize("seeds", [1, 3])
@@ -216,7 +231,7 @@ def test_times_wait_for_the_device(command: Any, inputs: Path, monkeypatch: pyte
 def test_speedup_is_over_exact_attention(command: Any, inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = {"softmax": 3.0, "rfa": 0.5, "eva": 6.0}
     monkeypatch.setattr(
-        measure, "_race", lambda calls, *_, **__: {each: seconds[each.estimator] for each in calls}
+        measure, "_race", lambda calls, *_, **__: ({each: seconds[each.estimator] for each in calls}, True)
     )
     arguments = (
         "--json",
@@ -229,8 +244,10 @@ def test_speedup_is_over_exact_attention(command: Any, inputs: Path, monkeypatch
         "--estimator",
         "eva",
     )
-    rows = command(*arguments).report["rows"]
-    assert [row["speedup"] for row in rows] == [6.0, 6.0, 0.5, 0.5]
+    report = command(*arguments).report
+    assert [row["speedup"] for row in report["rows"]] == [6.0, 6.0, 0.5, 0.5]
+    assert report["disturbed"][0] == "numpy"
+    assert "measure again on an idle machine" in command(*arguments[1:]).out
 
 
 def test_filters_keep_order_and_repeat_nothing(command: Any, inputs: Path) -> None:

@@ -19,6 +19,8 @@ from randattn.cli.libraries import ArrayLibrary, open_library
 
 from .plan import EXACT, Config, Plan, usable
 
+# The spread of times over rounds above which a measurement is repeated; an idle machine stays below a tenth.
+_WIDE = 0.3
 Call = Callable[[], Array]
 Advance = Callable[[int, int, str], None]
 
@@ -49,7 +51,10 @@ class Length:
 
 @dataclass(frozen=True)
 class Report:
-    """All measurements, and the machine's load before them: the average of a minute, None if unknown."""
+    """All measurements, and the machine's load before them: the average of a minute, None if unknown.
+
+    `disturbed` names the measurements whose times stayed spread widely, when they were repeated.
+    """
 
     rows: list[Row]
     mean_v_error: float
@@ -58,6 +63,7 @@ class Report:
     shapes: dict[str, list[int]]
     seeds: int
     load_per_core: float | None
+    disturbed: list[str]
     libraries: dict[str, dict[str, str]]
 
     def to_json(self) -> dict[str, Any]:
@@ -123,7 +129,7 @@ def measure(
         config: _accuracy(inputs, libraries, config, seeds=numbers[config], exact=exact, steps=steps)
         for config in configs
     }
-    rows = []
+    rows, disturbed = [], []
     for library in libraries:
         steps.begin(f"{library.name}: time")
         race = {config: accuracy[config][library.name].call for config in configs}
@@ -131,12 +137,15 @@ def measure(
             # Speedups need the time of exact attention; the first call compiles it outside the race.
             race[EXACT] = _call(inputs, library, EXACT, seed=0)
             race[EXACT]()
-        seconds = _race(race, plan.rounds, plan.seconds)
+        seconds, is_disturbed = _race(race, plan.rounds, plan.seconds)
+        disturbed += [library.name] * is_disturbed
         for config in configs:
             error, difference, _ = accuracy[config][library.name]
             speedup = seconds[EXACT] / seconds[config]
             rows.append(Row(library.name, *config, error, seconds[config], speedup, difference))
-    lengths = list(_lengths(inputs, libraries, estimators, plan=plan, start=start, steps=steps))
+    lengths = list(
+        _lengths(inputs, libraries, estimators, plan=plan, start=start, steps=steps, disturbed=disturbed)
+    )
     advance(steps.total, steps.total, "")
     return Report(
         rows,
@@ -146,6 +155,7 @@ def measure(
         {"q": list(inputs.q.shape), "k": list(inputs.k.shape), "v": list(inputs.v.shape)},
         seeds,
         load,
+        disturbed,
         {library.name: {"version": library.version, "device": library.device} for library in libraries},
     )
 
@@ -227,8 +237,22 @@ def _call(inputs: Arrays, library: ArrayLibrary, config: Config, seed: int) -> C
     return call
 
 
-def _race(calls: Mapping[Config, Call], rounds: int, seconds: float) -> dict[Config, float]:
-    """Return the median time of each call in seconds."""
+def _race(calls: Mapping[Config, Call], rounds: int, seconds: float) -> tuple[dict[Config, float], bool]:
+    """Return the median time of each call in seconds, and whether the machine was disturbed.
+
+    A race whose times are spread widely over its rounds is run once more, and the one with the smaller spread
+    counts. The machine was disturbed if that is a wide spread too.
+    """
+    times, spread = _rounds(calls, rounds, seconds)
+    if spread > _WIDE:
+        times, spread = min((times, spread), _rounds(calls, rounds, seconds), key=lambda found: found[1])
+    return {config: median(each) for config, each in times.items()}, spread > _WIDE
+
+
+def _rounds(
+    calls: Mapping[Config, Call], rounds: int, seconds: float
+) -> tuple[dict[Config, list[float]], float]:
+    """Return the times of each call, and their spread: the distance of the quartiles over the median time."""
     # All calls take turns: a machine that is slow for a while slows them all, and leaves their ratios.
     times: dict[Config, list[float]] = {config: [] for config in calls}
     begun = time.perf_counter()
@@ -239,7 +263,8 @@ def _race(calls: Mapping[Config, Call], rounds: int, seconds: float) -> dict[Con
             call()
             times[config].append(time.perf_counter() - start)
         done, elapsed = done + 1, time.perf_counter() - begun
-    return {config: median(each) for config, each in times.items()}
+    quartiles = (np.quantile(each, (0.25, 0.5, 0.75)) for each in times.values())
+    return times, float(np.median([(high - low) / middle for low, middle, high in quartiles]))
 
 
 def _lengths(
@@ -250,6 +275,7 @@ def _lengths(
     plan: Plan,
     start: float,
     steps: _Progress,
+    disturbed: list[str],
 ) -> Iterator[Length]:
     """Time one head of the inputs, repeated to each length, as far as the plan's time goes."""
     entrants = {library.name: plan.curves(estimators) for library in libraries}
@@ -267,7 +293,8 @@ def _lengths(
             # The first call compiles, and is not timed.
             for call in calls.values():
                 call()
-            seconds = _race(calls, rounds=3, seconds=plan.seconds / 8)
+            seconds, is_disturbed = _race(calls, rounds=3, seconds=plan.seconds / 8)
+            disturbed += [f"{library.name} at {length:,} tokens"] * is_disturbed
             for config in calls:
                 yield Length(library.name, *config, length, seconds[config])
             entrants[library.name] = [config for config in calls if seconds[config] <= plan.slowest]

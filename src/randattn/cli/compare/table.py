@@ -41,6 +41,9 @@ def print_tables(report: Report) -> None:
         notes.append(
             f"The machine was busy before (load {report.load_per_core:.1f} per core): times may mislead."
         )
+    if report.disturbed:
+        notes.append("Times vary widely from round to round, also when repeated, of")
+        notes.append(f"{', '.join(report.disturbed)}: measure again on an idle machine.")
     out.print("\n" + "\n".join(notes), markup=False)
     if report.lengths:
         out.print()
