@@ -54,11 +54,13 @@ def test_example(number, monkeypatch):
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if page.name not in ELSEWHERE], ids=lambda page: page.stem
 )
-def test_page(page):
+def test_page(page, tmp_path, monkeypatch):
     """Its blocks one after the other; a line number of the page says where one fails.
 
     What a block prints is what the text after it says, its numbers but for the last digit.
     """
+    # A block may write a file.
+    monkeypatch.chdir(tmp_path)
     scope, text = {}, page.read_text()
     for block in blocks(page):
         start = text.index(block)
