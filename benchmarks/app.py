@@ -117,6 +117,18 @@ def measure_perplexity(output: Path | None, tokens: tuple[int, ...]) -> None:
     click.echo(f"drew {draw_perplexity(found, errors, output or rows.PLOTS).name}")
 
 
+@app.command(name="choice")
+@_OUTPUT
+def measure_choice(output: Path | None) -> None:
+    """Measure every estimator's error and time on a language model's inputs, and draw them."""
+    from . import choice, trained
+
+    about, found = machine.describe(), list(choice.measure(_say))
+    _console().print(trained.table(found), "")
+    trained.write((output or rows.RESULTS / "trained") / "choice.json", about, found)
+    click.echo(f"drew {choice.draw(found, output or rows.PLOTS).name}")
+
+
 @app.command(name="streaming")
 @click.argument("libraries", nargs=-1, type=click.Choice(streaming.LIBRARIES))
 @_QUICK

@@ -21,7 +21,9 @@ version = metadata.version("randattn")
 author = "the authors of randattn"
 project_copyright = author
 html_title = "randattn"
-extensions = ["myst_parser", "numpydoc", "sphinx.ext.autodoc", "sphinx_copybutton"]
+extensions = ["myst_parser", "numpydoc", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx_copybutton"]
+# A page for each function of the lists in api.md.
+autosummary_generate = True
 exclude_patterns = ["_build"]
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3

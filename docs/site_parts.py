@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import re
+import tempfile
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -121,7 +122,12 @@ def run_examples(page: str, text: str) -> None:
     scope: dict[str, Any] = {}
     for found in re.finditer(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE):
         line = text[: found.start(1)].count("\n")
-        with contextlib.redirect_stdout(io.StringIO()):
+        # Away from the checkout: a block may write a file.
+        with (
+            contextlib.redirect_stdout(io.StringIO()),
+            tempfile.TemporaryDirectory() as folder,
+            contextlib.chdir(folder),
+        ):
             exec(compile("\n" * line + found.group(1), f"{page}.md", "exec"), scope)
 
 
