@@ -35,6 +35,7 @@ def test_there_are_examples_for_four_libraries():
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning")
 @pytest.mark.parametrize("number", range(4), ids=["numpy", "torch", "jax", "cupy"])
 def test_example(number, monkeypatch):
+    """Each block runs alone, as it is pasted."""
     if number == 3 and find_spec("cupy") is None:
         standin.install()
     if number == 1:
@@ -45,7 +46,6 @@ def test_example(number, monkeypatch):
             torch, "compile", lambda f, **options: compiled(f, backend="aot_eager", **options)
         )
     scope = {}
-    exec(BLOCKS[0], scope)
     exec(BLOCKS[number], scope)
     if number:
         assert scope["out"].shape == (8, 1024, 64)
