@@ -29,7 +29,7 @@ def attend(
     enable_gqa: bool = False,
     layout: str = "heads_first",
 ) -> Average:
-    r"""Average the values with weights ``exp(q . k + bias)``: the primitive of every estimator.
+    r"""Average the values with softmax weights and their biases: the primitive of every estimator.
 
     .. math::
 
