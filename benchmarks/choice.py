@@ -15,7 +15,8 @@ from randattn._estimators.registry import ESTIMATORS
 
 from .language_model import LanguageModel, exact_attention, texts
 from .plots import RC
-from .trained import HELD_OUT
+from .plots_trained import log_scales
+from .trained import HELD_OUT, mean_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -68,8 +69,8 @@ def measure(say: Callable[[str], None]) -> Iterator[Choice]:
             exact = exact_attention(0, *qkv)
             for key, call in found.items():
                 say(f"{tokens} tokens: {' '.join(key)}")
-                errors[key].append(_error(call(*qkv), exact))
-            errors[MEAN, ""].append(_error(_mean_so_far(*qkv), exact))
+                errors[key].append(mean_error(call(*qkv).numpy(), exact.numpy()))
+            errors[MEAN, ""].append(mean_error(_mean_so_far(*qkv).numpy(), exact.numpy()))
         times = _times(partial(exact_attention, 0), found, next(iter(inputs.values())))
         for key, each in errors.items():
             mean = sum(each) / len(each)
@@ -89,10 +90,6 @@ def _times(
             times[key].append(time.perf_counter() - start)
     medians = {key: sorted(each)[_ROUNDS // 2] for key, each in times.items()}
     return {key: medians[key] / medians["", ""] for key in found}
-
-
-def _error(out: torch.Tensor, exact: torch.Tensor) -> float:
-    return float(((out - exact).norm(dim=(-2, -1)) / exact.norm(dim=(-2, -1))).mean())
 
 
 def _mean_so_far(q: torch.Tensor, _: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -116,15 +113,10 @@ def draw(rows: list[Choice], folder: Path) -> Path:
             axes.plot([], [], marker, color="#6E6E6E", label=f"{tokens:,} tokens")
         trivial = min(row.error for row in rows if row.estimator == MEAN)
         axes.axhline(trivial, color="#6E6E6E", linewidth=1.2, linestyle=":", label=MEAN)
-        axes.axvline(1, color="#6E6E6E", linewidth=1.2, linestyle="--")
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        for axis, ticks in (
-            (axes.xaxis, (0.2, 0.5, 1, 2)),
-            (axes.yaxis, (0.02, 0.05, 0.1, 0.2, 0.5, 1)),
-        ):
-            axis.set_ticks(ticks, list(map(str, ticks)))
-            axis.set_ticks([], minor=True)
+        log_scales(axes, (0.2, 0.5, 1, 2))
+        errors = (0.02, 0.05, 0.1, 0.2, 0.5, 1)
+        axes.set_yticks(errors, list(map(str, errors)))
+        axes.set_yticks([], minor=True)
         axes.set_xlabel("time over PyTorch's exact kernel (dashed: as fast)")
         axes.set_ylabel("relative error")
         axes.set_title("Attention of a language model trained with softmax")

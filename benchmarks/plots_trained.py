@@ -11,6 +11,7 @@ from .layers import AFTER, BEFORE
 from .plots import RC
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from matplotlib.axes import Axes
@@ -43,6 +44,15 @@ def draw_perplexity(rows: list[Perplexity], layers: list[LayerError], folder: Pa
     return path
 
 
+def log_scales(axes: Axes, times: Sequence[float]) -> None:
+    """Scale both axes by logarithms, with these ticks of time over exact attention and a line at one."""
+    axes.axvline(1, color="#6E6E6E", linewidth=1.2, linestyle="--")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xticks(times, list(map(str, times)))
+    axes.set_xticks([], minor=True)
+
+
 def _against_time(axes: Axes, rows: list[Perplexity]) -> None:
     for row in rows:
         percent, colour = 100 * row.over_exact, _COLOURS[row.attention]
@@ -53,12 +63,7 @@ def _against_time(axes: Axes, rows: list[Perplexity]) -> None:
         axes.plot([], [], "o", color=colour, label=name)
     for tokens, marker in _MARKERS.items():
         axes.plot([], [], marker, color="#6E6E6E", label=f"{tokens:,} tokens")
-    axes.axvline(1, color="#6E6E6E", linewidth=1.2, linestyle="--")
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    ticks = [0.3, 0.5, 1, 2, 5, 10]
-    axes.set_xticks(ticks, list(map(str, ticks)))
-    axes.set_xticks([], minor=True)
+    log_scales(axes, (0.3, 0.5, 1, 2, 5, 10))
     axes.set_xlabel("time of all attention, over PyTorch's exact kernel")
     axes.set_ylabel("perplexity above exact attention's (%)")
     axes.set_title("All 30 layers replaced, two texts")

@@ -172,7 +172,7 @@ def _row(library: str, own: Any, case: Case, options: dict[str, Any], captured: 
             own.wait(out := call())
             first = time.perf_counter() - start if math.isnan(first) else first
             last = slice(None if case.errors_of is None else -case.errors_of, None)
-            errors.append(_error(*(np.asarray(x)[..., last, :] for x in (out, exact()))))
+            errors.append(mean_error(*(np.asarray(x)[..., last, :] for x in (out, exact()))))
     ratios, seconds = [], []
     for _ in range(_PAIRS):
         at = [time.perf_counter()]
@@ -216,7 +216,7 @@ def _row_of_steps(library: str, own: Any, case: Case, options: dict[str, Any], c
                 outs.append(np.asarray(out))
             last = (arrays[0][:, :, start:], *arrays[1:])
             exact = softmax_attention(*last, is_causal=True, **gqa)
-            errors.append(_error(np.concatenate(outs, axis=2), np.asarray(exact)))
+            errors.append(mean_error(np.concatenate(outs, axis=2), np.asarray(exact)))
     return _rounded(library, case, options, errors, ratios, seconds, first)
 
 
@@ -234,7 +234,7 @@ def _rounded(
     return Row(library, case.name, shown, *(float(f"{x:.3g}") for x in found))
 
 
-def _error(out: np.ndarray, exact: np.ndarray) -> float:
+def mean_error(out: np.ndarray, exact: np.ndarray) -> float:
     """Return the relative error of each head, averaged over heads."""
     return float((np.linalg.norm(out - exact, axis=(-2, -1)) / np.linalg.norm(exact, axis=(-2, -1))).mean())
 
