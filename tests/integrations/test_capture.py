@@ -126,6 +126,17 @@ def test_the_command_reads_what_is_saved(tmp_path, ending):
     assert found.scale == pytest.approx(D**-0.5)
 
 
+def test_a_mask_of_each_key_head_is_repeated_with_it(tmp_path):
+    mask = np.random.default_rng(0).random((B, 2, N)) < 0.8
+    mask[..., 0] = True
+    arrays = {name: x.numpy() for name, x in zip("qkv", inputs(heads=2), strict=True)}
+    np.savez(tmp_path / "grouped.npz", **arrays, key_mask=mask)
+    found = read_inputs(tmp_path / "grouped.npz")
+    out = softmax_attention(found.q, found.k, found.v, **found.mask)
+    expected = softmax_attention(*arrays.values(), key_mask=mask, enable_gqa=True)
+    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_calls_of_several_kinds_are_not_saved(tmp_path):
     calls = capture(Model(), inputs())
     with pytest.raises(ValueError, match="at number 1"):
